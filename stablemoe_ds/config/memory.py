@@ -1,0 +1,73 @@
+"""Memory of one rank, by ZeRO stage. Weights, gradients and optimizer are counted; activations are an estimate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stablemoe_ds.config.batch import BatchPlan
+from stablemoe_ds.config.costs import parameters, vocabulary
+from stablemoe_ds.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank. ``activations`` is an estimate and leaves out library workspaces and buckets."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[int, Memory]:
+    """What a rank holds under ZeRO stages 0, 1 and 2.
+
+    Dense parameters are cut over tensor ranks and sharded over data-parallel ranks; routed experts are spread over
+    expert-parallel ranks and sharded over the copies of each expert. fp32 masters and Adam's two moments take 12
+    bytes a parameter (8 where the weights are the masters); gradients accumulate in fp32, beside those of the backward
+    pass except under stage 2, which lets them go as it reduces them.
+    """
+    counts, tensor = parameters(run), run.parallel.tensor
+    cut = counts.embedding + counts.output + counts.attention + counts.ffn
+    dense = -(-cut // tensor) + counts.total - counts.expert - cut
+    expert = counts.expert // run.parallel.expert
+    dense_shard = -(-dense // plan.data_parallel)
+    expert_shard = -(-expert * run.parallel.expert // world_size)
+    held, shard = dense + expert, dense_shard + expert_shard
+    half = run.precision.dtype != "fp32"
+    weight, activations = 2 if half else 4, activation_bytes(run, plan)
+    whole_gradients = (weight + 4 if half else 4) * held
+    return {
+        0: Memory(weight * held, whole_gradients, (12 if half else 8) * held, activations),
+        1: Memory(weight * held, whole_gradients, 12 * shard, activations),
+        2: Memory(weight * held, 4 * shard, 12 * shard, activations),
+    }
+
+
+def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:
+    """Roughly what is kept for the backward pass of one micro-batch, with experts evenly loaded.
+
+    Counts the inputs of norms, matrix products and nonlinearities, and fp32 logits with their gradient; attention
+    keeps no score matrix (``scaled_dot_product_attention``).
+    """
+    m, moe, tensor = run.model, run.moe, run.parallel.tensor
+    d, size = m.hidden_size, 4 if run.precision.dtype == "fp32" else 2
+    tokens = plan.micro_batch * run.data.sequence_length
+    kv_width = d // m.heads * (m.kv_heads or m.heads)
+    widths = 3 if m.activation == "swiglu" else 2
+    layers = len(moe.layers)
+    replaced = layers if moe.placement == "replace" else 0
+    attention = 2 * d + (2 * d + 2 * kv_width) // tensor
+    ffn = 2 * d + widths * m.ffn_hidden_size // tensor
+    served = moe.top_k + moe.shared_experts
+    experts = served * moe.sublayers * (3 * d + widths * (moe.ffn_hidden_size or m.ffn_hidden_size)) // tensor
+    if run.parallel.recompute:
+        kept = (m.layers + layers) * d + max(attention + ffn, experts if layers else 0)
+    else:
+        kept = m.layers * attention + (m.layers - replaced) * ffn + layers * experts
+    logits = vocabulary(run) // tensor * (size + 8)
+    return tokens * (kept * size + logits)

@@ -1,0 +1,96 @@
+"""The configuration reference, written from the schema.
+
+``python -m stablemoe_ds.config.reference > docs/configuration.md``
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from stablemoe_ds.config.complaints import section_of, show
+from stablemoe_ds.config.schema import RunConfig, Section
+
+HEAD = """# Configuration
+
+<!-- Generated: python -m stablemoe_ds.config.reference > docs/configuration.md -->
+
+A run is one YAML file; `ds_configs/` holds some. Any key can be set on the command line as well, its value in YAML:
+`schedule.steps=100 moe.layers=[2,4] stages.at_step=null`. Unknown keys are refused, and so are YAML's aliases and
+repeated keys. `stablemoe config check RUN.yaml` says whether a run can go and what it costs.
+
+Rules that join sections, each refused with the nearest setting that works, are in `stablemoe_ds/config/rules.py`.
+"""
+NAMES = {int: "integer", float: "number", bool: "true or false", str: "text"}
+SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+def reference() -> str:
+    """The whole reference as Markdown."""
+    parts = [HEAD, *_section("run", RunConfig, "At the top of the file.")]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _section(path: str, section: type[Section], note: str | None = None) -> Iterator[str]:
+    """A heading, a table of the plain keys, then every section below."""
+    yield f"## {path}\n\n{note or inspect.getdoc(section)}\n"
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    below: list[tuple[str, type[Section]]] = []
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner:
+            below.append((name, inner))
+        if not inner or field.description:
+            yield f"| `{name}` | {_type(field)} | {_default(field)} | {_cell(field.description or '')} |"
+    yield ""
+    for name, inner in below:
+        if inner.__name__ == "Source" and name != "train":
+            continue  # train, valid and test have items of one kind
+        yield from _section(name if path == "run" else f"{path}.{name}", inner)
+
+
+def _type(field: FieldInfo) -> str:
+    words = _words(field.annotation)
+    bounds = _bounds(field.metadata)
+    return words.replace(" or `null`", f"{bounds} or `null`") if "`null`" in words else words + bounds
+
+
+def _words(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{option}`" for option in arguments)
+    if origin in (Union, types.UnionType):
+        kept = [_words(argument) for argument in arguments if argument is not type(None)]
+        return " or ".join([*kept, "`null`"])
+    if origin is list:
+        return f"list of {_words(arguments[0])}"
+    if origin is tuple:
+        return f"list of {len(arguments)}, each {_words(arguments[0])}"
+    if section_of(annotation):
+        return "section"
+    if hasattr(annotation, "__metadata__"):  # Annotated, as in PositiveInt
+        return _words(arguments[0]) + _bounds(annotation.__metadata__)
+    return NAMES.get(annotation, "section")
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    return "".join(f" {sign} {getattr(m, key):g}" for m in metadata for key, sign in SIGNS.items() if hasattr(m, key))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return "" if isinstance(value, Section) else f"`{show(value)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

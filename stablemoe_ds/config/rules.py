@@ -1,0 +1,160 @@
+"""Rules that join sections of a run, each with its reason and the nearest setting that keeps it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from stablemoe_ds.config.batch import batch_plan, nearest_divisor, nearest_multiple
+from stablemoe_ds.config.complaints import show
+from stablemoe_ds.config.deepspeed import conflicts
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.errors import UserError
+
+TWO_STAGE_ROUTERS = frozenset({"stablemoe"})
+
+
+def check(run: RunConfig, world_size: int | None = None) -> None:
+    """Hold a run against every rule; those about the number of processes only if ``world_size`` is given.
+
+    Raises UserError with one line for each breach.
+    """
+    found = [*_model(run), *_moe(run), *_stages(run), *_precision(run), *_tensor(run), *conflicts(run)]
+    if world_size is not None:
+        found += _world(run, world_size)
+    if found:
+        raise UserError("\n".join(found))
+
+
+def switch_step(run: RunConfig) -> int | None:
+    """First update of stage 2 if the configuration alone decides it; None for ``plateau`` and ``never``."""
+    stages = run.stages
+    if stages.at_fraction is not None:
+        return round(stages.at_fraction * run.schedule.steps)
+    return stages.at_step
+
+
+def with_vocabulary(run: RunConfig, tokenizer_size: int) -> RunConfig:
+    """The run with ``model.vocab_size`` filled in from the tokenizer where it is null.
+
+    Raises UserError if a given vocabulary is smaller than the tokenizer's, or cannot be cut over tensor ranks.
+    """
+    size = run.model.vocab_size
+    if size is not None and size < tokenizer_size:
+        raise UserError(
+            _breach("model.vocab_size", size, f"the tokenizer has {tokenizer_size} ids", f"{tokenizer_size}, or null")
+        )
+    if size is None:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": tokenizer_size})})
+    if found := list(_cut_vocabulary(run)):
+        raise UserError("\n".join(found))
+    return run
+
+
+def _breach(key: str, value: Any, expected: str, nearest: object) -> str:
+    return f"{key}: got {show(value)}: {expected}; nearest that works: {nearest}"
+
+
+def _model(run: RunConfig) -> Iterator[str]:
+    m = run.model
+    if m.hidden_size % m.heads:
+        near = nearest_divisor(m.hidden_size, m.heads)
+        yield _breach("model.heads", m.heads, f"expected a divisor of model.hidden_size {m.hidden_size}", near)
+    elif m.positions == "rope" and m.hidden_size // m.heads % 2:
+        reason = f"rotary positions turn pairs, but a head has {m.hidden_size // m.heads} dimensions, which is odd"
+        even = nearest_multiple(m.hidden_size, 2 * m.heads)
+        yield _breach("model.positions", m.positions, reason, f"learned, or model.hidden_size {even}")
+    if m.kv_heads and m.heads % m.kv_heads:
+        near = nearest_divisor(m.heads, m.kv_heads)
+        yield _breach("model.kv_heads", m.kv_heads, f"expected a divisor of model.heads {m.heads}", near)
+    if m.vocab_size is None and run.data.tokenizer is None:
+        reason = "without data.tokenizer nothing says how many ids there are"
+        yield _breach("model.vocab_size", None, reason, "the tokenizer's file in data.tokenizer")
+
+
+def _moe(run: RunConfig) -> Iterator[str]:
+    moe, expert = run.moe, run.parallel.expert
+    if moe.layers and moe.layers[-1] > run.model.layers:
+        reason = f"expected block numbers from 1 to model.layers {run.model.layers}"
+        inside = [block for block in moe.layers if block <= run.model.layers] or [run.model.layers]
+        yield _breach("moe.layers", moe.layers, reason, show(inside))
+    if moe.router == "dense" and expert > 1:
+        yield _breach("parallel.expert", expert, "router 'dense' has no experts to spread", 1)
+    elif moe.router != "dense" and moe.experts % expert:
+        near = nearest_divisor(moe.experts, expert)
+        yield _breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
+
+
+def _stages(run: RunConfig) -> Iterator[str]:
+    stages, steps = run.stages, run.schedule.steps
+    given = [key for key in ("at_step", "at_fraction", "plateau") if getattr(stages, key) is not None]
+    if run.moe.router not in TWO_STAGE_ROUTERS:
+        for key in given + ["never"] * stages.never:
+            reason = f"router '{run.moe.router}' has no stages"
+            yield f"stages.{key}: {reason}; nearest that works: leave it out"
+        return
+    if not given and not stages.never:
+        yield (
+            f"stages: nothing says when router '{run.moe.router}' is frozen; nearest that works: "
+            f"stages.at_fraction 0.1 (the paper's), or stages.never true"
+        )
+    step = switch_step(run)
+    if step is not None and not 1 <= step < steps:
+        value = getattr(stages, given[0])
+        near = min(max(step, 1), steps - 1)
+        advice = f"stages.at_step {near}" if near else "schedule.steps 2"
+        yield _breach(
+            f"stages.{given[0]}", value, f"stage 2 must begin inside the run, at update 1 to {steps - 1}", advice
+        )
+    if given and run.moe.distill_weight == 0:
+        reason = "the distilled router learns nothing, so the switch would freeze noise"
+        yield _breach("moe.distill_weight", 0, reason, "0.3 (the default), or stages.never true")
+
+
+def _precision(run: RunConfig) -> Iterator[str]:
+    dtype, scale = run.precision.dtype, run.precision.loss_scale
+    if run.parallel.zero_stage == 0 and dtype != "fp32":
+        reason = (
+            f"with {dtype} DeepSpeed's wrapper takes one step on zero gradients at the start, so Adam's count is off"
+        )
+        yield _breach("parallel.zero_stage", 0, reason, "1, or precision.dtype fp32")
+    if scale and dtype != "fp16":
+        yield _breach("precision.loss_scale", scale, f"{dtype} needs no loss scale", 0)
+
+
+def _tensor(run: RunConfig) -> Iterator[str]:
+    m, tensor = run.model, run.parallel.tensor
+    if tensor == 1:
+        return
+    parts = {"model.heads": m.heads, "model.kv_heads": m.kv_heads, "model.ffn_hidden_size": m.ffn_hidden_size}
+    for key, value in parts.items():
+        if value and value % tensor:
+            near = f"{nearest_multiple(value, tensor)}, or parallel.tensor {nearest_divisor(value, tensor)}"
+            yield _breach(key, value, f"expected a multiple of parallel.tensor {tensor}", near)
+    yield from _cut_vocabulary(run)
+
+
+def _cut_vocabulary(run: RunConfig) -> Iterator[str]:
+    """The vocabulary is never padded unasked: rows nobody meant would join the softmax and the parameter count."""
+    size, tensor = run.model.vocab_size, run.parallel.tensor
+    if size is not None and size % tensor:
+        expected = f"expected a multiple of parallel.tensor {tensor}; ids the tokenizer lacks are allowed"
+        yield _breach("model.vocab_size", size, expected, -(-size // tensor) * tensor)
+
+
+def _world(run: RunConfig, world_size: int) -> Iterator[str]:
+    tensor, expert = run.parallel.tensor, run.parallel.expert
+    if world_size < 1:
+        yield _breach("world size", world_size, "expected at least one process", math.lcm(tensor, expert))
+        return
+    if world_size % expert:
+        near = nearest_divisor(math.gcd(run.moe.experts, world_size), expert)
+        reason = f"expected a divisor of the world size {world_size}, as every group of ranks holds all experts"
+        yield _breach(
+            "parallel.expert", expert, reason, f"{near}, or world size {nearest_multiple(world_size, expert)}"
+        )
+    try:
+        batch_plan(run, world_size)
+    except UserError as error:
+        yield str(error)

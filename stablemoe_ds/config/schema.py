@@ -1,0 +1,271 @@
+"""What a run is: one YAML file, one typed and strict object.
+
+Every section owns its fields and the rules that concern only itself; rules that join sections are in
+``rules.py``. Nothing here imports torch, so that ``stablemoe config check`` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+DecayRate = Annotated[float, Ge(0), Lt(1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are immutable after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The dense backbone, a megatron-core ``GPTModel``."""
+
+    layers: PositiveInt = Field(description="transformer blocks, MoE layers not counted")
+    hidden_size: PositiveInt = Field(description="width d of the residual stream")
+    heads: PositiveInt = Field(description="attention heads")
+    kv_heads: PositiveInt | None = Field(None, description="key/value heads of grouped-query attention; null: heads")
+    ffn_hidden_size: PositiveInt = Field(description="inner width of a block's feed-forward layer")
+    vocab_size: PositiveInt | None = Field(None, description="token ids; null: as many as the tokenizer has")
+    positions: Literal["learned", "rope"] = Field("rope", description="learned absolute positions or rotary embedding")
+    rope_base: PositiveInt = Field(10_000, description="base of the rotary frequencies")
+    norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="normalisation, always before the sublayer")
+    activation: Literal["relu", "gelu", "swiglu"] = Field("swiglu", description="feed-forward nonlinearity")
+    bias: bool = Field(False, description="biases in attention and feed-forward layers")
+    tie_embeddings: bool = Field(True, description="output matrix is the input embedding")
+    embedding: Literal["scaled", "plain"] = Field(
+        "scaled",
+        description="scaled: N(0, 1/d) times sqrt(d), as StableMoE's authors have it, so that the router can tell "
+        "tokens apart from the first update; plain: N(0, init_std), Megatron's habit, which starves a raw router",
+    )
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the other weights")
+    norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance in a norm")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after attention and feed-forward layers")
+
+
+class DistilledConfig(Section):
+    """The small router that sees token ids only (paper eq. 9-10)."""
+
+    kind: Literal["word", "bigram", "cnn", "transformer"] = Field("word", description="how features are made of ids")
+    dim: PositiveInt = Field(50, description="feature width; a transformer uses the model's hidden size instead")
+    layers: PositiveInt = Field(1, description="layers of the transformer kind")
+
+
+class MoEConfig(Section):
+    """Mixture-of-Experts layers: where they are, what an expert is, who routes."""
+
+    router: Literal["stablemoe", "dense"] = Field("stablemoe", description="dense: no MoE layer at all")
+    layers: list[PositiveInt] = Field(default_factory=list, description="block numbers, counted from 1")
+    placement: Literal["after", "replace"] = Field(
+        "after",
+        description="after: an extra layer behind each named block (paper); replace: instead of its feed-forward layer",
+    )
+    experts: PositiveInt = Field(8, description="experts N of each MoE layer")
+    sublayers: PositiveInt = Field(1, description="residual feed-forward sublayers K stacked in one expert")
+    ffn_hidden_size: PositiveInt | None = Field(
+        None, description="inner width of an expert's sublayer; null: the model's"
+    )
+    top_k: PositiveInt = Field(1, description="experts that serve a token; the paper has 1")
+    shared_experts: int = Field(0, ge=0, description="experts that serve every token, beside the routed ones")
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="tokens an expert takes in training, as a multiple of the mean; null: every token is served",
+    )
+    balance_weight: float = Field(0.3, ge=0, description="weight of the balance loss (paper eq. 8)")
+    distill_weight: float = Field(
+        0.3, ge=0, description="weight of the distillation loss (paper: 1, authors' code: 0.3)"
+    )
+    router_input: Literal["raw", "normalized"] = Field(
+        "raw", description="what the centroids meet: the residual stream as it is (paper) or at unit root mean square"
+    )
+    centroid_gain: float = Field(0.1, gt=0, description="norm of each centroid at the start")
+    equal_experts: bool = Field(False, description="start all experts of a layer alike, as the authors' code does")
+    distilled: DistilledConfig = Field(default_factory=DistilledConfig, description="the router of token ids")
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: list[int]) -> list[int]:
+        if layers != sorted(set(layers)):
+            raise ValueError(f"layers must ascend without repeats; nearest that works: {sorted(set(layers))}")
+        return layers
+
+    @model_validator(mode="after")
+    def _has_layers(self) -> MoEConfig:
+        if self.router == "dense" and self.layers:
+            raise ValueError("router 'dense' has no MoE layer: leave moe.layers empty, or name another router")
+        if self.router != "dense" and not self.layers:
+            raise ValueError(f"router '{self.router}' needs moe.layers, e.g. [6]; or set router: dense")
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")
+        return self
+
+
+class Source(Section):
+    """One prepared corpus of a blend: the path of its .bin/.idx pair without the ending."""
+
+    path: str = Field(description="the .bin/.idx pair, without the ending")
+    weight: float = Field(1.0, gt=0, description="share of this source in the blend, relative to the others")
+
+
+class DataConfig(Section):
+    """Tokenizer, corpora and how they are cut into sequences."""
+
+    tokenizer: str | None = Field(None, description="sentencepiece .model file")
+    train: list[Source] = Field(default_factory=list, description="blend to train on: paths, or {path, weight}")
+    valid: list[Source] = Field(default_factory=list, description="validation corpora, read from end to end")
+    test: list[Source] = Field(default_factory=list, description="test corpora, read from end to end")
+    sequence_length: PositiveInt = Field(1024, description="tokens of one training sequence")
+    workers: int = Field(1, ge=0, description="processes that read ahead; 0: the training process reads itself")
+
+    @field_validator("train", "valid", "test", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        """A single path and plain strings are shorthand for sources of weight 1."""
+        items = [value] if isinstance(value, (str, dict)) else value
+        if isinstance(items, list):
+            return [{"path": item} if isinstance(item, str) else item for item in items]
+        return items
+
+
+class OptimizerConfig(Section):
+    """AdamW. One learning rate for everything that is trained."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.98), description="Adam's decay rates")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(
+        0.01, ge=0, description="decoupled decay of matrices; never of biases, norms or the router"
+    )
+    clip: float = Field(1.0, ge=0, description="bound on the global gradient norm; 0: none")
+
+
+class ScheduleConfig(Section):
+    """How long, how much a step, and the learning rate on the way."""
+
+    steps: PositiveInt = Field(description="optimizer updates")
+    tokens_per_step: PositiveInt = Field(description="tokens of one update over all ranks and accumulation steps")
+    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
+    decay: Literal["linear", "cosine", "constant"] = Field("linear", description="what follows the warm-up")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end, relative to the peak")
+
+    @model_validator(mode="after")
+    def _warm(self) -> ScheduleConfig:
+        if self.warmup_steps >= self.steps and self.warmup_steps > 0:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
+        return self
+
+
+class PlateauConfig(Section):
+    """Switch when agreement, churn and load have all levelled off."""
+
+    window: PositiveInt = Field(50, description="updates over which a change is measured")
+    tolerance: float = Field(0.01, gt=0, description="largest change of any of the three that still counts as level")
+    earliest: float = Field(0.05, ge=0, lt=1, description="no switch before this fraction of the run")
+    latest: float = Field(0.5, gt=0, le=1, description="switch at this fraction of the run at the latest")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PlateauConfig:
+        if self.earliest > self.latest:
+            raise ValueError(f"earliest {self.earliest} comes after latest {self.latest}")
+        return self
+
+
+class StagesConfig(Section):
+    """When stage 1 ends. Exactly one of the first three; ``never`` keeps stage 1 to the end."""
+
+    at_step: int | None = Field(None, ge=1, description="first update of stage 2 (the paper's S)")
+    at_fraction: float | None = Field(None, gt=0, lt=1, description="the same, as a fraction of the run")
+    plateau: PlateauConfig | None = Field(None, description="switch when routing has levelled off")
+    never: bool = Field(False, description="stay in stage 1 (the paper's ablation)")
+    min_agreement: float = Field(0.5, ge=0, le=1, description="below this agreement of the two routers a switch warns")
+    max_load_excess: float = Field(
+        2.0,
+        ge=1,
+        description="a switch warns when the table's max/mean load exceeds what token frequencies force by this factor",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> StagesConfig:
+        named = [k for k in ("at_step", "at_fraction", "plateau") if getattr(self, k) is not None]
+        named += ["never"] if self.never else []
+        if len(named) > 1:
+            raise ValueError(f"give one of at_step, at_fraction, plateau, never; this has {' and '.join(named)}")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the run is laid over processes. The data-parallel degree follows: world size / tensor."""
+
+    tensor: PositiveInt = Field(1, description="tensor-parallel degree")
+    expert: PositiveInt = Field(1, description="expert-parallel degree; divides moe.experts and the world size")
+    zero_stage: Literal[0, 1, 2] = Field(1, description="ZeRO stage: what of the optimizer is sharded")
+    micro_batch: PositiveInt | None = Field(
+        None, description="sequences a rank handles at once; null: the whole share of the rank in one go"
+    )
+    recompute: bool = Field(False, description="recompute activations of each block in the backward pass")
+    timeout_minutes: float = Field(10.0, gt=0, description="how long a collective may wait before the run stops")
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _not_three(cls, value: Any) -> Any:
+        if value == 3:
+            raise ValueError("DeepSpeed refuses its native MoE under ZeRO stage 3; nearest that works: 2")
+        return value
+
+
+class PrecisionConfig(Section):
+    """Arithmetic of the model. Router, gate, auxiliary losses and optimizer are fp32 always."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="weights and activations")
+    loss_scale: float = Field(0, ge=0, description="fp16 only; 0: dynamic")
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and how much is kept."""
+
+    every: int = Field(0, ge=0, description="updates between checkpoints; 0: at the end and on SIGTERM only")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    resume: bool = Field(True, description="continue from the newest checkpoint in run_dir if there is one")
+
+
+class LoggingConfig(Section):
+    """What is told while the run goes on."""
+
+    every: PositiveInt = Field(10, description="updates between two log lines")
+    eval_every: int = Field(0, ge=0, description="updates between two validations; 0: at the switch and the end only")
+    eval_tokens: PositiveInt | None = Field(
+        None, description="validation tokens a time while training; null: all of them"
+    )
+    probe_every: int = Field(
+        0, ge=0, description="updates between two records of the routing of the probe set; 0: 50 a run"
+    )
+    probe_tokens: PositiveInt = Field(16_384, description="size of the fixed probe set")
+    tensorboard: bool = Field(True, description="write TensorBoard events to run_dir/tensorboard")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; needs the wandb extra")
+
+
+class RunConfig(Section):
+    """A whole run. ``load.load_run`` makes one from YAML and ``key=value`` overrides."""
+
+    name: str = Field("run", description="what this run is called")
+    run_dir: str | None = Field(None, description="where it leaves everything; null: runs/<name>")
+    seed: int = Field(1234, ge=0, description="initialisation, data order and random victims follow from it")
+    model: ModelConfig
+    moe: MoEConfig = Field(default_factory=lambda: MoEConfig(router="dense"))
+    data: DataConfig = Field(default_factory=DataConfig)
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    stages: StagesConfig = Field(default_factory=StagesConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged last into the derived DeepSpeed config")
+
+    @property
+    def directory(self) -> str:
+        """Run directory, relative to where the command is started unless absolute."""
+        return self.run_dir or f"runs/{self.name}"

@@ -1,0 +1,29 @@
+"""What one forward call of the model consumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank: B sequences of S tokens.
+
+    ids: int64 [B, S], input token ids (any valid id where ``real`` is False).
+    labels: int64 [B, S], the id that follows each input token.
+    real: bool [B, S], False at padding: such tokens are not routed, counted or learned from.
+    scored: bool [B, S], True where the prediction of ``labels`` counts in the loss.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    real: Tensor
+    scored: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device, copied without waiting where memory is pinned."""
+        fields = (self.ids, self.labels, self.real, self.scored)
+        return Batch(*(field.to(device, non_blocking=True) for field in fields))

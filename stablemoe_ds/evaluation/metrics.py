@@ -1,0 +1,82 @@
+"""The history of a run: one JSON object a line in ``metrics.jsonl``.
+
+Every line has ``step`` (updates made) and ``kind``:
+
+    train   loss, lr, grad_norm, tokens_per_second, stage, agreement (stage 1), load (max/mean by layer), drop_rate
+    valid   (and test, once at the end) perplexity, perplexity_distilled (stage 1), agreement (stage 1), stage, tokens, words
+    probe   churn
+    switch  agreement, load, least_load, table_sha256
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from stablemoe_ds.errors import UserError
+
+Kind = Literal["train", "valid", "test", "probe", "switch"]
+Line = dict[str, Any]
+
+
+class MetricsLog:
+    """Append to the history, read it, and cut it back when a run resumes from an earlier step."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, kind: Kind, step: int, **values: Any) -> None:
+        """Add one line. NaN and infinity, which JSON does not have, are written as null."""
+        line = json.dumps(plain({"step": step, "kind": kind, **values}), allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def read(self) -> list[Line]:
+        """All lines in order; none if there is no file. A last line that was cut off in writing is left out.
+
+        Raises UserError for any other line that is not one of ours.
+        """
+        lines: list[Line] = []
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return lines
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read metrics {self.path}: {error}") from error
+        complete = text.split("\n")[:-1]  # what follows the last newline is nothing, or half a line
+        for number, line in enumerate(complete, 1):
+            try:
+                value = json.loads(line)
+                lines.append({**value, "step": int(value["step"]), "kind": str(value["kind"])})
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path}, line {number}: expected a JSON object with step and kind, got {line[:60]!r}; "
+                    "remove the line to go on without it"
+                ) from error
+        return lines
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what came after ``step``, and half a line if there is one: a resumed run writes it anew."""
+        if not self.path.exists():
+            return
+        kept = [json.dumps(line, allow_nan=False) + "\n" for line in self.read() if line["step"] <= step]
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, self.path)
+
+
+def plain(value: Any) -> Any:
+    """The value in types JSON has: arrays and tensors become lists, their scalars numbers, NaN and infinity null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,145 @@
+"""What each expert of a layer has specialised in: which token ids it serves, and how much the id decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablemoe_ds.routing.table import RoutingTable, least_load
+
+Piece = Callable[[int], str]
+"""Token id to readable text."""
+
+
+@dataclass(frozen=True)
+class IdUse:
+    """How often each id goes to each expert of one MoE layer, as M entries that occur.
+
+    ids, experts, counts: int64 [M]; a pair of id and expert stands in one entry at most, a count is at least 1.
+    block: number of the block the layer is at. expert_count: experts N of the layer. top_k: experts of a token.
+    """
+
+    block: int
+    ids: NDArray[np.int64]
+    experts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    expert_count: int
+    top_k: int
+
+    @property
+    def served_N(self) -> NDArray[np.int64]:  # noqa: N802
+        """int64 [N]: tokens each expert serves."""
+        return _sums(self.experts, self.counts, self.expert_count)
+
+    @property
+    def load_N(self) -> NDArray[np.float64]:  # noqa: N802
+        """float64 [N]: the same as a multiple of the mean."""
+        return self.served_N * self.expert_count / max(int(self.counts.sum()), 1)
+
+    @property
+    def least_load(self) -> float:
+        """The smallest max/mean load that any table could have on these tokens."""
+        if not len(self.ids):
+            return 1.0
+        return least_load(_sums(self.ids, self.counts), self.expert_count, self.top_k)
+
+    @property
+    def load_entropy(self) -> float:
+        """Entropy of the load over its largest value: 1 if even, 0 if one expert serves all."""
+        return entropy_bits(self.served_N) / np.log2(self.expert_count) if self.expert_count > 1 else 1.0
+
+    @property
+    def id_decides(self) -> float:
+        """Mutual information of id and expert over the entropy of the expert: the share of routing the id explains.
+
+        1 for a top-1 table; 0 where experts ignore the id. Rare ids raise it in a small sample. 1 if there is
+        nothing to explain, since one expert serves all.
+        """
+        of_expert = entropy_bits(self.served_N)
+        if of_expert == 0:
+            return 1.0
+        joint, of_id = entropy_bits(self.counts), entropy_bits(_sums(self.ids, self.counts))
+        return (of_id + of_expert - joint) / of_expert
+
+
+def use_of_table(table: RoutingTable, layer: int, token_counts: NDArray[np.int64]) -> IdUse:
+    """Where a table sends a text in which id x occurs ``token_counts[x]`` times (int64 [V])."""
+    if token_counts.shape != (table.vocab_size,):
+        raise ValueError(f"expected counts of {table.vocab_size} ids, got shape {list(token_counts.shape)}")
+    ids = np.repeat(np.arange(table.vocab_size), table.top_k)
+    experts = table.expert_LVK[layer].reshape(-1).astype(np.int64)
+    counts = token_counts[ids].astype(np.int64)
+    seen = counts > 0
+    return IdUse(table.blocks[layer], ids[seen], experts[seen], counts[seen], table.experts, table.top_k)
+
+
+def use_of_pairs(
+    ids: NDArray[np.integer], experts: NDArray[np.integer], expert_count: int, block: int, top_k: int = 1
+) -> IdUse:
+    """From recorded pairs, for routers that have no table: token p, of id ``ids[p]``, went to ``experts[p]``.
+
+    ids, experts: int [P]; a token with several recorded experts stands there once for each, ``top_k`` times in all.
+    """
+    keys, counts = np.unique(ids.astype(np.int64) * expert_count + experts, return_counts=True)
+    return IdUse(block, keys // expert_count, keys % expert_count, counts.astype(np.int64), expert_count, top_k)
+
+
+@dataclass(frozen=True)
+class PieceUse:
+    """One id an expert serves: how often, and that as a share of all the times the id is served."""
+
+    id: int
+    piece: str
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class ExpertProfile:
+    """What one expert does.
+
+    load: multiple of the mean. ids: distinct ids it serves. entropy_bits: of the ids it sees; 0 if always the same.
+    pieces: the commonest first.
+    """
+
+    expert: int
+    load: float
+    ids: int
+    entropy_bits: float
+    pieces: list[PieceUse]
+
+
+def describe_experts(use: IdUse, piece: Piece, top: int = 12) -> list[ExpertProfile]:
+    """A profile of each expert, with its ``top`` commonest pieces; of equally common ones the lowest id first."""
+    of_id = _sums(use.ids, use.counts)
+    load_N = use.load_N
+    profiles = []
+    for expert in range(use.expert_count):
+        mine = use.experts == expert
+        ids, counts = use.ids[mine], use.counts[mine]
+        order = np.lexsort((ids, -counts))[:top]
+        pieces = [
+            PieceUse(int(i), piece(int(i)), int(n), float(n / of_id[i]))
+            for i, n in zip(ids[order], counts[order], strict=True)
+        ]
+        profiles.append(ExpertProfile(expert, float(load_N[expert]), len(ids), entropy_bits(counts), pieces))
+    return profiles
+
+
+def entropy_bits(counts: NDArray[np.int64]) -> float:
+    """Entropy of the distribution the counts make; 0 if there are none."""
+    positive = counts[counts > 0].astype(np.float64)
+    if len(positive) < 2:
+        return 0.0
+    share = positive / positive.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
+def _sums(index: NDArray[np.int64], counts: NDArray[np.int64], size: int = 0) -> NDArray[np.int64]:
+    """int64 [max(size, largest index + 1)]: counts added up by index."""
+    total = np.zeros(max(size, int(index.max()) + 1 if len(index) else 0), dtype=np.int64)
+    np.add.at(total, index, counts)
+    return total

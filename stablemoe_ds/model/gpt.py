@@ -1,0 +1,212 @@
+"""The language model: megatron-core's ``GPTModel``, assembled through ``ModuleSpec`` from a :class:`RunConfig`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from stablemoe_ds.config.schema import ModelConfig, RunConfig
+from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.model.blocks import DenseBlock, MoEBlock
+from stablemoe_ds.model.initialize import initialize_parameters
+from stablemoe_ds.model.parts import CachedSelfAttention, DeviceRotaryEmbedding, Norm, SdpaAttention
+from stablemoe_ds.moe.experts import ExpertShape
+from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
+from stablemoe_ds.routing.distilled import DistilledRouter
+from stablemoe_ds.routing.routes import LayerReport, RoutingPass, TokenView
+from stablemoe_ds.routing.stablemoe import StableMoERouter
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """Sums over this rank's micro-batch; the caller divides by global counts.
+
+    loss_sum: scalar, cross entropy summed over scored tokens. loss_BS: fp32 [B, S], of every position.
+    layers: what each MoE layer did.
+    """
+
+    loss_sum: Tensor
+    loss_BS: Tensor  # noqa: N815
+    layers: list[LayerReport]
+
+    def auxiliary_sum(self, name: str) -> Tensor | None:
+        """The named auxiliary loss summed over MoE layers, unweighted; None if no layer has it."""
+        sums = [layer.loss_sums[name] for layer in self.layers if name in layer.loss_sums]
+        return torch.stack(sums).sum() if sums else None
+
+
+class StableMoEGPT(GPTModel):
+    """``GPTModel`` that takes routes with the batch and reports what its MoE layers did."""
+
+    def __init__(self, run: RunConfig, vocab_size: int, placement: LayerPlacement) -> None:
+        """Build on the CPU in fp32, initialised from ``run.seed`` alone: equal under every parallel layout.
+
+        Needs megatron-core's process groups (``training.groups``).
+        """
+        m = run.model
+        specs = block_specs(run, vocab_size, placement)
+        config = transformer_config(run, len(specs))
+        super().__init__(
+            config,
+            TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm),
+            vocab_size,
+            run.data.sequence_length,
+            share_embeddings_and_output_weights=m.tie_embeddings,
+            position_embedding_type="rope" if m.positions == "rope" else "learned_absolute",
+            rotary_base=m.rope_base,
+        )
+        self.run_config = run
+        if m.positions == "rope":
+            self.rotary_pos_emb = DeviceRotaryEmbedding(
+                config.kv_channels, 1.0, rotary_base=m.rope_base, use_cpu_initialization=True
+            )
+        if m.embedding == "scaled":
+            scale = math.sqrt(m.hidden_size)
+            self.embedding.word_embeddings.register_forward_hook(lambda _module, _args, out: out * scale)
+        initialize_parameters(self, run)
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """MoE layers in the order of the stack."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
+    @property
+    def distilled_routers(self) -> list[DistilledRouter]:
+        """The distilled router of each MoE layer."""
+        return [layer.router.distilled for layer in self.moe_layers]
+
+    def forward(self, batch: Batch, fixed_LTK: Tensor | None = None, draw: int = 0) -> ForwardOutput:
+        """Loss of one micro-batch.
+
+        fixed_LTK: int64 [L, T, K], routes made beforehand from ``batch.ids``; None: the learned routers decide.
+        draw: seed of random decisions in this call, equal on all ranks.
+        """
+        real_T = batch.real.transpose(0, 1).flatten()
+        routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, draw)
+        loss_BS = self._run(batch.ids, routing, labels=batch.labels).float()
+        return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
+
+    def logits(self, ids_BS: Tensor, fixed_LTK: Tensor, cache: Any = None) -> Tensor:
+        """fp32 [B, S, V]: scores of the next id at each position, or [B, 1, V] of the last one with a cache.
+
+        cache: megatron-core ``StaticInferenceContext``; ``ids_BS`` then continue at its offset.
+        """
+        real_T = torch.ones(ids_BS.numel(), dtype=torch.bool, device=ids_BS.device)
+        routing = RoutingPass(TokenView(ids_BS, real_T), fixed_LTK)
+        return self._run(ids_BS, routing, cache=cache).float()
+
+    def _run(self, ids_BS: Tensor, routing: RoutingPass, labels: Tensor | None = None, cache: Any = None) -> Tensor:
+        if self.position_embedding_type == "rope":
+            self.rotary_pos_emb.device = ids_BS.device
+        first = cache.sequence_len_offset if cache is not None else 0
+        positions_BS = torch.arange(first, first + ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+        return super().forward(
+            ids_BS,
+            positions_BS,
+            None,
+            labels=labels,
+            inference_context=cache,
+            extra_block_kwargs={"context": routing},
+            runtime_gather_output=labels is None,
+        )
+
+
+def transformer_config(run: RunConfig, layers: int) -> TransformerConfig:
+    """megatron-core's configuration of the backbone; every library default that needs CUDA is off."""
+    m = run.model
+    return TransformerConfig(
+        num_layers=layers,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.heads,
+        num_query_groups=m.kv_heads or m.heads,
+        normalization="LayerNorm" if m.norm == "layernorm" else "RMSNorm",
+        layernorm_epsilon=m.norm_epsilon,
+        activation_func={"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}[m.activation],
+        gated_linear_unit=m.activation == "swiglu",
+        add_bias_linear=m.bias,
+        hidden_dropout=m.dropout,
+        attention_dropout=m.dropout,
+        tensor_model_parallel_size=run.parallel.tensor,
+        use_cpu_initialization=True,
+        # Values come from ``initialize_parameters``; without a method megatron-core would not mark tensor-parallel
+        # parameters as such, and gradient norms would be wrong.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+    )
+
+
+def _leave(tensor: Tensor) -> Tensor:
+    """An initialisation method that does nothing."""
+    return tensor
+
+
+def block_specs(run: RunConfig, vocab_size: int, placement: LayerPlacement) -> list[ModuleSpec]:
+    """Layer specs of the whole stack: each transformer block, and the MoE layer after or inside it."""
+    moe, recompute = run.moe, run.parallel.recompute
+    dense = get_gpt_layer_local_spec(normalization="RMSNorm" if run.model.norm == "rmsnorm" else None)
+    dense.module, dense.params = DenseBlock, {**dense.params, "recompute": recompute}
+    parts = dense.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    parts.self_attention.module = CachedSelfAttention
+    parts.self_attention.submodules.core_attention = SdpaAttention
+    attention_only = copy.deepcopy(dense)
+    attention_only.submodules.pre_mlp_layernorm = attention_only.submodules.mlp = IdentityOp
+    attention_only.submodules.mlp_bda = IdentityFuncOp
+
+    specs: list[ModuleSpec] = []
+    for block in range(1, run.model.layers + 1):
+        has_moe = block in moe.layers
+        specs.append(attention_only if has_moe and moe.placement == "replace" else dense)
+        if has_moe:
+            index = moe.layers.index(block)
+
+            def build(block: int = block, index: int = index) -> MoELayer:
+                return build_moe_layer(run, vocab_size, placement, block, index)
+
+            specs.append(ModuleSpec(module=MoEBlock, params={"build": build, "recompute": recompute}))
+    return specs
+
+
+def build_moe_layer(run: RunConfig, vocab_size: int, placement: LayerPlacement, block: int, index: int) -> MoELayer:
+    """The MoE layer number ``index`` (from 0), at block ``block`` (from 1), uninitialised."""
+    m, moe = run.model, run.moe
+    width = moe.ffn_hidden_size or m.ffn_hidden_size
+    distilled = DistilledRouter(
+        moe.distilled.kind,
+        vocab_size,
+        moe.experts,
+        dim=moe.distilled.dim,
+        layers=moe.distilled.layers,
+        width=m.hidden_size,
+        heads=m.heads,
+        positions=run.data.sequence_length,
+    )
+    router = StableMoERouter(m.hidden_size, moe.experts, moe.top_k, distilled, moe.router_input == "normalized")
+    return MoELayer(
+        router,
+        expert_shape(m, width, moe.sublayers),
+        placement,
+        block=block,
+        index=index,
+        shared=expert_shape(m, width * moe.shared_experts, moe.sublayers) if moe.shared_experts else None,
+        capacity_factor=moe.capacity_factor,
+    )
+
+
+def expert_shape(m: ModelConfig, ffn_hidden_size: int, sublayers: int) -> ExpertShape:
+    """An expert in the style of the backbone's own feed-forward layers."""
+    return ExpertShape(m.hidden_size, ffn_hidden_size, sublayers, m.activation, m.norm, m.norm_epsilon, m.bias)

@@ -1,0 +1,111 @@
+"""The MoE layer: route, send, serve, return, add up. Its residual connection is part of it (paper eq. 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from stablemoe_ds.moe.capacity import kept_rows
+from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
+from stablemoe_ds.moe.experts import Experts, ExpertShape
+from stablemoe_ds.moe.plan import plan_dispatch
+from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
+from stablemoe_ds.routing.routes import LayerReport, RoutingPass, SumOverRanks
+from stablemoe_ds.routing.stablemoe import StableMoERouter
+
+
+@dataclass(frozen=True)
+class LayerPlacement:
+    """Where a layer stands in the run: degrees, this rank's place in them, and how to sum over data ranks.
+
+    tensor_group is None without tensor parallelism.
+    """
+
+    expert_parallel: int
+    expert_rank: int
+    tensor_group: dist.ProcessGroup | None
+    sum_over_data_ranks: SumOverRanks
+
+
+class MoELayer(MoE):
+    """Routed experts on the residual stream: h + sum_k gate_k * (stack_k(h) - h) [+ shared experts].
+
+    It subclasses DeepSpeed's ``MoE`` so that the engine finds it, makes the expert groups known to ZeRO and
+    reduces expert gradients among the copies of an expert only; router, dispatch and experts are its own.
+    """
+
+    def __init__(
+        self,
+        router: StableMoERouter,
+        shape: ExpertShape,
+        placement: LayerPlacement,
+        *,
+        block: int,
+        index: int,
+        shared: ExpertShape | None = None,
+        capacity_factor: float | None = None,
+    ) -> None:
+        """``block``: number of the block it belongs to, from 1. ``index``: which MoE layer it is, from 0."""
+        nn.Module.__init__(self)  # not MoE.__init__, which builds DeepSpeed's own gate and experts
+        ranks = placement.expert_parallel
+        if router.experts % ranks:
+            raise ValueError(f"{router.experts} experts cannot be divided over {ranks} expert-parallel ranks")
+        self.num_experts, self.ep_size, self.num_local_experts = router.experts, ranks, router.experts // ranks
+        self.expert_group_name = f"ep_size_{ranks}"
+        self.enable_expert_tensor_parallelism = False
+        self.first_expert = placement.expert_rank * self.num_local_experts
+        self.block, self.index, self.capacity_factor = block, index, capacity_factor
+        self.placement = placement
+        self.router = router
+        self.experts = Experts(shape, self.num_local_experts)
+        self.shared = Experts(shared, 1) if shared else None
+        self.expert_group: dist.ProcessGroup | None = None
+        for parameter in self.experts.parameters():
+            parameter.allreduce = False  # DeepSpeed's mark of an expert parameter
+            parameter.group_name = self.expert_group_name
+            # Each tensor-parallel rank holds different experts or different tokens: count it in the norm.
+            parameter.model_parallel = placement.tensor_group is not None
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Take the expert-parallel group from DeepSpeed; called by ``deepspeed.initialize``."""
+        if self.ep_size > 1:
+            self.expert_group = groups._get_expert_parallel_group(self.expert_group_name)
+
+    def forward(self, hidden_SBD: Tensor, routing: RoutingPass) -> tuple[Tensor, LayerReport]:
+        """hidden [S, B, D], residual stream -> the stream with what the experts add, and what was done."""
+        hidden_TD = hidden_SBD.flatten(0, 1)
+        fixed_TK = None if routing.fixed_LTK is None else routing.fixed_LTK[self.index]
+        routes = self.router(hidden_TD, routing.tokens, fixed_TK, self.placement.sum_over_data_ranks)
+        added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, routing.draw)
+        if self.shared is not None:
+            added_TD = added_TD + self.shared(hidden_TD, [hidden_TD.shape[0]])
+        report = LayerReport(self.block, routes.expert_TK, routes.counts_N, dropped, routes.loss_sums, routes.agree)
+        return (hidden_TD + added_TD).view_as(hidden_SBD), report
+
+    def _serve(self, hidden_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+        """Sum over choices of gate times what the expert adds, [T, D]; and how many rows capacity cut here."""
+        tokens, top_k = expert_TK.shape
+        tensor_group = self.placement.tensor_group
+        share_TD = split_tokens(hidden_TD, tensor_group)
+        share_expert_TK = split_tokens(expert_TK, tensor_group)
+        share_gate_TK = split_tokens(gate_TK, tensor_group)
+
+        plan = plan_dispatch(share_expert_TK, self.num_experts, self.expert_group)
+        rows_RD = send_tokens(share_TD, plan, top_k, self.expert_group)
+        if self.capacity_factor is not None and self.training:
+            capacity = int(self.capacity_factor * plan.group_total / self.num_experts)
+            kept, splits = kept_rows(plan.expert_splits, capacity, self.first_expert, draw * 1009 + self.index)
+            kept = kept.to(rows_RD.device)
+            served = self.experts(rows_RD.index_select(0, kept), splits)
+            added_RD = torch.zeros_like(rows_RD).index_copy(0, kept, served)
+            dropped = rows_RD.new_tensor(rows_RD.shape[0] - sum(splits), dtype=torch.int64)
+        else:
+            added_RD = self.experts(rows_RD, plan.expert_splits)
+            dropped = rows_RD.new_zeros((), dtype=torch.int64)
+        added_AD = return_tokens(added_RD, plan, self.expert_group)
+        return join_tokens(combine(added_AD, share_gate_TK, plan), tokens, tensor_group), dropped

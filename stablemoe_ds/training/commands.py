@@ -1,0 +1,78 @@
+"""What the command line does with a checkpoint that needs the model: evaluate it, let it write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from stablemoe_ds.config.schema import Source
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.evaluation.generate import generate
+from stablemoe_ds.evaluation.perplexity import Evaluation, evaluate, word_perplexity
+from stablemoe_ds.training.checkpoint import Checkpoint
+from stablemoe_ds.training.groups import start_world, stop_world
+from stablemoe_ds.training.session import Session, check_tokenizer, open_tokenizer
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Session]:
+    """A session on a checkpoint, alone or under a launcher."""
+    checkpoint = Checkpoint.open(path)
+    check_tokenizer(checkpoint, open_tokenizer(checkpoint))  # before anything slow begins
+    yield Session(checkpoint, start_world(checkpoint.run.parallel.timeout_minutes))
+    stop_world()
+
+
+def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], str]:
+    """Perplexity of a checkpoint on a prepared corpus, or on its run's validation text: (facts, text).
+
+    In stage 1 with the learned router and with the distilled one; in stage 2 along the frozen routes.
+    """
+    with opened(path) as session:
+        sources = [Source(path=corpus)] if corpus else session.run.data.valid
+        data = session.data.eval_set(sources, None)
+        if data is None:
+            raise UserError("the run names no validation text: name a prepared corpus with --data")
+
+        def measure(routing: Any) -> Evaluation:
+            device = session.groups.world.device
+            return evaluate(session.model, data.loader, routing, session.groups.sum_over_data_ranks, device)
+
+        fixed = measure(session.routing if session.model.moe_layers else None)
+        progress = session.checkpoint.progress
+        learned = measure(None) if progress.stage == 1 and session.model.moe_layers else None
+    shown = learned or fixed
+    facts: dict[str, Any] = {
+        "checkpoint": str(session.checkpoint.path),
+        "step": progress.step,
+        "stage": progress.stage,
+        "corpus": [source.path for source in sources],
+        "tokens": shown.tokens,
+        "loss": shown.loss,
+        "perplexity": shown.perplexity,
+        "perplexity_distilled": fixed.perplexity if learned else None,
+        "word_perplexity": word_perplexity(shown, data.words) if data.words else None,
+        "agreement": shown.agreement,
+        "load": shown.load,
+    }
+    lines = [
+        f"{facts['checkpoint']} (step {progress.step}, stage {progress.stage}) on {', '.join(facts['corpus'])}",
+        f"perplexity      {shown.perplexity:.4f} a token, over {shown.tokens:,} tokens",
+    ]
+    if facts["word_perplexity"] is not None:
+        lines.append(f"                {facts['word_perplexity']:.4f} a word, over {data.words:,} words")
+    if learned:
+        lines.append(f"distilled       {fixed.perplexity:.4f} a token; the routers agree on {shown.agreement or 0:.1%}")
+    if shown.load:
+        lines.append("max/mean load   " + ", ".join(f"{load:.2f}" for load in shown.load))
+    return facts, "\n".join(lines)
+
+
+def continue_prompts(path: str, prompts: Sequence[str], **options: Any) -> list[str]:
+    """Continuations of prompts, as text; ``options`` go to ``generate``."""
+    with opened(path) as session:
+        tokenizer = session.tokenizer
+        ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+        new = generate(session.model, ids, session.routing, eos_id=tokenizer.eos_id, **options)
+    return [tokenizer.decode(part) for part in new]

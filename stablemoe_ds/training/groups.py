@@ -1,0 +1,172 @@
+"""Process groups: from a launcher's environment to megatron-core's and DeepSpeed's groups, made once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.moe.layer import LayerPlacement
+
+_LAUNCHERS = (  # (rank, world size, local rank) as torchrun and deepspeed, SLURM, Open MPI and MPICH name them
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_launcher_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from whichever launcher started this process; (0, 1, 0) without one."""
+    for rank, size, local in _LAUNCHERS:
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, 0))
+    return 0, 1, 0
+
+
+def start_world(timeout_minutes: float = 10.0) -> World:
+    """Join the run: torch.distributed over nccl or gloo, device chosen by local rank. Call once per process."""
+    rank, size, local_rank = read_launcher_environment()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = "29500" if size > 1 else str(_free_port())
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # The shared-memory op only serves inference all-reduce; building it needs a compiler and a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    return World(rank, size, local_rank, device)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def stop_world() -> None:
+    """Leave the run in order; without it gloo now and then aborts the interpreter at exit."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Groups:
+    """megatron-core's groups, shared with DeepSpeed so that both libraries speak of the same ones."""
+
+    def __init__(self, world: World, tensor: int, expert: int) -> None:
+        from megatron.core import parallel_state as ps
+
+        for name, degree in (("tensor", tensor), ("expert", expert)):
+            if world.size % degree:
+                raise UserError(f"parallel.{name}: {degree} does not divide the {world.size} processes of this run")
+        self.world, self.tensor, self.expert = world, tensor, expert
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
+        self.data_group = ps.get_data_parallel_group()
+        self.data_rank, self.data_size = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
+        self.tensor_rank = ps.get_tensor_model_parallel_rank()
+        self.tensor_group = ps.get_tensor_model_parallel_group()
+        self.expert_rank = ps.get_expert_model_parallel_rank()
+        self.expert_data_rank = ps.get_expert_data_parallel_rank()
+        self._share_with_deepspeed()
+
+    def _share_with_deepspeed(self) -> None:
+        """Register the expert groups under the name DeepSpeed looks them up by."""
+        from deepspeed.utils import groups
+        from megatron.core import parallel_state as ps
+
+        name = f"ep_size_{self.expert}"
+        expert, copies = ps.get_expert_model_parallel_group(), ps.get_expert_data_parallel_group()
+        groups._EXPERT_PARALLEL_GROUP[name] = expert
+        groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert)
+        groups._EXPERT_DATA_PARALLEL_GROUP[name] = copies
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(copies)
+        groups.expert_tensor_parallel_world_size = 1
+
+    def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
+        """A new tensor, summed over the data-parallel ranks."""
+        total = tensor.clone()
+        if self.data_size > 1:
+            dist.all_reduce(total, group=self.data_group)
+        return total
+
+    def sum_over_world(self, tensor: Tensor) -> Tensor:
+        """A new tensor, summed over every process of the run."""
+        total = tensor.clone()
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    @property
+    def placement(self) -> LayerPlacement:
+        """What an MoE layer has to know of all this."""
+        tensor_group = self.tensor_group if self.tensor > 1 else None
+        return LayerPlacement(self.expert, self.expert_rank, tensor_group, self.sum_over_data_ranks)
+
+
+class DeepSpeedMpu:
+    """megatron-core's parallel state under the names DeepSpeed asks for (0.19.8)."""
+
+    def get_model_parallel_world_size(self) -> int:
+        from megatron.core import parallel_state as ps
+
+        return dist.get_world_size(ps.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        from megatron.core import parallel_state as ps
+
+        return dist.get_rank(ps.get_model_parallel_group())
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        from megatron.core import parallel_state as ps
+
+        return dist.get_process_group_ranks(ps.get_data_parallel_group())
+
+    def __getattr__(self, name: str) -> Any:
+        from megatron.core import parallel_state as ps
+
+        # DeepSpeed takes the presence of this one as a sign that there is no tensor parallelism.
+        if name.startswith("__") or name == "initialize_sequence_parallel":
+            raise AttributeError(name)
+        return getattr(ps, name)

@@ -1,0 +1,73 @@
+"""AdamW over named parameter groups that ZeRO, expert parallelism and the freeze of the distilled router need."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stablemoe_ds.config.schema import OptimizerConfig, ScheduleConfig
+from stablemoe_ds.routing.distilled import Fp32Module
+
+DISTILLED = "distilled"
+"""Name of the group that stops learning at the switch."""
+
+
+def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
+    """Learning rate of update ``step`` (from 0): linear warm-up, then the chosen decay to ``min_lr_ratio``."""
+    if step < schedule.warmup_steps:
+        return optimizer.lr * (step + 1) / schedule.warmup_steps
+    done = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule.decay]
+    if schedule.decay == "constant":
+        return optimizer.lr
+    return optimizer.lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * factor)
+
+
+def _kind(name: str, parameter: nn.Parameter, fp32: set[int]) -> str:
+    """Group of a parameter. Vectors are not decayed; a stacked expert bias is a vector an expert."""
+    if ".distilled." in name:
+        return DISTILLED
+    if id(parameter) in fp32:
+        return "router"
+    dims = parameter.ndim - (1 if not getattr(parameter, "allreduce", True) else 0)
+    return "decay" if dims > 1 else "plain"
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups by what is done to them: decay, plain, router, distilled; experts apart, marked for DeepSpeed.
+
+    Only ``decay`` (matrices) is decayed. Router parameters keep their own groups since they stay fp32.
+    """
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    fp32 = {id(p) for module in model.modules() if isinstance(module, Fp32Module) for p in module.parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "plain": [], "router": [], DISTILLED: []}
+    for name, parameter in model.named_parameters():
+        groups[_kind(name, parameter, fp32)].append(parameter)
+    named = [
+        {"name": name, "params": params, "weight_decay": weight_decay if name == "decay" else 0.0}
+        for name, params in groups.items()
+        if params
+    ]
+    return split_params_into_different_moe_groups_for_optimizer(named)
+
+
+def make_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW, on CPU and CUDA; it needs no compiled extension of DeepSpeed's."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def restore_fp32(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Put the fp32 values of router parameters back after DeepSpeed has cast every parameter of the model."""
+    for name, parameter in model.named_parameters():
+        if name in saved:
+            parameter.data = saved[name].to(parameter.device)
+
+
+def fp32_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that must stay fp32, by name."""
+    inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, Fp32Module))
+    return {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith(inside)}

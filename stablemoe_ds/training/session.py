@@ -1,0 +1,121 @@
+"""A trained model, opened from its checkpoint to be looked at: evaluation, generation, reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.corpus import read_sources
+from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.evaluation.metrics import MetricsLog
+from stablemoe_ds.evaluation.plots import draw
+from stablemoe_ds.evaluation.records import RecordFolder
+from stablemoe_ds.evaluation.report import routing_report
+from stablemoe_ds.evaluation.specialisation import IdUse, use_of_pairs, use_of_table
+from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.routing.fixed import FixedRouting, TableRouting, freeze
+from stablemoe_ds.training.checkpoint import Checkpoint, load_weights
+from stablemoe_ds.training.data import RunData, token_counts
+from stablemoe_ds.training.groups import Groups, World
+
+PROBE_IDS = "probe_ids.npy"
+
+
+class Session:
+    """Model, tokenizer and routing of a checkpoint, in this process's world."""
+
+    def __init__(self, checkpoint: Checkpoint, world: World, tokenizer: Tokenizer | None = None) -> None:
+        """``tokenizer``: instead of the one the run names. Raises UserError if it is not the one trained with."""
+        self.checkpoint = checkpoint
+        self.run = for_world(checkpoint.run, world.size)
+        self.tokenizer = tokenizer or open_tokenizer(checkpoint)
+        check_tokenizer(checkpoint, self.tokenizer)
+        self.groups = Groups(world, self.run.parallel.tensor, self.run.parallel.expert)
+        self.model = StableMoEGPT(self.run, checkpoint.vocab_size, self.groups.placement)
+        load_weights(self.model, self.groups, checkpoint)
+        self.model.to(world.device).eval()
+        for layer in self.model.moe_layers:
+            layer.set_deepspeed_parallelism()
+        self.data = RunData(self.run, batch_plan(self.run, world.size), self.groups, self.tokenizer)
+
+    @property
+    def routing(self) -> FixedRouting:
+        """Routes by ids: the frozen table in stage 2, what a switch would freeze now in stage 1."""
+        table = self.checkpoint.table()
+        if table is not None:
+            return TableRouting(table, self.groups.world.device)
+        return freeze(
+            self.model.distilled_routers, self.run.moe.top_k, tuple(self.run.moe.layers), self.checkpoint.tokenizer
+        )
+
+
+def for_world(run: RunConfig, world_size: int) -> RunConfig:
+    """The run laid out for looking: as trained if the processes allow it, else one process's worth of parallelism."""
+    parallel = run.parallel
+    if world_size % parallel.tensor or world_size % parallel.expert:
+        parallel = parallel.model_copy(update={"tensor": 1, "expert": 1})
+    sequences = run.schedule.tokens_per_step // run.data.sequence_length
+    micro = min(parallel.micro_batch or sequences, 8)
+    data_ranks = world_size // parallel.tensor
+    schedule = run.schedule.model_copy(update={"tokens_per_step": micro * data_ranks * run.data.sequence_length})
+    parallel = parallel.model_copy(update={"micro_batch": micro})
+    return run.model_copy(update={"parallel": parallel, "schedule": schedule})
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer the run names. Raises UserError if it names none."""
+    if not checkpoint.run.data.tokenizer:
+        raise UserError(f"the run of checkpoint {checkpoint.path} names no tokenizer: text cannot be read or written")
+    return Tokenizer(checkpoint.run.data.tokenizer)
+
+
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> None:
+    """Raise UserError unless the checkpoint was trained with this tokenizer."""
+    found = tokenizer.fingerprint if tokenizer else ""
+    if checkpoint.tokenizer != found:
+        raise UserError(
+            f"checkpoint {checkpoint.path} was trained with tokenizer {checkpoint.tokenizer[:12] or 'none'}, but "
+            f"{tokenizer.path if tokenizer else 'the run'} is {found[:12] or 'none'}: name the one it was trained with"
+        )
+
+
+def run_report(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The routing report of the run a checkpoint belongs to; builds no model."""
+    run, folder = checkpoint.run, checkpoint.path.parent.parent
+    tokenizer = open_tokenizer(checkpoint)
+    check_tokenizer(checkpoint, tokenizer)
+    records = RecordFolder(folder / "probe").load_all()
+    table = checkpoint.table()
+    uses: list[IdUse] = []
+    if table is not None:
+        counts = token_counts(run.data.train, read_sources(run.data.train, tokenizer))
+        uses = [use_of_table(table, layer, counts) for layer in range(len(table.blocks))]
+    elif records is not None and (folder / PROBE_IDS).exists():
+        ids = np.load(folder / PROBE_IDS)
+        final_LP = records.expert_RLP[-1]
+        uses = [
+            use_of_pairs(ids, experts, run.moe.experts, block)
+            for block, experts in zip(run.moe.layers, final_LP, strict=True)
+        ]
+    return routing_report(
+        name=run.name,
+        steps=run.schedule.steps,
+        metrics=MetricsLog(folder / "metrics.jsonl").read(),
+        records=records,
+        uses=uses,
+        piece=tokenizer.piece,
+    )
+
+
+def write_report(report: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write ``report.json`` and ``report.png``; returns their paths."""
+    text, picture = folder / "report.json", folder / "report.png"
+    text.write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, picture)
+    return text, picture

@@ -1,0 +1,158 @@
+"""Counts, FLOPs and memory against the paper's numbers and against counting by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.costs import flops_per_token, parameters
+from stablemoe_ds.config.load import load_run
+from stablemoe_ds.config.memory import activation_bytes, memory_per_rank
+from stablemoe_ds.config.report import render, report
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.errors import UserError
+
+Make = Callable[..., RunConfig]
+SHIPPED = Path(__file__).parents[2] / "ds_configs"
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "expert", "gigamacs_per_sequence"),
+    [("paper-base", 124.444e6, 453_500_928, 160), ("paper-large", 354.829e6, 3_223_977_984, 465)],
+)
+def test_paper_models_have_the_papers_counts(name: str, shared: float, expert: int, gigamacs_per_sequence: int) -> None:
+    run = load_run(SHIPPED / f"{name}.yaml")
+    counts = parameters(run)
+    assert counts.expert == expert
+    assert counts.shared == pytest.approx(shared, rel=1e-4)
+    assert counts.active == counts.shared + expert // run.moe.experts
+    assert round(flops_per_token(run) / 6 * 1024 / 1e9) == gigamacs_per_sequence
+
+
+@pytest.mark.parametrize(("name", "gigamacs_per_sequence"), [("paper-base", 146), ("paper-large", 414)])
+def test_paper_backbones_have_the_papers_macs(name: str, gigamacs_per_sequence: int) -> None:
+    run = load_run(SHIPPED / f"{name}.yaml", ["moe={router: dense}", "stages={}"])
+    assert flops_per_token(run) / 6 * 1024 / 1e9 == pytest.approx(gigamacs_per_sequence, rel=2e-3)
+    assert parameters(run).expert == 0
+
+
+def test_dense_wikitext_run_has_equal_flops_and_active_parameters() -> None:
+    sparse, dense = (load_run(SHIPPED / f"{name}.yaml") for name in ("wikitext-2", "wikitext-2-dense"))
+    assert flops_per_token(sparse) == flops_per_token(dense)
+    assert parameters(sparse).active == parameters(dense).active
+    same = {"name", "moe", "stages"}
+    assert sparse.model_dump(exclude=same) == dense.model_dump(exclude=same)
+
+
+def test_modern_shape_by_hand(make: Make) -> None:
+    counts = parameters(make("model.tie_embeddings=false"))
+    attention = 32 * 32 + 2 * 32 * 16 + 32 * 32
+    assert counts.embedding == counts.output == 100 * 32
+    assert counts.positions == 0
+    assert counts.attention == 4 * attention
+    assert counts.ffn == 4 * 3 * 32 * 64
+    assert counts.norms == 9 * 32
+    assert counts.expert == 8 * (3 * 32 * 64 + 32)
+    assert counts.router == 8 * 32
+    assert counts.distilled == 108 * 50
+    assert counts.shared == 6400 + 4 * attention + 24576 + 288
+    assert counts.total == counts.shared + counts.expert + counts.router + counts.distilled
+
+
+def test_paper_shape_by_hand(make: Make) -> None:
+    paper = ("model.positions=learned", "model.norm=layernorm", "model.activation=relu", "model.bias=true")
+    counts = parameters(make(*paper, "model.kv_heads=null", "moe.sublayers=3", "moe.layers=[1,3]", "moe.top_k=2"))
+    ffn = 2 * 32 * 64 + 64 + 32
+    assert counts.positions == 16 * 32
+    assert counts.attention == 4 * (4 * 32 * 32 + 4 * 32)
+    assert counts.ffn == 4 * ffn
+    assert counts.norms == 9 * 64
+    assert counts.expert == 2 * 8 * 3 * (ffn + 64)
+    assert counts.active == counts.shared + 2 * 2 * 3 * (ffn + 64)
+
+
+def test_replaced_feed_forward_layers_and_shared_experts(make: Make) -> None:
+    moe = "{layers: [2, 4], placement: replace, shared_experts: 2, ffn_hidden_size: 16, top_k: 3}"
+    run = make(f"moe={moe}")
+    counts = parameters(run)
+    assert counts.ffn == 2 * 3 * 32 * 64
+    assert counts.norms == (4 + 2 + 1) * 32
+    assert counts.shared_experts == 2 * (3 * 32 * 32 + 32)
+    assert counts.served == 2 * 3 * (3 * 32 * 16 + 32)
+    attention = 32 * 32 * 2 + 2 * 32 * 16
+    weights = 4 * attention + counts.ffn + 2 * (3 + 2) * 3 * 32 * 16 + 100 * 32
+    assert flops_per_token(run) == 6 * weights + 12 * 4 * 32 * 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("word", 108 * 50),
+        ("bigram", 108 * 50),
+        ("cnn", 108 * 50 + 5),
+        # embedding, positions, centroids, last norm; and two blocks: 4 d^2 + 8 d^2, biases 9 d, norms 4 d
+        ("transformer", (100 + 16 + 8 + 2) * 32 + 2 * (12 * 32 * 32 + 13 * 32)),
+    ],
+)
+def test_distilled_routers_are_counted_apart(make: Make, kind: str, expected: int) -> None:
+    counts = parameters(make(f"moe.distilled={{kind: {kind}, layers: 2}}"))
+    assert counts.distilled == expected
+    assert counts.shared == parameters(make()).shared
+
+
+def test_unknown_vocabulary_is_a_user_error(make: Make) -> None:
+    with pytest.raises(UserError, match=r"model.vocab_size: got null"):
+        parameters(make("model.vocab_size=null", "data.tokenizer=t.model"))
+
+
+def test_zero_shards_what_it_should(make: Make) -> None:
+    run = make("parallel.expert=2")
+    counts, plan = parameters(run), batch_plan(run, 4)
+    memory = memory_per_rank(run, plan, 4)
+    dense, experts = counts.total - counts.expert, counts.expert // 2
+    assert memory[0].weights == memory[1].weights == 4 * (dense + experts)
+    assert memory[0].optimizer == 8 * (dense + experts)
+    # dense parameters over 4 ranks, each expert over its 2 copies
+    assert memory[1].optimizer == memory[2].optimizer == 12 * (dense // 4 + experts // 2)
+    assert memory[1].gradients == 4 * (dense + experts)
+    assert memory[2].gradients == 4 * (dense // 4 + experts // 2)
+
+
+def test_half_precision_keeps_masters_and_halves_weights(make: Make) -> None:
+    full, half = make(), make("precision.dtype=bf16")
+    plan = batch_plan(full, 1)
+    assert memory_per_rank(half, plan, 1)[1].weights * 2 == memory_per_rank(full, plan, 1)[1].weights
+    assert memory_per_rank(half, plan, 1)[1].optimizer == memory_per_rank(full, plan, 1)[1].optimizer
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_with_recomputation(make: Make) -> None:
+    one, two = make("parallel.micro_batch=1"), make("parallel.micro_batch=2")
+    assert activation_bytes(two, batch_plan(two, 1)) == 2 * activation_bytes(one, batch_plan(one, 1))
+    thin = make("parallel.micro_batch=1", "parallel.recompute=true")
+    assert activation_bytes(thin, batch_plan(thin, 1)) < activation_bytes(one, batch_plan(one, 1))
+
+
+def test_report_has_the_keys_scripts_read_and_is_json(make: Make) -> None:
+    run = make("parallel.expert=2", "parallel.tensor=2")
+    facts = report(run)
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["world_size"] == 2
+    counts = parameters(run)
+    assert facts["parameters"]["shared"] == counts.shared == sum(facts["parameters"]["components"].values())
+    assert facts["parameters"]["expert"] == counts.expert
+    assert facts["parameters"]["active"] == counts.active
+    assert facts["flops_per_token"] == flops_per_token(run)
+    assert facts["batch"]["tokens_per_step"] == 512
+    assert facts["training"]["switch_step"] == 10
+    assert set(facts["memory_per_rank"]) == {"zero0", "zero1", "zero2"}
+
+
+def test_page_for_people_shows_the_numbers() -> None:
+    page = render(report(load_run(SHIPPED / "paper-base.yaml"), 32))
+    for text in ("124,442,880", "453,500,928", "939,391,488", "32 processes", "stage 2 from update 6000", "(this run)"):
+        assert text in page
+    assert "1024 a sequence x 8 a micro-batch x 2 accumulated x 32 ranks" in page
