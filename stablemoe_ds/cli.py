@@ -131,6 +131,7 @@ def _data_commands(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    _settle()
     from stablemoe_ds.training.demo import demo
 
     return demo(arguments.overrides)
@@ -167,6 +168,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run = load_run(arguments.run, arguments.overrides)
     check(run)
+    _settle()
     from stablemoe_ds.training.groups import start_world, stop_world
     from stablemoe_ds.training.trainer import train
 
@@ -177,6 +179,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    _settle()
     from stablemoe_ds.training.commands import evaluate_checkpoint
 
     facts, text = evaluate_checkpoint(arguments.checkpoint, arguments.data)
@@ -185,6 +188,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    _settle()
     from stablemoe_ds.training.commands import continue_prompts
 
     texts = continue_prompts(
@@ -203,6 +207,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _routing_report(arguments: argparse.Namespace) -> int:
+    _settle()
     from stablemoe_ds.evaluation.plots import draw
     from stablemoe_ds.evaluation.report_text import render_text
     from stablemoe_ds.training.checkpoint import Checkpoint
@@ -222,12 +227,15 @@ def _routing_table(arguments: argparse.Namespace) -> int:
     if path.is_file():
         table = RoutingTable.read(path)
     else:
+        _settle()
         from stablemoe_ds.training.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(path)
         found = checkpoint.table()
         if found is None:
-            raise UserError(f"checkpoint {checkpoint.path} has no routing table: it is of stage {checkpoint.progress.stage}")
+            raise UserError(
+                f"checkpoint {checkpoint.path} has no routing table: it is of stage {checkpoint.progress.stage}"
+            )
         table = found
     facts = {
         "layers": len(table.blocks),
@@ -277,6 +285,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     findings = examine()
     _tell([finding.as_dict() for finding in findings], render(findings), arguments.json)
     return 0 if all(finding.verdict != "fail" for finding in findings) else 1
+
+
+def _settle() -> None:
+    from stablemoe_ds.libraries import settle_libraries
+
+    settle_libraries()
 
 
 def _tell(facts: Any, text: str, as_json: bool) -> None:

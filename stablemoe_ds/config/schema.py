@@ -51,6 +51,12 @@ class DistilledConfig(Section):
     kind: Literal["word", "bigram", "cnn", "transformer"] = Field("word", description="how features are made of ids")
     dim: PositiveInt = Field(50, description="feature width; a transformer uses the model's hidden size instead")
     layers: PositiveInt = Field(1, description="layers of the transformer kind")
+    lr_scale: float = Field(
+        1.0,
+        gt=0,
+        description="learning rate of this router relative to optimizer.lr (paper: 1). Its vectors start at N(0, 1) and "
+        "have to travel about that far, so a stage 1 of fewer than some thousand updates needs 10 and more",
+    )
 
 
 class MoEConfig(Section):

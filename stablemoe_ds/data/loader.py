@@ -107,15 +107,32 @@ class TrainLoader:
             # Otherwise it draws from the global generator, and dropout would depend on when loaders are made.
             generator=torch.Generator(),
         )
-        for step in loader:
-            self._samples += sampler.per_step
-            yield split(step, sampler.micro_batch)
+        steps = iter(loader)
+        try:
+            for step in steps:
+                self._samples += sampler.per_step
+                yield split(step, sampler.micro_batch)
+        finally:
+            _end_workers(steps)
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
     """Cut a batch into batches of ``size`` sequences, without copying."""
     fields = (batch.ids, batch.labels, batch.real, batch.scored)
     return [Batch(*parts) for parts in zip(*(field.split(size) for field in fields), strict=True)]
+
+
+def _end_workers(steps: Any) -> None:
+    """End the processes of a torch DataLoader's iterator, if it has any.
+
+    An exception's traceback keeps the iterator in a cycle. The garbage collector may take its queues first; the order
+    to stop is then lost, and the process waits ten seconds for each worker at some unrelated moment.
+    """
+    if hasattr(steps, "_shutdown_workers"):
+        steps._shutdown_workers()
+        for worker in steps._workers:
+            if worker.is_alive():  # stuck, and deaf to SIGTERM
+                worker.kill()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -16,7 +16,7 @@ from stablemoe_ds.routing.fixed import FixedRouting
 def generate(
     model: StableMoEGPT,
     prompts: Sequence[Sequence[int]],
-    routing: FixedRouting,
+    routing: FixedRouting | None,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -73,7 +73,7 @@ class Reader:
     cache_size: sequences and positions the key-value cache has room for; None: no cache.
     """
 
-    def __init__(self, model: StableMoEGPT, routing: FixedRouting, cache_size: Sequence[int] | None) -> None:
+    def __init__(self, model: StableMoEGPT, routing: FixedRouting | None, cache_size: Sequence[int] | None) -> None:
         from megatron.core.inference.contexts import StaticInferenceContext
 
         self.model, self.routing = model, routing
@@ -87,7 +87,7 @@ class Reader:
         sequences, length = ids_BS.shape
         known = self.cache.sequence_len_offset if self.cache is not None else 0
         # A frozen router may look back, so routes come from the whole history; then those of what is new are kept.
-        new_LTK = self.routing(ids_BS)[:, known * sequences :]
+        new_LTK = self.routing(ids_BS)[:, known * sequences :] if self.routing is not None else None
         logits_BV = self.model.logits(ids_BS[:, known:], new_LTK, self.cache)[:, -1]
         if self.cache is not None:
             self.cache.sequence_len_offset = length

@@ -3,7 +3,8 @@
 Every line has ``step`` (updates made) and ``kind``:
 
     train   loss, lr, grad_norm, tokens_per_second, stage, agreement (stage 1), load (max/mean by layer), drop_rate
-    valid   (and test, once at the end) perplexity, perplexity_distilled (stage 1), agreement (stage 1), stage, tokens, words
+    valid   perplexity, perplexity_distilled (stage 1), agreement (stage 1), stage, tokens, words
+    test    the same, once at the end
     probe   churn
     switch  agreement, load, least_load, table_sha256
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,10 +17,26 @@ from stablemoe_ds.routing.fixed import FixedRouting
 from stablemoe_ds.routing.routes import LayerReport
 
 
+@dataclass(frozen=True)
+class ProbeRecord:
+    """Routing of this rank's probe tokens at one moment.
+
+    expert_LP: int16 [L, P], the first expert of every real token, as the layers report it.
+    served_LN: int64 [L, N], real tokens (times K) by the expert they chose.
+    agreed, compared: (token, layer) pairs for which the distilled router names the learned expert, out of so many;
+    none are compared when routing is fixed.
+    """
+
+    expert_LP: NDArray[np.int16]  # noqa: N815
+    served_LN: NDArray[np.int64]  # noqa: N815
+    agreed: int
+    compared: int
+
+
 def record_routes(
     model: StableMoEGPT, probe: Sequence[Batch], routing: FixedRouting | None, device: torch.device | str
-) -> NDArray[np.int16]:
-    """int16 [L, P]: the first expert of every real probe token, as the layers report it, not as a router predicts.
+) -> ProbeRecord:
+    """What the layers do with the probe tokens, not what a router predicts they would.
 
     Tokens stand batch by batch, sequence by sequence, without padding, so that two records of the same probe
     compare element by element. Under expert parallelism all ranks must call it together, each with as many batches.
@@ -28,13 +45,24 @@ def record_routes(
     if not probe or not model.moe_layers:
         raise ValueError(f"nothing to record: {len(probe)} probe batches, {len(model.moe_layers)} MoE layers")
     parts: list[Tensor] = []
+    served: list[Tensor] = []
+    agreed = compared = 0
     with inference(model):
         for cpu_batch in probe:
             batch = cpu_batch.to(device)
-            output = model(batch, None if routing is None else routing(batch.ids))
-            expert_LBS = torch.stack([_first_expert(layer, batch.ids.shape[0]) for layer in output.layers])
+            layers = model(batch, None if routing is None else routing(batch.ids)).layers
+            expert_LBS = torch.stack([_first_expert(layer, batch.ids.shape[0]) for layer in layers])
             parts.append(expert_LBS[:, batch.real])
-    return torch.cat(parts, dim=1).to(torch.int16).cpu().numpy()
+            served.append(torch.stack([layer.served_N for layer in layers]))
+            known = [layer.agree for layer in layers if layer.agree is not None]
+            agreed += sum(int(agree) for agree in known)
+            compared += int(batch.real.sum()) * len(known)
+    return ProbeRecord(
+        expert_LP=torch.cat(parts, dim=1).to(torch.int16).cpu().numpy(),
+        served_LN=torch.stack(served).sum(0).cpu().numpy(),
+        agreed=agreed,
+        compared=compared,
+    )
 
 
 def _first_expert(layer: LayerReport, sequences: int) -> Tensor:

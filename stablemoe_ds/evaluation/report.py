@@ -49,6 +49,7 @@ def routing_report(
             "stage1_distilled": stage1.get("perplexity_distilled"),
             "final": (_last(metrics, "valid") or {}).get("perplexity"),
         },
+        "test_ppl": (_last(metrics, "test") or {}).get("perplexity"),
         "changed_after_switch": changed_since(records, since) if records and since is not None else None,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "history": {

@@ -37,6 +37,8 @@ def _summary(report: dict[str, Any]) -> list[str]:
         distilled = ppl["stage1_distilled"]
         beside = f", {distilled:,.2f} with the distilled one" if distilled is not None else ""
         lines.append(_row("", f"{ppl['stage1']:,.2f} in stage 1 with the learned router{beside}"))
+    if report["test_ppl"] is not None:
+        lines.append(_row("Test perplexity", f"{report['test_ppl']:,.2f}"))
     if switch and switch.get("agreement") is not None:
         trace = _sparkline([value for _, value in history["agreement"]])
         lines.append(_row("The two routers agree", f"on {switch['agreement']:.1%} of tokens at the switch   {trace}"))

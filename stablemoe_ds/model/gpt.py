@@ -98,7 +98,7 @@ class StableMoEGPT(GPTModel):
         loss_BS = self._run(batch.ids, routing, labels=batch.labels).float()
         return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
 
-    def logits(self, ids_BS: Tensor, fixed_LTK: Tensor, cache: Any = None) -> Tensor:
+    def logits(self, ids_BS: Tensor, fixed_LTK: Tensor | None, cache: Any = None) -> Tensor:
         """fp32 [B, S, V]: scores of the next id at each position, or [B, 1, V] of the last one with a cache.
 
         cache: megatron-core ``StaticInferenceContext``; ``ids_BS`` then continue at its offset.

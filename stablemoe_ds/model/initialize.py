@@ -47,7 +47,7 @@ def _start(name: str, shape: tuple[int, ...], run: RunConfig, generator: torch.G
         if name.endswith("embedding.weight") and run.moe.distilled.kind != "transformer":
             return normal(1.0)
         return torch.zeros(shape) if len(shape) == 1 else normal(1 / math.sqrt(shape[-1]))
-    if leaf == "w2" or len(shape) == 1:  # W2 = 0: a fresh expert adds nothing. Every other vector is a bias.
+    if leaf in ("w2", "b1", "b2") or len(shape) == 1:  # W2 = 0: a fresh expert adds nothing. Other vectors are biases.
         return torch.zeros(shape)
     if leaf == "w1":
         return uniform(1 / math.sqrt(shape[-1]))

@@ -73,7 +73,7 @@ def pieces(model: nn.Module, tensor_ranks: int) -> Iterator[Piece]:
             continue
         shape, cut_dim = list(parameter.shape), None
         if getattr(parameter, "tensor_model_parallel", False) and tensor_ranks > 1:
-            cut_dim = parameter.partition_dim
+            cut_dim = int(vars(parameter)["partition_dim"])
             shape[cut_dim] *= tensor_ranks
         blocks = 2 if gated and ".mlp.linear_fc1." in name else 1
         yield Piece(name, tuple(shape), parameter, None, cut_dim, blocks)

@@ -65,6 +65,6 @@ class DeviceRotaryEmbedding(RotaryEmbedding):
     device: torch.device = torch.device("cpu")
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        self.inv_freq = self.inv_freq.to(self.device)
+        self.inv_freq: Tensor = self.inv_freq.to(self.device)
         freqs = self.get_freqs_non_repeated(max_seq_len, offset)
         return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]

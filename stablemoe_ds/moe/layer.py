@@ -66,10 +66,13 @@ class MoELayer(MoE):
         self.shared = Experts(shared, 1) if shared else None
         self.expert_group: dist.ProcessGroup | None = None
         for parameter in self.experts.parameters():
-            parameter.allreduce = False  # DeepSpeed's mark of an expert parameter
-            parameter.group_name = self.expert_group_name
-            # Each tensor-parallel rank holds different experts or different tokens: count it in the norm.
-            parameter.model_parallel = placement.tensor_group is not None
+            marks = {
+                "allreduce": False,  # DeepSpeed's mark of an expert parameter
+                "group_name": self.expert_group_name,
+                # Each tensor-parallel rank holds different experts or different tokens: count it in the norm.
+                "model_parallel": placement.tensor_group is not None,
+            }
+            vars(parameter).update(marks)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Take the expert-parallel group from DeepSpeed; called by ``deepspeed.initialize``."""

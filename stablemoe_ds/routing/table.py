@@ -106,13 +106,17 @@ class RoutingTable:
             with safe_open(str(path), framework="numpy") as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != FORMAT:
-                    raise UserError(f"{path} is not a routing table (format {meta.get('format')!r}, expected {FORMAT!r})")
+                    raise UserError(
+                        f"{path} is not a routing table (format {meta.get('format')!r}, expected {FORMAT!r})"
+                    )
                 blocks = tuple(int(b) for b in meta["blocks"].split(","))
                 table = cls(file.get_tensor("expert_LVK"), int(meta["experts"]), blocks, meta["tokenizer"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"cannot read routing table {path}: {error}") from error
         if table.sha256 != meta["sha256"]:
-            raise UserError(f"routing table {path} is damaged: its sha256 is {table.sha256[:12]}, it says {meta['sha256'][:12]}")
+            raise UserError(
+                f"routing table {path} is damaged: its sha256 is {table.sha256[:12]}, it says {meta['sha256'][:12]}"
+            )
         return table
 
 

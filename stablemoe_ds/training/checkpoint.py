@@ -76,7 +76,9 @@ class Checkpoint:
         if not (path / "checkpoint.json").is_file():
             newest = newest_checkpoint(path)
             if newest is None:
-                raise UserError(f"no checkpoint at {path}: expected checkpoint.json, or checkpoints/latest as in a run directory")
+                raise UserError(
+                    f"no checkpoint at {path}: expected checkpoint.json, or checkpoints/latest as in a run directory"
+                )
             path = newest
         try:
             manifest = json.loads((path / "checkpoint.json").read_text())
@@ -105,9 +107,13 @@ class Checkpoint:
         if piece.name not in self.tensors:
             raise UserError(f"checkpoint {self.path} has no tensor {piece.name}: it belongs to another model")
         part = self.tensors[piece.name]
-        file, name = (f"weights-{part}.safetensors", piece.name) if key == WEIGHT else (
-            f"moments-{part}.safetensors",
-            f"{piece.name}/{key}",
+        file, name = (
+            (f"weights-{part}.safetensors", piece.name)
+            if key == WEIGHT
+            else (
+                f"moments-{part}.safetensors",
+                f"{piece.name}/{key}",
+            )
         )
         try:
             if file not in self._open:
@@ -117,10 +123,13 @@ class Checkpoint:
             raise UserError(f"checkpoint {self.path} is damaged: {file}: {error}") from error
         if tuple(value.shape) != piece.shape:
             raise UserError(
-                f"checkpoint {self.path}: {piece.name} has shape {list(value.shape)}, this model needs {list(piece.shape)}"
+                f"checkpoint {self.path}: {piece.name} has shape {list(value.shape)}, "
+                f"this model needs {list(piece.shape)}"
             )
         if not torch.isfinite(value).all():
-            raise UserError(f"checkpoint {self.path}: {piece.name} ({key}) holds NaN or infinity; use an older checkpoint")
+            raise UserError(
+                f"checkpoint {self.path}: {piece.name} ({key}) holds NaN or infinity; use an older checkpoint"
+            )
         return value
 
     def table(self) -> RoutingTable | None:

@@ -39,9 +39,9 @@ def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], 
             device = session.groups.world.device
             return evaluate(session.model, data.loader, routing, session.groups.sum_over_data_ranks, device)
 
-        fixed = measure(session.routing if session.model.moe_layers else None)
-        progress = session.checkpoint.progress
-        learned = measure(None) if progress.stage == 1 and session.model.moe_layers else None
+        routing, progress = session.routing, session.checkpoint.progress
+        fixed = measure(routing)
+        learned = measure(None) if progress.stage == 1 and routing is not None else None
     shown = learned or fixed
     facts: dict[str, Any] = {
         "checkpoint": str(session.checkpoint.path),

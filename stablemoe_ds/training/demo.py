@@ -95,7 +95,9 @@ def _prepare_data(run: RunConfig) -> None:
     found = [path for path in library.rglob("*.py") if not set(path.relative_to(library).parts[:-1]) & set(SKIPPED)]
     train, valid = split_files([path for path in found if path.stat().st_size], 0.05, seed=run.seed)
     print(f"text: {len(train)} + {len(valid)} files of {library}", flush=True)
-    tokenizer: Tokenizer = train_tokenizer(train, target, run.model.vocab_size or 4096, "bpe", threads=os.cpu_count() or 1)
+    tokenizer: Tokenizer = train_tokenizer(
+        train, target, run.model.vocab_size or 4096, "bpe", threads=os.cpu_count() or 1
+    )
     for name, part in (("train", train), ("valid", valid)):
         info = prepare(part, tokenizer, corpora[name], workers=os.cpu_count() or 1, documents="file")
         print(f"{name}: {info.documents:,} documents, {info.tokens:,} tokens, {info.words:,} words", flush=True)
@@ -106,9 +108,7 @@ def _launch(path: Path, settings: list[str], processes: int) -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
-    launcher = ["deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", port, "--no_local_rank"]
+    launcher = ["deepspeed.launcher.runner", "--quiet", "--num_gpus", str(processes), "--master_port", port]
     command = [sys.executable, "-m", *launcher, "--module", "stablemoe_ds", "train", str(path), *settings]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
-    if processes == 2 and not os.path.exists("/dev/nvidiactl"):
-        environment.setdefault("DS_ACCELERATOR", "cpu")
     return subprocess.run(command, env=environment, check=False).returncode

@@ -51,7 +51,9 @@ class Engine:
 
     def __init__(self, run: RunConfig, plan: BatchPlan, groups: Groups, model: StableMoEGPT) -> None:
         if run.precision.dtype == "fp16" and groups.world.device.type == "cpu":
-            raise UserError("precision.dtype: fp16 needs a GPU, this machine has none; nearest that works: bf16 or fp32")
+            raise UserError(
+                "precision.dtype: fp16 needs a GPU, this machine has none; nearest that works: bf16 or fp32"
+            )
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.run, self.plan, self.groups, self.model = run, plan, groups, model
         self._frozen = False
@@ -85,7 +87,10 @@ class Engine:
     def set_learning_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             # Under ZeRO requires_grad alone does not freeze: momentum goes on moving the flat partition.
-            group["lr"] = 0.0 if self._frozen and group["name"] == DISTILLED else lr
+            scale = 1.0
+            if group["name"] == DISTILLED:
+                scale = 0.0 if self._frozen else self.run.moe.distilled.lr_scale
+            group["lr"] = lr * scale
 
     def accumulate(self, batches: Sequence[Batch], routing: FixedRouting | None, draw: int, stop: bool) -> StepSums:
         """Forward and backward of one update's micro-batches; gradients are reduced, weights not yet changed.
@@ -148,7 +153,8 @@ class Engine:
         layers = [layer for output in outputs for layer in output.layers]
         agree = [layer.agree for layer in layers if layer.agree is not None]
         aux = {
-            name: sum(((o.auxiliary_sum(name) or zero).detach() for o in outputs), zero) for name in ("balance", "distill")
+            name: sum(((o.auxiliary_sum(name) or zero).detach() for o in outputs), zero)
+            for name in ("balance", "distill")
         }
         head = torch.stack(
             [

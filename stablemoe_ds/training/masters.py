@@ -46,8 +46,9 @@ class Masters:
         if stretch is not None:
             start, values = stretch
             whole[start : start + values.numel()] = values
-        if dist.get_world_size(parameter._dp_group) > 1:
-            dist.all_reduce(whole, group=parameter._dp_group)
+        replicas = vars(parameter)["_dp_group"]
+        if dist.get_world_size(replicas) > 1:
+            dist.all_reduce(whole, group=replicas)
         return whole.view_as(parameter)
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class Masters:
 
     def _stretch(self, parameter: nn.Parameter, key: str) -> tuple[int, Tensor] | None:
         """Where in the flattened parameter this rank's part begins, and a view of it; None if it has no part."""
-        mapping = parameter._hp_mapping
+        mapping = vars(parameter)["_hp_mapping"]
         if mapping is None:
             return None
         flat = self._flats[mapping.param_group_index]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stablemoe_ds.config.schema import OptimizerConfig, ScheduleConfig
+from stablemoe_ds.moe.experts import Experts
 from stablemoe_ds.routing.distilled import Fp32Module
 
 DISTILLED = "distilled"
@@ -26,13 +27,13 @@ def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfi
     return optimizer.lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * factor)
 
 
-def _kind(name: str, parameter: nn.Parameter, fp32: set[int]) -> str:
+def _kind(name: str, parameter: nn.Parameter, fp32: set[int], stacked: set[int]) -> str:
     """Group of a parameter. Vectors are not decayed; a stacked expert bias is a vector an expert."""
     if ".distilled." in name:
         return DISTILLED
     if id(parameter) in fp32:
         return "router"
-    dims = parameter.ndim - (1 if not getattr(parameter, "allreduce", True) else 0)
+    dims = parameter.ndim - (id(parameter) in stacked)
     return "decay" if dims > 1 else "plain"
 
 
@@ -43,10 +44,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    fp32 = {id(p) for module in model.modules() if isinstance(module, Fp32Module) for p in module.parameters()}
+    fp32, stacked = (
+        {id(p) for module in model.modules() if isinstance(module, kind) for p in module.parameters()}
+        for kind in (Fp32Module, Experts)
+    )
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "plain": [], "router": [], DISTILLED: []}
     for name, parameter in model.named_parameters():
-        groups[_kind(name, parameter, fp32)].append(parameter)
+        groups[_kind(name, parameter, fp32, stacked)].append(parameter)
     named = [
         {"name": name, "params": params, "weight_decay": weight_decay if name == "decay" else 0.0}
         for name, params in groups.items()

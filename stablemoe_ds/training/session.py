@@ -45,11 +45,16 @@ class Session:
         self.data = RunData(self.run, batch_plan(self.run, world.size), self.groups, self.tokenizer)
 
     @property
-    def routing(self) -> FixedRouting:
-        """Routes by ids: the frozen table in stage 2, what a switch would freeze now in stage 1."""
+    def routing(self) -> FixedRouting | None:
+        """Routes by ids: the frozen table in stage 2, what a switch would freeze now in stage 1.
+
+        None for a dense model, and for a run that never leaves stage 1: there the learned routers are the model.
+        """
         table = self.checkpoint.table()
         if table is not None:
             return TableRouting(table, self.groups.world.device)
+        if not self.model.moe_layers or self.run.stages.never:
+            return None
         return freeze(
             self.model.distilled_routers, self.run.moe.top_k, tuple(self.run.moe.layers), self.checkpoint.tokenizer
         )

@@ -26,7 +26,7 @@ def _measured_flops(device: torch.device, dtype: str) -> float:
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, kind)
     best = float("inf")
-    for _ in range(4):
+    for _ in range(16):
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":

@@ -40,7 +40,9 @@ class WandbTracker:
         try:
             import wandb
         except ImportError as error:
-            raise UserError("logging.wandb_project is set but wandb is not installed: pip install stablemoe_ds[wandb]") from error
+            raise UserError(
+                "logging.wandb_project is set but wandb is not installed: pip install stablemoe_ds[wandb]"
+            ) from error
         self._run: Any = wandb.init(project=project, name=run.name, config=run.model_dump(mode="json"), resume="allow")
 
     def log(self, values: dict[str, float], step: int) -> None:

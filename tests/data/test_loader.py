@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -92,6 +93,22 @@ def test_error_in_a_worker_is_raised_here(workers: int) -> None:
     with pytest.raises(ValueError, match="sample is broken"):
         read(loader)
     assert loader.state() == {"samples": 8}
+
+
+@pytest.mark.parametrize("broken", [None, 9])
+def test_workers_end_with_the_iteration(broken: int | None) -> None:
+    """Also while an exception still refers to the iteration: left to the garbage collector they stay on."""
+    others = set(multiprocessing.active_children())
+    steps = iter(TrainLoader(Numbered(400, broken=broken), 2, 2, 0, 1, workers=2))
+    next(steps)
+    assert len(set(multiprocessing.active_children()) - others) == 2
+    if broken is None:
+        steps.close()  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(ValueError, match="sample is broken") as caught:
+            list(steps)
+        assert caught.tb is not None
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_global_random_state_is_left_alone() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.evaluation.perplexity import evaluate
 from stablemoe_ds.evaluation.probe import record_routes
 from stablemoe_ds.evaluation.records import RecordFolder
 from stablemoe_ds.routing.fixed import freeze
@@ -22,7 +23,7 @@ def test_records_what_fixed_routing_says_of_each_real_token(build):
     real = batch.real.clone()
     real[1, 12:] = False
     probe = [replace(batch, real=real), random_batch(2, seed=5)]
-    record = record_routes(model, probe, routing, "cpu")
+    record = record_routes(model, probe, routing, "cpu").expert_LP
     wanted = [
         [int(routing(b.ids)[layer, position * len(b.ids) + row, 0])]
         for layer in range(2)
@@ -39,11 +40,11 @@ def test_records_what_fixed_routing_says_of_each_real_token(build):
 
 def test_learned_routes_are_those_of_the_layers_and_no_prediction(tiny_model):
     batch = random_batch(2)
-    record = record_routes(tiny_model, [batch], None, "cpu")
+    record = record_routes(tiny_model, [batch], None, "cpu").expert_LP
     tiny_model.eval()
     for layer, report in enumerate(tiny_model(batch).layers):
         assert record[layer].reshape(2, 16).T.reshape(-1).tolist() == report.expert_TK[:, 0].tolist()
-    distilled = record_routes(tiny_model, [batch], freeze(tiny_model.distilled_routers, 1, (2, 3)), "cpu")
+    distilled = record_routes(tiny_model, [batch], freeze(tiny_model.distilled_routers, 1, (2, 3)), "cpu").expert_LP
     assert (record != distilled).any()
 
 
@@ -51,8 +52,18 @@ def test_does_not_depend_on_batch_size(tiny_model):
     whole = random_batch(4)
     fields = (whole.ids, whole.labels, whole.real, whole.scored)
     parts = [type(whole)(*(field[i : i + 1] for field in fields)) for i in range(4)]
-    one, many = (record_routes(tiny_model, probe, None, "cpu") for probe in ([whole], parts))
+    one, many = (record_routes(tiny_model, probe, None, "cpu").expert_LP for probe in ([whole], parts))
     np.testing.assert_array_equal(one, many)
+
+
+def test_counts_load_and_agreement_as_evaluation_does(tiny_model):
+    batch = random_batch(4)
+    record = record_routes(tiny_model, [batch], None, "cpu")
+    outcome = evaluate(tiny_model, [batch], None, lambda total: total, "cpu")
+    assert record.served_LN.tolist() == [list(row) for row in outcome.served_LN]
+    assert record.agreed / record.compared == outcome.agreement
+    fixed = record_routes(tiny_model, [batch], freeze(tiny_model.distilled_routers, 1, (2, 3)), "cpu")
+    assert (fixed.agreed, fixed.compared) == (0, 0)
 
 
 def test_nothing_to_record_is_refused(tiny_model, build):

@@ -32,6 +32,7 @@ def metrics(tmp_path) -> list[dict]:
     log.append("valid", 40, stage=1, perplexity=90.0, perplexity_distilled=95.0)
     log.append("switch", 40, agreement=0.875, load=[1.5, 1.25], least_load=1.2, table_sha256="cafe" * 16)
     log.append("valid", 100, stage=2, perplexity=30.5)
+    log.append("test", 100, stage=2, perplexity=29.75)
     return log.read()
 
 
@@ -67,6 +68,7 @@ def bare():
 
 def test_report_holds_the_known_numbers(report):
     assert report["valid_ppl"] == {"stage1": 90.0, "stage1_distilled": 95.0, "final": 30.5}
+    assert report["test_ppl"] == 29.75
     assert report["tokens_per_second"] == 1055.0
     assert report["switch"]["step"] == 40
     assert report["changed_after_switch"] == 0.0
@@ -112,6 +114,7 @@ def test_text_says_it_all_in_a_hundred_columns(report):
         "known · 100 updates · stage 2 since update 40",
         "30.50 at the end",
         "90.00 in stage 1 with the learned router, 95.00 with the distilled one",
+        "Test perplexity         29.75",
         "on 87.5% of tokens at the switch",
         "25.0% at first, 0.0% at last",
         "20% of the run: 0.0%",

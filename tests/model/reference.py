@@ -38,7 +38,7 @@ class SlowModel:
         self.run, self.w = run, weights
 
     def __call__(self, batch: Batch, frozen: bool = False) -> SlowOutput:
-        """``frozen``: stage 2, experts are the distilled router's best for each id and there are no auxiliary losses."""
+        """``frozen``: stage 2: the distilled router's best experts for each id, and no auxiliary losses."""
         m, moe = self.run.model, self.run.moe
         zero = torch.zeros((), dtype=torch.float64)
         out = SlowOutput(zero, zero, zero, [], zero)
@@ -105,7 +105,9 @@ class SlowModel:
     def moe(self, at: str, x: Tensor, batch: Batch, frozen: bool, out: SlowOutput) -> Tensor:
         moe = self.run.moe
         centroids = self.w[at + "router.centroids"]
-        distilled = self.w[at + "router.distilled.features.embedding.weight"] @ self.w[at + "router.distilled.centroids"].T
+        distilled = (
+            self.w[at + "router.distilled.features.embedding.weight"] @ self.w[at + "router.distilled.centroids"].T
+        )
         choices: Choices = {}
         gates: dict[tuple[int, int], list[Tensor]] = {}
         rows: list[list[Tensor]] = []
@@ -209,7 +211,10 @@ class SlowTraining:
         for name, gradient in found.items():
             self._adamw(name, gradient * min(1.0, run.optimizer.clip / norm))
         counts = [
-            [sum(best.count(i) for out in outputs for best in out.choices[layer].values()) for i in range(run.moe.experts)]
+            [
+                sum(best.count(i) for out in outputs for best in out.choices[layer].values())
+                for i in range(run.moe.experts)
+            ]
             for layer in range(len(run.moe.layers))
         ]
         return SlowStep(float(loss), float(balance), float(distill), norm, counts)

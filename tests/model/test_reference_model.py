@@ -20,7 +20,9 @@ SHAPES = {
     },
     "paper, top 2, shared": {"model": PAPER, "moe": {"top_k": 2, "shared_experts": 2}},
     "modern": {},
-    "modern, replace, top 2, shared": {"moe": {"placement": "replace", "top_k": 2, "shared_experts": 1, "sublayers": 2}},
+    "modern, replace, top 2, shared": {
+        "moe": {"placement": "replace", "top_k": 2, "shared_experts": 1, "sublayers": 2}
+    },
 }
 
 
@@ -41,7 +43,9 @@ def padded_batch(seed: int = 5) -> Batch:
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor, name: str = "") -> None:
-    torch.testing.assert_close(got.double(), wanted, rtol=2e-4, atol=2e-5 * (1 + float(wanted.abs().max())), msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        got.double(), wanted, rtol=2e-4, atol=2e-5 * (1 + float(wanted.abs().max())), msg=lambda m: f"{name}: {m}"
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["stage 1", "stage 2"])
@@ -53,9 +57,7 @@ def test_losses_routes_and_gradients(model, whole_weights, frozen):
     fast = model(batch, fixed)
 
     for layer, report in enumerate(fast.layers):
-        routes = {
-            (b, s): report.expert_TK[s * 3 + b].tolist() for b in range(3) for s in range(16) if batch.real[b, s]
-        }
+        routes = {(b, s): report.expert_TK[s * 3 + b].tolist() for b in range(3) for s in range(16) if batch.real[b, s]}
         assert routes == slow.choices[layer]
         assert (report.expert_TK.view(16, 3, -1).transpose(0, 1)[~batch.real] == -1).all()
     close(fast.loss_sum, slow.loss_sum)

@@ -1,0 +1,54 @@
+# make demo     install, then train a two-stage model on this machine's own Python source
+# make test     install, then run the whole suite
+# make lint     ruff, format, mypy, and whether docs/configuration.md is what the schema says
+# make format   let ruff write the format
+#
+# Needs Python 3.11 or newer, nothing else: no compiler, no MPI library. The first target that runs makes .venv.
+#
+#   PYTHON=/opt/python3.12/bin/python3   which interpreter .venv is made from
+#   TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#                                        which torch to install; PyPI's Linux build is the one for NVIDIA GPUs
+#   ARGS="-m 'not slow'"                 passed on to pytest, or to `stablemoe demo` (ARGS=schedule.steps=600)
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+
+BIN       := .venv/bin
+INSTALLED := .venv/.installed
+PIP       := $(BIN)/python -m pip --disable-pip-version-check install
+REFERENCE := $(BIN)/python -m stablemoe_ds.config.reference
+
+# Launchers start what they find on PATH: it has to be what .venv holds.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint format install
+.DEFAULT_GOAL := demo
+
+demo: install
+	@stablemoe demo $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@$(REFERENCE) | diff docs/configuration.md - >&2 \
+	  || { echo "docs/configuration.md is not current: run '$(REFERENCE) > docs/configuration.md'" >&2; exit 1; }
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(INSTALLED)
+
+# torch first and exact, so that nothing later chooses another build of it.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is not Python 3.11 or newer: name one that is with 'make PYTHON=...'" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,71 @@
+"""What must not change with accumulation, recomputation or precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.cases import SEQUENCES, batch, run_of, start, three_updates
+from tests.distributed.launch import run_distributed
+from tests.distributed.worker import Outcome, assemble, train
+
+pytestmark = pytest.mark.distributed
+
+
+def norms(updates: Any, moe: dict[str, Any], **layout: Any) -> list[float]:
+    run = run_of("paper", moe, expert=2, **layout)
+    tokens = run.schedule.tokens_per_step * len(updates[0])
+    run = run.model_copy(update={"schedule": run.schedule.model_copy(update={"tokens_per_step": tokens})})
+    return [step["norm"] for step in run_distributed(2, train, run, start("paper"), updates, 99)[0].steps]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_auxiliary_gradient_depends_on_neither_accumulation_nor_recomputation(recompute: bool) -> None:
+    """The same micro-batch twice is the same update as once."""
+    weights = {"balance_weight": 3.0, "distill_weight": 1.0}
+    plain = norms([[batch(1)], [batch(2)]], weights)
+    twice = norms([[batch(1)] * 2, [batch(2)] * 2], weights, micro=SEQUENCES // 2, recompute=recompute)
+    assert twice == pytest.approx(plain, rel=1e-5)
+    without = norms([[batch(1)]], {"balance_weight": 0.0, "distill_weight": 0.0})
+    assert plain[0] > 1.2 * without[0], "the auxiliary losses must matter here"
+
+
+@pytest.mark.parametrize(("shape", "cf"), [("paper", None), ("modern", 0.75)])
+def test_recomputation_changes_no_bit(shape: str, cf: float | None) -> None:
+    """Nor the choice of who exceeds an expert's capacity: two micro-batches an update, two updates of stage 1."""
+    ends, drops = [], []
+    for recompute in (False, True):
+        run = run_of(shape, {"capacity_factor": cf}, expert=2, micro=2, recompute=recompute)
+        ranks = run_distributed(2, train, run, start(shape), three_updates(2), 2)
+        ends.append(assemble([rank.end for rank in ranks]))
+        drops.append([step["dropped"] for step in ranks[0].steps])
+    assert [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])] == []
+    assert drops[0] == drops[1]
+    assert all(dropped > 0 for dropped in drops[0]) is (cf is not None)
+
+
+def test_drops_are_counted_over_all_ranks() -> None:
+    """An expert of a group takes int(cf * routed / N) and drops the rest; here the group is the world."""
+    run = run_of("paper", {"capacity_factor": 1.0}, expert=2)
+    for step in run_distributed(2, train, run, start("paper"), three_updates(1), 2)[0].steps:
+        wanted = sum(max(0, count - sum(row) // 4) for row in step["counts"] for count in row)
+        assert step["dropped"] == wanted > 0
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_bf16_is_close_to_fp32(zero: int) -> None:
+    def run(dtype: str) -> Outcome:
+        return run_distributed(
+            2, train, run_of("modern", None, dtype, expert=2, zero=zero), start("modern"), three_updates(1), 2
+        )[0]
+
+    full, half = run("fp32"), run("bf16")
+    for got, wanted in zip(half.steps, full.steps, strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
+        assert got["norm"] == pytest.approx(wanted["norm"], rel=5e-2)
+    # The word router and what it imitates are fp32: only tokens whose learned choice bf16 flips make a difference.
+    assert half.steps[0]["distill"] == pytest.approx(full.steps[0]["distill"], rel=1e-2)
+    for name, part in half.start.items():
+        assert torch.equal(part.tensor, full.start[name].tensor), "fp32 masters keep every bit of the start"

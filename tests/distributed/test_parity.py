@@ -1,0 +1,78 @@
+"""Every layout trains the same model: losses, norm and each tensor after 3 updates against the slow reference.
+
+Two updates of stage 1 and one of stage 2, with padding, gradient clipping and decay. The reference is one process
+in float64 that knows nothing of DeepSpeed, megatron-core or this package's arithmetic.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.cases import SEQUENCES, assert_same, reference, run_of, start, three_updates
+from tests.distributed.launch import run_distributed
+from tests.distributed.worker import assemble, train
+from tests.model.reference import SlowStep
+
+pytestmark = pytest.mark.distributed
+SWITCH = 2
+
+LAYOUTS: list[tuple[int, str, dict[str, Any]]] = [
+    (1, "paper", {"zero": 0}),
+    (1, "paper", {"zero": 1}),
+    (1, "modern", {"zero": 2}),
+    (1, "modern", {"zero": 1, "micro": 4, "recompute": True}),
+    (1, "paper, shared", {"zero": 1}),
+    (2, "paper", {"zero": 0}),
+    (2, "modern", {"zero": 2}),
+    (2, "paper", {"expert": 2, "zero": 0}),
+    (2, "paper", {"expert": 2, "zero": 1, "micro": 2, "recompute": True}),
+    (2, "modern", {"expert": 2, "zero": 2}),
+    (2, "paper", {"tensor": 2, "zero": 2}),
+    (2, "modern", {"tensor": 2, "zero": 0}),
+    (2, "paper", {"tensor": 2, "expert": 2, "zero": 0}),
+    (2, "modern", {"tensor": 2, "expert": 2, "zero": 1, "micro": 4, "recompute": True}),
+    (2, "paper, shared", {"tensor": 2, "expert": 2, "zero": 1}),
+    (4, "paper", {"expert": 4, "zero": 1}),
+    (4, "modern", {"expert": 2, "zero": 2, "micro": 1}),
+    (4, "modern", {"expert": 4, "zero": 0}),
+    (4, "paper", {"tensor": 2, "expert": 2, "zero": 2}),
+    (4, "modern", {"tensor": 2, "expert": 2, "zero": 1}),
+    (4, "modern", {"tensor": 2, "expert": 4, "zero": 1, "micro": 2}),
+]
+
+
+@cache
+def reference_of(shape: str, accumulation: int) -> tuple[list[SlowStep], dict[str, torch.Tensor]]:
+    return reference(shape, three_updates(accumulation), SWITCH)
+
+
+def label(case: Any) -> str:
+    return " ".join(f"{k}{v}" for k, v in case.items()) if isinstance(case, dict) else str(case)
+
+
+@pytest.mark.parametrize(("world", "shape", "layout"), LAYOUTS, ids=label)
+def test_layout_trains_the_reference_model(world: int, shape: str, layout: dict[str, Any]) -> None:
+    run = run_of(shape, **layout)
+    micro = layout.get("micro")
+    accumulation = SEQUENCES // (micro * world // run.parallel.tensor) if micro else 1
+    ranks = run_distributed(world, train, run, start(shape), three_updates(accumulation), SWITCH)
+
+    wanted, weights = reference_of(shape, accumulation)
+    assert_same(ranks, wanted, weights)
+    moved = [name for name in weights if not torch.equal(weights[name].float(), start(shape)[name])]
+    assert len(moved) > 0.95 * len(weights), "a reference that stands still proves nothing"
+
+
+@pytest.mark.parametrize("shape", ["paper", "modern"])
+@pytest.mark.parametrize(("world", "layout"), [(2, {"tensor": 2, "expert": 2}), (4, {"expert": 4})], ids=label)
+def test_start_does_not_depend_on_the_layout(world: int, layout: dict[str, Any], shape: str) -> None:
+    one, many = (
+        assemble([rank.start for rank in run_distributed(n, train, run_of(shape, **way), None, [], 0)])
+        for n, way in ((1, {}), (world, layout))
+    )
+    assert one.keys() == many.keys()
+    assert [name for name in one if not torch.equal(one[name], many[name])] == []

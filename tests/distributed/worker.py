@@ -1,0 +1,153 @@
+"""What a rank does in the distributed tests: build a run, train a few updates, hand back what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank holds of one whole tensor. cut_dim: None if it holds all of it. blocks: see ``layout.Piece``."""
+
+    tensor: Tensor
+    cut_dim: int | None
+    blocks: int
+    tensor_rank: int
+
+
+@dataclass
+class Outcome:
+    """One rank's account of a training.
+
+    start, end: what it held before and after. frozen: the same at the switch and after every update of stage 2.
+    routes: experts of each micro-batch of stage 2. tables: sha256 of the routing table in each update of stage 2.
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    start: dict[str, Part] = field(default_factory=dict)
+    end: dict[str, Part] = field(default_factory=dict)
+    frozen: list[dict[str, Part]] = field(default_factory=list)
+    routes: list[Tensor] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def engine_of(run: RunConfig) -> Iterator[Any]:
+    """An :class:`Engine` over the processes of this test."""
+    from stablemoe_ds.config.batch import batch_plan
+    from stablemoe_ds.model.gpt import StableMoEGPT
+    from stablemoe_ds.training.engine import Engine
+    from stablemoe_ds.training.groups import Groups, start_world, stop_world
+
+    world = start_world(timeout_minutes=1.0)
+    groups = Groups(world, run.parallel.tensor, run.parallel.expert)
+    model = StableMoEGPT(run, run.model.vocab_size or 0, groups.placement)
+    yield Engine(run, batch_plan(run, world.size), groups, model)
+    stop_world()
+
+
+def share(batch: Batch, rank: int, ranks: int) -> Batch:
+    """A data rank's sequences of a global micro-batch."""
+    fields = (batch.ids, batch.labels, batch.real, batch.scored)
+    return Batch(*(whole.chunk(ranks)[rank] for whole in fields))
+
+
+def train(
+    run: RunConfig, weights: dict[str, Tensor] | None, batches: Sequence[Sequence[Batch]], switch: int
+) -> Outcome:
+    """One update for each entry of ``batches``, a list of global micro-batches; stage 2 from update ``switch`` on.
+
+    weights: whole tensors to start from; None: as the run itself starts.
+    """
+    from stablemoe_ds.routing.fixed import TableRouting, freeze
+
+    outcome, routing = Outcome(), None
+    with engine_of(run) as engine:
+        groups = engine.groups
+        if weights is not None:
+            set_weights(engine, weights)
+        outcome.start = parts(engine)
+        for step, micro_batches in enumerate(batches):
+            if step == switch:
+                engine.freeze_distilled()
+                routing = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.layers))
+                outcome.frozen.append(parts(engine))
+            mine = [share(batch, groups.data_rank, groups.data_size) for batch in micro_batches]
+            engine.set_learning_rate(run.optimizer.lr)
+            sums = engine.accumulate(mine, routing, step, False)
+            norm = engine.update()
+            outcome.steps.append(
+                {
+                    "loss": sums.loss / max(1, sums.scored),
+                    "balance": sums.balance / max(1, sums.real),
+                    "distill": sums.distill / max(1, sums.real),
+                    "norm": norm,
+                    "counts": sums.counts_LN,
+                    "dropped": sums.dropped,
+                }
+            )
+            if routing is not None:
+                outcome.routes += [routing(batch.ids) for batch in mine]
+                outcome.frozen.append(parts(engine))
+                if isinstance(routing, TableRouting):
+                    outcome.tables.append(routing.table.sha256)
+        outcome.end = parts(engine)
+    return outcome
+
+
+@torch.no_grad()
+def set_weights(engine: Any, weights: dict[str, Tensor]) -> None:
+    from stablemoe_ds.model.layout import pieces
+    from stablemoe_ds.training.masters import WEIGHT, Masters
+
+    masters, groups = Masters(engine.deepspeed), engine.groups
+    values: dict[torch.nn.Parameter, list[Tensor]] = {}
+    for piece in pieces(engine.model, groups.tensor):
+        local = piece.local_of(weights[piece.name], groups.tensor_rank, groups.tensor)
+        values.setdefault(piece.parameter, []).append(local)
+    for parameter, rows in values.items():
+        masters.write(parameter, WEIGHT, torch.stack(rows) if rows[0].shape != parameter.shape else rows[0])
+
+
+def parts(engine: Any) -> dict[str, Part]:
+    """fp32 master weights this rank knows, by canonical name; rounded, they must be what the model computes with."""
+    from stablemoe_ds.model.layout import pieces
+    from stablemoe_ds.training.masters import WEIGHT, Masters
+
+    masters, groups, found = Masters(engine.deepspeed), engine.groups, {}
+    whole = {p: masters.read(p, WEIGHT) for p in engine.model.parameters()}
+    for p, master in whole.items():
+        assert torch.equal(master.to(p.dtype), p), "the master weight is not what the model computes with"
+    for piece in pieces(engine.model, groups.tensor):
+        value = piece.select(whole[piece.parameter]).clone()
+        found[piece.name] = Part(value, piece.cut_dim, piece.cut_blocks, groups.tensor_rank)
+    return found
+
+
+def assemble(ranks: Sequence[dict[str, Part]]) -> dict[str, Tensor]:
+    """Whole tensors from the parts of all ranks. Raises AssertionError if two ranks hold different copies."""
+    wholes: dict[str, Tensor] = {}
+    for name in {name: None for held in ranks for name in held}:
+        held: dict[int, Part] = {}
+        for part in (rank[name] for rank in ranks if name in rank):
+            key = part.tensor_rank if part.cut_dim is not None else 0
+            assert torch.equal(held.setdefault(key, part).tensor, part.tensor), f"ranks disagree on {name}"
+        wholes[name] = _joined([held[key] for key in sorted(held)])
+    return wholes
+
+
+def _joined(parts: list[Part]) -> Tensor:
+    dim, blocks = parts[0].cut_dim, parts[0].blocks
+    if dim is None:
+        return parts[0].tensor
+    cut = [part.tensor.chunk(blocks, dim) for part in parts]
+    return torch.cat([rank[block] for block in range(blocks) for rank in cut], dim)

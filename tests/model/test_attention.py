@@ -1,0 +1,54 @@
+"""Core attention against a softmax written out, with grouped queries and with a key-value cache."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BATCH, WIDTH = 2, 8
+
+
+def attend(query, key, value, scale=None):
+    from stablemoe_ds.model.parts import SdpaAttention
+
+    core = SdpaAttention(SimpleNamespace(attention_dropout=0.0), 1, softmax_scale=scale)
+    return core(query, key, value, None)
+
+
+def slow(query, key, value, scale):
+    """[Sq, B, heads, d]: query s stands at position s + Sk - Sq and sees what is not later."""
+    out = torch.zeros_like(query)
+    offset = key.shape[0] - query.shape[0]
+    per_group = query.shape[2] // key.shape[2]
+    for s in range(query.shape[0]):
+        for b in range(BATCH):
+            for head in range(query.shape[2]):
+                seen = range(s + offset + 1)
+                scores = [float(query[s, b, head] @ key[j, b, head // per_group]) * scale for j in seen]
+                total = sum(math.exp(x) for x in scores)
+                for j in seen:
+                    out[s, b, head] += math.exp(scores[j]) / total * value[j, b, head // per_group]
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 1), (1, 5), (3, 7)])
+def test_attention_equals_a_softmax_written_out(queries, keys, heads, groups, scale):
+    random = torch.Generator().manual_seed(queries * 10 + heads)
+    query = torch.randn(queries, BATCH, heads, WIDTH, generator=random, dtype=torch.float64)
+    key, value = (torch.randn(keys, BATCH, groups, WIDTH, generator=random, dtype=torch.float64) for _ in range(2))
+    wanted = slow(query, key, value, scale or 1 / math.sqrt(WIDTH))
+    torch.testing.assert_close(attend(query, key, value, scale), wanted)
+
+
+def test_a_mask_is_refused():
+    from stablemoe_ds.model.parts import SdpaAttention
+
+    core = SdpaAttention(SimpleNamespace(attention_dropout=0.0), 1)
+    x = torch.randn(3, BATCH, 2, WIDTH)
+    with pytest.raises(ValueError, match="only causal attention"):
+        core(x, x, x, torch.ones(3, 3, dtype=torch.bool))

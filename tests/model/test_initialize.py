@@ -1,0 +1,85 @@
+"""Start values: the authors' rules, and nothing but seed and name decides them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.tiny import VOCAB
+
+PAPER = {"positions": "learned", "norm": "layernorm", "activation": "relu", "bias": True, "kv_heads": None}
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
+    """Tensors that both have and that are not the same."""
+    return {name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])}
+
+
+def test_seed_and_name_decide(fresh, whole_weights):
+    torch.manual_seed(1)
+    one = whole_weights(fresh())
+    torch.manual_seed(2)
+    assert differing(one, whole_weights(fresh())) == set()
+    other = whole_weights(fresh(seed=5))
+    constant = {name for name, value in one.items() if value.unique().numel() == 1}
+    assert differing(one, other) == one.keys() - constant
+
+
+def test_a_bigger_model_shares_what_has_the_same_name(fresh, whole_weights):
+    small, large = whole_weights(fresh()), whole_weights(fresh(moe={"experts": 8}))
+    assert not [name for name in differing(small, large) if ".experts." in name]
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_experts_start_apart_or_alike(equal, fresh, whole_weights):
+    weights = whole_weights(fresh(moe={"equal_experts": equal}))
+    first = [value for name, value in weights.items() if ".experts." in name and name.endswith("w1")]
+    assert len(first) == 8
+    same = [torch.equal(first[0], other) for other in first[1:4]]
+    assert same == [equal] * 3
+    assert not torch.equal(first[0], first[4]), "another layer starts apart in any case"
+
+
+@pytest.mark.parametrize("kind", ["word", "bigram", "cnn"])
+def test_authors_rules(kind, fresh, whole_weights):
+    """Rows of both centroid matrices: orthogonal, norm 0.1. W2 and biases 0, norms 1. Ids: N(0, 1) and N(0, 1/d)."""
+    moe = {"sublayers": 2, "shared_experts": 1, "distilled": {"kind": kind}}
+    weights = whole_weights(fresh(model=PAPER, moe=moe))
+    for name, value in weights.items():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "centroids":
+            torch.testing.assert_close(value @ value.T, 0.01 * torch.eye(4), atol=1e-6, rtol=1e-4)
+        elif leaf in ("w2", "b1", "b2", "bias", "norm_bias"):
+            assert not value.any(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        elif leaf == "w1":
+            bound = 1 / math.sqrt(32)
+            assert bound * 0.95 < value.abs().max() <= bound, name
+        elif leaf == "taps":
+            assert 0 < value.abs().max() <= 1 / math.sqrt(5)
+        elif "embedding" in name:
+            wanted = 1.0 if ".distilled." in name else 1 / math.sqrt(32)
+            assert value.std() == pytest.approx(wanted, rel=0.1), name
+        else:
+            wanted = 0.02 / (math.sqrt(6) if ".linear_proj." in name or ".linear_fc2." in name else 1)
+            assert value.std() == pytest.approx(wanted, rel=0.1), name
+
+
+def test_plain_embeddings_are_small_and_not_scaled(fresh):
+    plain, scaled = (fresh(model={"embedding": kind}) for kind in ("plain", "scaled"))
+    ids = torch.arange(VOCAB)[None]
+    assert plain.embedding.word_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(plain.embedding.word_embeddings(ids)[0], plain.embedding.word_embeddings.weight)
+    assert scaled.embedding.word_embeddings(ids).std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_fresh_experts_leave_the_model_as_it_is(fresh):
+    """Wherever tokens go, a fresh MoE layer is the identity: any routes give the same logits."""
+    model = fresh(model=PAPER, moe={"sublayers": 2, "shared_experts": 1}).eval()
+    ids_BS = torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        one, other = (model.logits(ids_BS, torch.full((2, 32, 1), expert)) for expert in (0, 3))
+    assert torch.equal(one, other)
