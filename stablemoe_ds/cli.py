@@ -44,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="stablemoe",
         description="Train Mixture-of-Experts language models whose routing is learned first and never moves again.",
     )
+    # The deepspeed launcher passes it, before everything else; LOCAL_RANK says it, too.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = _add(commands, "demo", "the whole story on this machine, in minutes", _demo)
@@ -107,7 +109,6 @@ def _add(commands: Any, name: str, text: str, call: Command) -> argparse.Argumen
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. schedule.steps=100")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says it
 
 
 def _data_commands(commands: Any) -> None:
@@ -173,8 +174,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.training.trainer import train
 
     world = start_world(run.parallel.timeout_minutes)
-    train(run, world)
-    stop_world()
+    try:
+        train(run, world)
+    finally:
+        stop_world()
     return 0
 
 

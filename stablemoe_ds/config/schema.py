@@ -54,8 +54,8 @@ class DistilledConfig(Section):
     lr_scale: float = Field(
         1.0,
         gt=0,
-        description="learning rate of this router relative to optimizer.lr (paper: 1). Its vectors start at N(0, 1) and "
-        "have to travel about that far, so a stage 1 of fewer than some thousand updates needs 10 and more",
+        description="learning rate of this router relative to optimizer.lr (paper: 1). Its vectors start at N(0, 1) "
+        "and have to travel about that far, so a stage 1 of fewer than some thousand updates needs 10 and more",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from stablemoe_ds.model.initialize import initialize_parameters
 from stablemoe_ds.model.parts import CachedSelfAttention, DeviceRotaryEmbedding, Norm, SdpaAttention
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
+from stablemoe_ds.moe.plan import DispatchPlan
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.routes import LayerReport, RoutingPass, TokenView
 from stablemoe_ds.routing.stablemoe import StableMoERouter
@@ -87,14 +89,21 @@ class StableMoEGPT(GPTModel):
         """The distilled router of each MoE layer."""
         return [layer.router.distilled for layer in self.moe_layers]
 
-    def forward(self, batch: Batch, fixed_LTK: Tensor | None = None, draw: int = 0) -> ForwardOutput:
+    def forward(
+        self,
+        batch: Batch,
+        fixed_LTK: Tensor | None = None,
+        draw: int = 0,
+        plans: Sequence[DispatchPlan] | None = None,
+    ) -> ForwardOutput:
         """Loss of one micro-batch.
 
         fixed_LTK: int64 [L, T, K], routes made beforehand from ``batch.ids``; None: the learned routers decide.
         draw: seed of random decisions in this call, equal on all ranks.
+        plans: one a MoE layer, made beforehand from ``fixed_LTK``; None: each layer makes its own.
         """
         real_T = batch.real.transpose(0, 1).flatten()
-        routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, draw)
+        routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, draw, plans)
         loss_BS = self._run(batch.ids, routing, labels=batch.labels).float()
         return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
 

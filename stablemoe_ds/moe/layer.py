@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stablemoe_ds.moe.capacity import kept_rows
 from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
 from stablemoe_ds.moe.experts import Experts, ExpertShape
-from stablemoe_ds.moe.plan import plan_dispatch
+from stablemoe_ds.moe.plan import DispatchPlan, plan_dispatch
 from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
 from stablemoe_ds.routing.routes import LayerReport, RoutingPass, SumOverRanks
 from stablemoe_ds.routing.stablemoe import StableMoERouter
@@ -84,21 +84,23 @@ class MoELayer(MoE):
         hidden_TD = hidden_SBD.flatten(0, 1)
         fixed_TK = None if routing.fixed_LTK is None else routing.fixed_LTK[self.index]
         routes = self.router(hidden_TD, routing.tokens, fixed_TK, self.placement.sum_over_data_ranks)
-        added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, routing.draw)
+        plan = None if routing.plans is None else routing.plans[self.index]
+        added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, plan, routing.draw)
         if self.shared is not None:
             added_TD = added_TD + self.shared(hidden_TD, [hidden_TD.shape[0]])
         report = LayerReport(self.block, routes.expert_TK, routes.counts_N, dropped, routes.loss_sums, routes.agree)
         return (hidden_TD + added_TD).view_as(hidden_SBD), report
 
-    def _serve(self, hidden_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+    def _serve(
+        self, hidden_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, plan: DispatchPlan | None, draw: int
+    ) -> tuple[Tensor, Tensor]:
         """Sum over choices of gate times what the expert adds, [T, D]; and how many rows capacity cut here."""
         tokens, top_k = expert_TK.shape
         tensor_group = self.placement.tensor_group
         share_TD = split_tokens(hidden_TD, tensor_group)
-        share_expert_TK = split_tokens(expert_TK, tensor_group)
         share_gate_TK = split_tokens(gate_TK, tensor_group)
-
-        plan = plan_dispatch(share_expert_TK, self.num_experts, self.expert_group)
+        if plan is None:
+            plan = plan_dispatch(split_tokens(expert_TK, tensor_group), self.num_experts, self.expert_group)
         rows_RD = send_tokens(share_TD, plan, top_k, self.expert_group)
         if self.capacity_factor is not None and self.training:
             capacity = int(self.capacity_factor * plan.group_total / self.num_experts)
@@ -106,7 +108,7 @@ class MoELayer(MoE):
             kept = kept.to(rows_RD.device)
             served = self.experts(rows_RD.index_select(0, kept), splits)
             added_RD = torch.zeros_like(rows_RD).index_copy(0, kept, served)
-            dropped = rows_RD.new_tensor(rows_RD.shape[0] - sum(splits), dtype=torch.int64)
+            dropped = torch.full((), rows_RD.shape[0] - sum(splits), dtype=torch.int64, device=rows_RD.device)
         else:
             added_RD = self.experts(rows_RD, plan.expert_splits)
             dropped = rows_RD.new_zeros((), dtype=torch.int64)

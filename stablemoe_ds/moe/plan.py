@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.routing.losses import count_tokens
 
 
@@ -30,6 +31,16 @@ class DispatchPlan:
     expert_splits: list[int]
     group_total: int
 
+    def to(self, device: torch.device | str) -> DispatchPlan:
+        """The same plan with its orders on another device, copied without waiting where memory is pinned."""
+        arrival_R = None if self.arrival_R is None else self.arrival_R.to(device, non_blocking=True)
+        return replace(self, order_A=self.order_A.to(device, non_blocking=True), arrival_R=arrival_R)
+
+    def pin(self) -> DispatchPlan:
+        """The same plan in pinned memory."""
+        arrival_R = None if self.arrival_R is None else self.arrival_R.pin_memory()
+        return replace(self, order_A=self.order_A.pin_memory(), arrival_R=arrival_R)
+
 
 def plan_dispatch(expert_TK: Tensor, experts: int, group: dist.ProcessGroup | None) -> DispatchPlan:
     """Plan from routes, exchanging counts with the group. Waits for the device once.
@@ -38,31 +49,58 @@ def plan_dispatch(expert_TK: Tensor, experts: int, group: dist.ProcessGroup | No
     Rank r of the group holds experts [r * n, (r + 1) * n), n = experts / group size.
     """
     counts_N = count_tokens(expert_TK, experts)
-    flat = expert_TK.reshape(-1)
-    # Negative entries sort to the front and are cut off below, once their number is known on the host.
-    order = torch.argsort(flat, stable=True)
     if group is None:
-        splits = counts_N.tolist()
-        total = sum(splits)
-        return DispatchPlan(order[flat.numel() - total :], [total], [total], None, splits, total)
+        return plan_from_counts(expert_TK, counts_N[None], 0)
+    counts_RN = counts_N.new_empty(dist.get_world_size(group) * experts)
+    dist.all_gather_into_tensor(counts_RN, counts_N, group=group)
+    return plan_from_counts(expert_TK, counts_RN.view(-1, experts), dist.get_rank(group))
 
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    gathered = counts_N.new_empty(ranks * experts)
-    dist.all_gather_into_tensor(gathered, counts_N, group=group)
-    counts = gathered.view(ranks, ranks, -1).tolist()  # [sender][receiver][receiver's expert], the one wait
+
+def plan_from_counts(expert_TK: Tensor, counts_RN: Tensor, rank: int) -> DispatchPlan:
+    """Plan once the counts of every rank are known.
+
+    expert_TK: int64 [T, K] of this rank. counts_RN: int64 [ranks, N], (token, choice) pairs of each rank by expert.
+    """
+    ranks = counts_RN.shape[0]
+    counts_RRE = counts_RN.view(ranks, ranks, -1)
+    counts = counts_RRE.tolist()  # [sender][receiver][receiver's expert]; on a GPU the one wait
     send_splits = [sum(row) for row in counts[rank]]
     recv = [counts[sender][rank] for sender in range(ranks)]
     recv_splits = [sum(row) for row in recv]
     expert_splits = [sum(column) for column in zip(*recv, strict=True)]
-    # Rows arrive by (sender, expert); a stable sort by expert groups them and keeps the senders in order.
-    local_expert = torch.arange(len(expert_splits), device=order.device).repeat(ranks)
-    received = gathered.view(ranks, ranks, -1)[:, rank].reshape(-1)
-    arrived_R = torch.repeat_interleave(local_expert, received, output_size=sum(recv_splits))
+    # Negative entries sort to the front, where they are cut off.
+    order = torch.argsort(expert_TK.reshape(-1), stable=True)
+    arrival = None
+    if ranks > 1:
+        # Rows arrive by (sender, expert); a stable sort by expert groups them and keeps the senders in order.
+        local_expert = torch.arange(len(expert_splits), device=order.device).repeat(ranks)
+        received = counts_RRE[:, rank].reshape(-1)
+        arrived_R = torch.repeat_interleave(local_expert, received, output_size=sum(recv_splits))
+        arrival = torch.argsort(arrived_R, stable=True)
     return DispatchPlan(
-        order_A=order[flat.numel() - sum(send_splits) :],
+        order_A=order[order.numel() - sum(send_splits) :],
         send_splits=send_splits,
         recv_splits=recv_splits,
-        arrival_R=torch.argsort(arrived_R, stable=True),
+        arrival_R=arrival,
         expert_splits=expert_splits,
         group_total=sum(sum(map(sum, sender)) for sender in counts),
     )
+
+
+@dataclass(frozen=True)
+class RoutedBatch:
+    """A micro-batch with all that is known of its routing before the step begins.
+
+    fixed_LTK: int64 [L, T, K], None where the learned routers decide. plans: one a MoE layer, None where each
+    layer has to make its own in the step.
+    """
+
+    batch: Batch
+    fixed_LTK: Tensor | None = None  # noqa: N815
+    plans: tuple[DispatchPlan, ...] | None = None
+
+    def to(self, device: torch.device | str) -> RoutedBatch:
+        """The same on another device, copied without waiting where memory is pinned."""
+        fixed_LTK = None if self.fixed_LTK is None else self.fixed_LTK.to(device, non_blocking=True)
+        plans = None if self.plans is None else tuple(plan.to(device) for plan in self.plans)
+        return RoutedBatch(self.batch.to(device), fixed_LTK, plans)

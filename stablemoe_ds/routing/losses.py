@@ -12,8 +12,9 @@ from stablemoe_ds.routing.routes import SumOverRanks
 def count_tokens(expert_TK: Tensor, experts: int) -> Tensor:
     """int64 [N]: how many (token, choice) pairs name each expert; negative entries are not counted."""
     flat = expert_TK.reshape(-1)
-    # One extra bin takes what is not routed: a boolean index would wait for the device to learn its length.
-    return torch.bincount(torch.where(flat < 0, experts, flat), minlength=experts + 1)[:experts]
+    # One extra bin takes what is not routed. A boolean index or bincount would wait for the device to learn a length.
+    bins = torch.where(flat < 0, experts, flat)
+    return flat.new_zeros(experts + 1).scatter_add_(0, bins, torch.ones_like(flat))[:experts]
 
 
 def balance_sum(expert_TK: Tensor, gate_TK: Tensor, counts_N: Tensor, sum_over_ranks: SumOverRanks) -> Tensor:

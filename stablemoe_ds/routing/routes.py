@@ -7,8 +7,9 @@ L MoE layers, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -68,6 +69,7 @@ class RoutingPass:
     """Travels with one forward call through the blocks: what MoE layers need in, what they report out.
 
     fixed_LTK: int64 [L, T, K], routes known beforehand; None lets each layer's learned router decide.
+    plans: one ``moe.plan.DispatchPlan`` a layer, made from those routes beforehand; None lets each layer make its own.
     draw: seed of this call's random decisions (which tokens exceed capacity); equal on all ranks.
     reports: one entry a MoE layer, in the order of the layers.
     """
@@ -75,4 +77,5 @@ class RoutingPass:
     tokens: TokenView
     fixed_LTK: Tensor | None  # noqa: N815
     draw: int = 0
+    plans: Sequence[Any] | None = None
     reports: list[LayerReport] = field(default_factory=list)

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stablemoe_ds.config.complaints import complaints
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import StableMoEGPT
@@ -99,6 +101,8 @@ class Checkpoint:
                 tensors=manifest["tensors"],
                 loss_scale=manifest["loss_scale"],
             )
+        except ValidationError as error:
+            raise UserError(complaints(error, lambda _: str(path / "checkpoint.json"))) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read {path / 'checkpoint.json'}: {error!r}; use an older checkpoint") from error
 

@@ -20,8 +20,11 @@ def opened(path: str) -> Iterator[Session]:
     """A session on a checkpoint, alone or under a launcher."""
     checkpoint = Checkpoint.open(path)
     check_tokenizer(checkpoint, open_tokenizer(checkpoint))  # before anything slow begins
-    yield Session(checkpoint, start_world(checkpoint.run.parallel.timeout_minutes))
-    stop_world()
+    world = start_world(checkpoint.run.parallel.timeout_minutes)
+    try:
+        yield Session(checkpoint, world)
+    finally:
+        stop_world()
 
 
 def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], str]:
@@ -75,4 +78,5 @@ def continue_prompts(path: str, prompts: Sequence[str], **options: Any) -> list[
         tokenizer = session.tokenizer
         ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
         new = generate(session.model, ids, session.routing, eos_id=tokenizer.eos_id, **options)
-    return [tokenizer.decode(part) for part in new]
+    # A model may have more ids than its tokenizer; those spell nothing.
+    return [tokenizer.decode([i for i in part if i < tokenizer.vocab_size]) for part in new]

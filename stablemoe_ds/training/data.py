@@ -65,12 +65,17 @@ class RunData:
 
     def token_counts(self) -> NDArray[np.int64]:
         """int64 [V]: how often training sees each id."""
-        return token_counts(self._run.data.train, read_sources(self._run.data.train, self._tokenizer))
+        sources = self._run.data.train
+        return token_counts(sources, read_sources(sources, self._tokenizer), self._run.model.vocab_size or 0)
 
 
-def token_counts(sources: Sequence[Source], infos: Sequence[PreparedInfo]) -> NDArray[np.int64]:
-    """int64 [V]: how often a blend has each id, corpora weighted as they are in training."""
+def token_counts(sources: Sequence[Source], infos: Sequence[PreparedInfo], vocab_size: int) -> NDArray[np.int64]:
+    """int64 [V]: how often a blend has each id, corpora weighted as they are in training.
+
+    vocab_size: ids of the model, which may have more than the tokenizer; those do not occur.
+    """
     shares = [info.token_counts() * (s.weight / info.tokens) for s, info in zip(sources, infos, strict=True)]
     total = sum(info.tokens for info in infos)
     weight = sum(source.weight for source in sources)
-    return np.rint(np.sum(shares, axis=0) * (total / weight)).astype(np.int64)
+    counts = np.rint(np.sum(shares, axis=0) * (total / weight)).astype(np.int64)
+    return np.pad(counts, (0, vocab_size - len(counts)))

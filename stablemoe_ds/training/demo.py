@@ -108,7 +108,8 @@ def _launch(path: Path, settings: list[str], processes: int) -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
-    launcher = ["deepspeed.launcher.runner", "--quiet", "--num_gpus", str(processes), "--master_port", port]
+    launcher = ["deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", str(processes)]
+    launcher += ["--master_port", port]
     command = [sys.executable, "-m", *launcher, "--module", "stablemoe_ds", "train", str(path), *settings]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
     return subprocess.run(command, env=environment, check=False).returncode

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 
 def step_fields(values: dict[str, Any]) -> str:
@@ -36,11 +38,10 @@ class Display:
         """Begin to show progress; without a terminal there is no bar, only lines."""
         if self._active and self.console.is_terminal:
             columns: Iterable[Any] = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                BarColumn(bar_width=10),
+                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(compact=True),
             )
             self._progress = Progress(*columns, console=self.console, refresh_per_second=4)
             self._task = self._progress.add_task(name, completed=done, total=total, figures="")
@@ -60,7 +61,8 @@ class Display:
     def say(self, text: str, style: str | None = None) -> None:
         """A line that stays."""
         if self._active:
-            self.console.print(text, style=style, markup=False)
+            # A style given to print would colour the live line, too.
+            self.console.print(Text(text, style=style or ""))
 
     def close(self) -> None:
         if self._progress is not None:

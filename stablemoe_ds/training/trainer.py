@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.moe.plan import RoutedBatch
 from stablemoe_ds.routing.fixed import FixedRouting, FrozenRouters, TableRouting, freeze
 from stablemoe_ds.routing.table import RoutingTable, least_load
 from stablemoe_ds.training.checkpoint import Checkpoint, Progress, newest_checkpoint, restore, save
@@ -27,6 +28,7 @@ from stablemoe_ds.training.engine import Engine, StepSums
 from stablemoe_ds.training.groups import Groups, World
 from stablemoe_ds.training.observer import Observer
 from stablemoe_ds.training.optimizer import learning_rate
+from stablemoe_ds.training.planner import Planner
 from stablemoe_ds.training.session import check_tokenizer, run_report, write_report
 from stablemoe_ds.training.stages import StageSchedule, switch_warnings
 from stablemoe_ds.training.throughput import peak_flops
@@ -46,6 +48,7 @@ class Trainer:
         self.plan = batch_plan(run, world.size)
         self.groups = Groups(world, run.parallel.tensor, run.parallel.expert)
         self.data = RunData(run, self.plan, self.groups, tokenizer)
+        self.token_counts = self.data.token_counts()
         self.valid = self.data.eval_set(run.data.valid, None)
         quick = run.logging.eval_tokens
         self.valid_quick = self.data.eval_set(run.data.valid, quick) if quick else self.valid
@@ -60,6 +63,7 @@ class Trainer:
         self.routing: FixedRouting | None = None
         self.peak, _ = peak_flops(world.device, run.precision.dtype)
         self._stop = False
+        self._closing = ExitStack()
 
     def fit(self) -> bool:
         """Train to the end. Returns False if the run was asked to stop and left a checkpoint."""
@@ -67,7 +71,8 @@ class Trainer:
         self._announce()
         steps = self.run.schedule.steps
         with self._stopping_on_signals():
-            try:
+            self._closing.callback(self.observer.close)
+            with self._closing:
                 self.observer.display.start(self.run.name, self.progress.step, steps)
                 if self.progress.step < steps and not self._train(steps):
                     self.observer.display.close()
@@ -77,8 +82,6 @@ class Trainer:
                 self.observer.display.close()
                 self._finish()
                 return True
-            finally:
-                self.observer.close()
 
     def _train(self, steps: int) -> bool:
         """Update until the end of the run; False if it was asked to stop before."""
@@ -87,9 +90,10 @@ class Trainer:
         updates, seconds = 0, 0.0
         loader = iter(self.data.train_loader(self.progress.samples))
         self._switch_if_due()
+        feed = self._feed(loader)
         while self.progress.step < steps:
             began = time.perf_counter()
-            sums, figures = self._update(next(loader))
+            sums, figures = self._update(next(feed))
             updates, seconds = updates + 1, seconds + time.perf_counter() - began
             figures |= self._speed(updates / seconds)
             done = self.progress.step
@@ -103,15 +107,25 @@ class Trainer:
                 observer.routing_state(done, self.routing)
             if run.logging.eval_every and done % run.logging.eval_every == 0 and not last:
                 self._validate(self.valid_quick)
-            if not last:  # before the checkpoint, so that a run resumed here does not switch once more
-                self._switch_if_due()
+            # Before the checkpoint, so that a run resumed here does not switch once more.
+            if not last and self._switch_if_due():
+                feed = self._feed(loader)
             if (run.checkpoint.every and done % run.checkpoint.every == 0) or last or stop:
                 self._save()
             if stop and not last:
                 return False
         return True
 
-    def _update(self, batches: list[Batch]) -> tuple[StepSums, dict[str, Any]]:
+    def _feed(self, loader: Iterator[list[Batch]]) -> Iterator[list[RoutedBatch]]:
+        """What the loader has still to give; planned ahead once routing is a table."""
+        table = self._table()
+        if table is None:
+            return ([RoutedBatch(batch) for batch in step] for step in loader)
+        planner = Planner(loader, table, self.groups, self.run.parallel.timeout_minutes)
+        self._closing.callback(planner.close)
+        return iter(planner)
+
+    def _update(self, batches: list[RoutedBatch]) -> tuple[StepSums, dict[str, Any]]:
         """One update, and its figures for the log. Raises UserError if the loss or the gradient is not finite."""
         step = self.progress.step
         lr = learning_rate(step, self.run.optimizer, self.run.schedule)
@@ -151,10 +165,10 @@ class Trainer:
             f"Try a lower optimizer.lr ({optimizer.lr:g}) or a smaller optimizer.clip ({optimizer.clip:g})"
         )
 
-    def _switch_if_due(self) -> None:
-        """Begin stage 2: validate both routers, freeze the distilled one, and say if what is frozen is bad."""
+    def _switch_if_due(self) -> bool:
+        """Begin stage 2 if it is time: validate both routers, freeze the distilled one, and say if that is bad."""
         if self.progress.stage == 2 or not self.schedule.due(self.progress.step, self.observer.history):
-            return
+            return False
         step, moe = self.progress.step, self.run.moe
         self._validate(self.valid)
         before = self.observer.routing_state(step, None, record=False)
@@ -162,11 +176,10 @@ class Trainer:
         self.routing = self._freeze()
         self.progress = replace(self.progress, stage=2, switched_at=step)
         after = self.observer.routing_state(step, self.routing)
-        counts = self.data.token_counts()
-        table, least = self._table(), least_load(counts, moe.experts, moe.top_k)
+        table, least = self._table(), least_load(self.token_counts, moe.experts, moe.top_k)
         agreement = before.agreement if before else 0.0
         # Routers that look further than the id have no table to count with: the probe tells their load.
-        load = float(table.load(counts).max()) if table else after.load if after else 0.0
+        load = float(table.load(self.token_counts).max()) if table else after.load if after else 0.0
         sha256 = table.sha256 if table else None
         switch = {"agreement": agreement, "load": load, "least_load": least, "table_sha256": sha256}
         self.observer.log("switch", step, switch)
@@ -178,6 +191,7 @@ class Trainer:
         )
         for warning in switch_warnings(agreement, load, least, self.run.stages):
             self.say(f"WARNING: {warning}", "bold red")
+        return True
 
     def _freeze(self) -> TableRouting | FrozenRouters:
         """The distilled routers as they are now, as fixed routing."""

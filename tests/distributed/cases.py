@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model": {"tie_embeddings": False},
         "moe": {"placement": "replace", "top_k": 2, "shared_experts": 1},
     },
-    "paper, shared": {"model": PAPER, "moe": {"shared_experts": 1}},
+    "paper, shared": {"model": PAPER, "moe": {"shared_experts": 1, "distilled": {"lr_scale": 3.0}}},
 }
 
 

@@ -68,6 +68,7 @@ def train(
 
     weights: whole tensors to start from; None: as the run itself starts.
     """
+    from stablemoe_ds.moe.plan import RoutedBatch
     from stablemoe_ds.routing.fixed import TableRouting, freeze
 
     outcome, routing = Outcome(), None
@@ -83,7 +84,7 @@ def train(
                 outcome.frozen.append(parts(engine))
             mine = [share(batch, groups.data_rank, groups.data_size) for batch in micro_batches]
             engine.set_learning_rate(run.optimizer.lr)
-            sums = engine.accumulate(mine, routing, step, False)
+            sums = engine.accumulate([RoutedBatch(batch) for batch in mine], routing, step, False)
             norm = engine.update()
             outcome.steps.append(
                 {

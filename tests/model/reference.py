@@ -225,10 +225,11 @@ class SlowTraining:
         first, second = self.moments[name]
         first.mul_(o.betas[0]).add_(gradient * (1 - o.betas[0]))
         second.mul_(o.betas[1]).add_(gradient.square() * (1 - o.betas[1]))
+        lr = o.lr * (self.run.moe.distilled.lr_scale if ".distilled." in name else 1.0)
         if is_decayed(name):
-            weight -= o.lr * o.weight_decay * weight
+            weight -= lr * o.weight_decay * weight
         mean, square = first / (1 - o.betas[0] ** self.steps), second / (1 - o.betas[1] ** self.steps)
-        weight -= o.lr * mean / (square.sqrt() + o.eps)
+        weight -= lr * mean / (square.sqrt() + o.eps)
 
 
 def is_decayed(name: str) -> bool:

@@ -55,7 +55,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest of another program": (lambda folder: (folder / "checkpoint.json").write_text("[1, 2]"), "cannot read"),
     "manifest cut": (lambda folder: (folder / "checkpoint.json").write_text('{"format": '), "cannot read"),
     "manifest without a key": (_edit(lambda m: m.pop("tokenizer")), "tokenizer"),
-    "settings unknown here": (_edit(lambda m: m["run"].update(flavour="sour", size=3)), "flavour"),
+    "settings unknown here": (_edit(lambda m: m["run"].update(flavour="sour")), "flavour: unknown key"),
     "progress unknown here": (_edit(lambda m: m["progress"].update(epoch=3)), "epoch"),
 }
 
@@ -85,7 +85,7 @@ def test_latest_names_a_missing_directory(finished: RunConfig, tmp_path: Path) -
 def test_nothing_to_open(tmp_path: Path) -> None:
     from stablemoe_ds.training.checkpoint import Checkpoint
 
-    with pytest.raises(UserError, match="no checkpoint at .*: expected checkpoint.json"):
+    with pytest.raises(UserError, match=r"no checkpoint at .*: expected checkpoint\.json"):
         Checkpoint.open(tmp_path)
 
 

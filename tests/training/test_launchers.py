@@ -51,7 +51,8 @@ def test_trains_under(launcher: str, data: TinyData, tmp_path: Path, expected: l
     options = [option.format(port=port) for option in LAUNCHERS[launcher]]
     command = [program, *options, "stablemoe_ds", "train", run_file(run, tmp_path / "run.yaml")]
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    environment = {**os.environ, **as_root, "MASTER_PORT": port}
+    no_bar = {"TTY_COMPATIBLE": "0"}  # mpirun gives its ranks a terminal
+    environment = {**os.environ, **as_root, **no_bar, "MASTER_PORT": port}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 3/3 · stage 2 · loss" in done.stdout, done.stdout

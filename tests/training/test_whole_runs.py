@@ -73,7 +73,8 @@ def test_stage_1_would_have_moved(data: TinyData, tmp_path: Path) -> None:
 
 
 def test_dense_model(data: TinyData, tmp_path: Path) -> None:
-    run = small_run(data, tmp_path / "run", moe={"router": "dense", "layers": []}, stages={"at_step": None})
+    dense = {"moe": {"router": "dense", "layers": []}, "stages": {"at_step": None}}
+    run = small_run(data, tmp_path / "run", optimizer={"lr": 2e-2}, **dense)
     train_run(run)
     lines = history(run, "train")
     assert lines[-1]["loss"] < lines[0]["loss"]

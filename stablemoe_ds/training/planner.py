@@ -1,0 +1,173 @@
+"""Stage 2 ahead of time: while one update runs, a thread works out where every token of the next ones will go.
+
+Routes are a function of the ids, so everything a dispatch needs, the counts of the other ranks among it, is known
+before the update begins. The update then waits for nothing: no count is exchanged and none is read back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.moe.plan import DispatchPlan, RoutedBatch, plan_from_counts
+from stablemoe_ds.moe.tensor_split import split_tokens
+from stablemoe_ds.routing.fixed import TableRouting
+from stablemoe_ds.routing.losses import count_tokens
+from stablemoe_ds.routing.routes import NOT_ROUTED
+from stablemoe_ds.routing.table import RoutingTable
+from stablemoe_ds.training.groups import Groups
+
+AHEAD = 2
+"""Updates planned before they are asked for."""
+CLOSING_SECONDS = 10.0
+"""How long to wait for the thread; it is only late if another rank is gone."""
+
+
+class Planner:
+    """Turns the loader's updates into planned ones, ``AHEAD`` of the trainer.
+
+    Every rank plans the same number of updates, whenever it is closed: a thread that exchanges counts must never
+    be left waiting for a rank that has stopped.
+    """
+
+    def __init__(
+        self, steps: Iterator[list[Batch]], table: RoutingTable, groups: Groups, timeout_minutes: float
+    ) -> None:
+        """Collective. ``steps``: what the loader has still to give, one list of micro-batches an update."""
+        self._steps, self._groups, self._experts = steps, groups, table.experts
+        self._routing = TableRouting(table)
+        self._tables = [_digest(layer_VK.tobytes()) for layer_VK in table.expert_LVK]
+        self._group = _expert_group_on_cpu(groups, timeout_minutes)
+        self._ready: queue.Queue[list[RoutedBatch] | BaseException | None] = queue.Queue()
+        self._state = threading.Condition()
+        self._wanted, self._closing = AHEAD, False
+        self._thread = threading.Thread(target=self._work, name="planner", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[list[RoutedBatch]]:
+        """Planned updates. Raises what planning raised: UserError if ranks disagree on what they route."""
+        while True:
+            step = self._ready.get()
+            if step is None:
+                return
+            if isinstance(step, BaseException):
+                raise step
+            with self._state:
+                self._wanted += 1
+                self._state.notify()
+            yield step
+
+    def close(self) -> None:
+        """Let the thread finish what all ranks have begun, and end it."""
+        with self._state:
+            self._closing = True
+            self._state.notify()
+        self._thread.join(timeout=CLOSING_SECONDS)
+
+    def _work(self) -> None:
+        try:
+            for number, batches in enumerate(self._steps):
+                with self._state:
+                    while number >= self._wanted:
+                        if self._closing:
+                            return
+                        self._state.wait()
+                self._ready.put(self._plan(number, batches))
+            self._ready.put(None)
+        except BaseException as error:  # whatever it is, it belongs to the thread that waits for a plan
+            self._ready.put(error)
+
+    def _plan(self, number: int, batches: list[Batch]) -> list[RoutedBatch]:
+        """All plans of one update with one exchange of counts."""
+        routes = [self._routes(batch) for batch in batches]
+        shares = [[split_tokens(layer, self._tensor_group) for layer in expert_LTK] for expert_LTK in routes]
+        counts_MLN = torch.stack([torch.stack([count_tokens(e, self._experts) for e in layers]) for layers in shares])
+        counts_RMLN = self._exchange(number, batches, counts_MLN)
+        rank = dist.get_rank(self._group) if self._group is not None else 0
+        pin = self._groups.world.device.type == "cuda"
+        planned = []
+        for m, (batch, expert_LTK) in enumerate(zip(batches, routes, strict=True)):
+            plans = [plan_from_counts(e, counts_RMLN[:, m, layer], rank) for layer, e in enumerate(shares[m])]
+            planned.append(_pinned(batch, expert_LTK, plans) if pin else RoutedBatch(batch, expert_LTK, tuple(plans)))
+        return planned
+
+    @property
+    def _tensor_group(self) -> dist.ProcessGroup | None:
+        return self._groups.placement.tensor_group
+
+    def _routes(self, batch: Batch) -> Tensor:
+        real_T = batch.real.transpose(0, 1).flatten()
+        return torch.where(real_T[None, :, None], self._routing(batch.ids), NOT_ROUTED)
+
+    def _exchange(self, number: int, batches: list[Batch], counts_MLN: Tensor) -> Tensor:
+        """Counts of every rank of the expert-parallel group, int64 [R, M, L, N].
+
+        With them travels what must be equal: how many updates were planned, the routing of each layer, and among
+        ranks that share a batch (tensor parallelism) its ids. Raises UserError on every rank if it is not.
+        """
+        if self._group is None:
+            return counts_MLN[None]
+        ids = _digest(torch.stack([batch.ids for batch in batches]).numpy().tobytes())
+        head = torch.tensor([number, self._groups.data_rank, ids, *self._tables])
+        mine = torch.cat([head, counts_MLN.reshape(-1)])
+        ranks = dist.get_process_group_ranks(self._group)
+        parts = [torch.empty_like(mine) for _ in ranks]
+        dist.all_gather(parts, mine, group=self._group)
+        counts_RMLN = torch.stack([part[len(head) :].view_as(counts_MLN) for part in parts])
+        for other, part in zip(ranks, parts, strict=True):
+            self._compare(ranks[0], other, parts[0].tolist(), part.tolist(), counts_RMLN)
+        return counts_RMLN
+
+    def _compare(self, first: int, other: int, a: list[int], b: list[int], counts_RMLN: Tensor) -> None:
+        """Raise UserError unless two ranks route the same update alike."""
+        layers = range(len(self._tables))
+        different = [layer for layer in layers if a[3 + layer] != b[3 + layer]]
+        sent = counts_RMLN.sum((1, 3)).tolist()  # [rank][layer]
+        names = dist.get_process_group_ranks(self._group)
+        what = None
+        if a[0] != b[0]:
+            what = f"rank {first} plans update {a[0]} since the start, rank {other} update {b[0]}"
+        elif different:
+            layer = different[0]
+            counts = f"{sent[names.index(first)][layer]} and {sent[names.index(other)][layer]} rows to send"
+            what = f"ranks {first} and {other} route MoE layer {layer + 1} by different tables ({counts})"
+        elif a[1] == b[1] and a[2] != b[2]:
+            counts = f"{sent[names.index(first)]} and {sent[names.index(other)]} rows to send by layer"
+            what = f"ranks {first} and {other} should have the same batch and have not ({counts})"
+        if what is not None:
+            raise UserError(f"{what}: were they started with the same configuration, data and checkpoint?")
+
+
+def _pinned(batch: Batch, expert_LTK: Tensor, plans: list[DispatchPlan]) -> RoutedBatch:
+    fields = (batch.ids, batch.labels, batch.real, batch.scored)
+    pinned = Batch(*(field.pin_memory() for field in fields))
+    return RoutedBatch(pinned, expert_LTK.pin_memory(), tuple(plan.pin() for plan in plans))
+
+
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:7], "little")
+
+
+def _expert_group_on_cpu(groups: Groups, timeout_minutes: float) -> dist.ProcessGroup | None:
+    """A gloo group with the ranks of the expert-parallel group, for the planner's thread alone. Collective."""
+    if groups.expert == 1:
+        return None
+    from megatron.core import parallel_state
+
+    mine = dist.get_process_group_ranks(parallel_state.get_expert_model_parallel_group())
+    everyone: list[Any] = [None] * groups.world.size
+    dist.all_gather_object(everyone, mine)
+    every_group = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
+    timeout = timedelta(minutes=timeout_minutes)
+    group, _ = dist.new_subgroups_by_enumeration(every_group, timeout=timeout, backend="gloo")
+    return group
