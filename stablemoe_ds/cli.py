@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _error_text(error: UserError) -> str:
-    rank = os.environ.get("RANK")
-    who = f" (rank {rank})" if rank not in (None, "0") else ""
+    who = f" (rank {rank})" if (rank := _rank()) else ""
     return f"stablemoe{who}: error: {error}"
 
 
@@ -296,9 +295,15 @@ def _settle() -> None:
     settle_libraries()
 
 
+def _rank() -> int:
+    """Rank by any launcher's environment, 0 without one."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
+
+
 def _tell(facts: Any, text: str, as_json: bool) -> None:
     """Print on the main rank only: JSON for a script, text for a person."""
-    if os.environ.get("RANK", "0") == "0":
+    if _rank() == 0:
         print(json.dumps(facts, indent=1) if as_json else text)
 
 

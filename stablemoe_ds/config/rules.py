@@ -20,7 +20,7 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
 
     Raises UserError with one line for each breach.
     """
-    found = [*_model(run), *_moe(run), *_stages(run), *_precision(run), *_tensor(run), *conflicts(run)]
+    found = [*_model(run), *_moe(run), *_schedule(run), *_stages(run), *_precision(run), *_tensor(run), *conflicts(run)]
     if world_size is not None:
         found += _world(run, world_size)
     if found:
@@ -84,6 +84,12 @@ def _moe(run: RunConfig) -> Iterator[str]:
     elif moe.router != "dense" and moe.experts % expert:
         near = nearest_divisor(moe.experts, expert)
         yield _breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
+
+
+def _schedule(run: RunConfig) -> Iterator[str]:
+    warmup, steps = run.schedule.warmup_steps, run.schedule.steps
+    if warmup >= steps and warmup:
+        yield _breach("schedule.warmup_steps", warmup, f"expected fewer than schedule.steps {steps}", steps // 10)
 
 
 def _stages(run: RunConfig) -> Iterator[str]:
@@ -152,7 +158,11 @@ def _world(run: RunConfig, world_size: int) -> Iterator[str]:
         near = nearest_divisor(math.gcd(run.moe.experts, world_size), expert)
         reason = f"expected a divisor of the world size {world_size}, as every group of ranks holds all experts"
         yield _breach(
-            "parallel.expert", expert, reason, f"{near}, or world size {nearest_multiple(world_size, expert)}"
+            "parallel.expert",
+            expert,
+            reason,
+            f"{near}, or {nearest_multiple(world_size, expert)} processes (torchrun --nproc_per_node "
+            f"{nearest_multiple(world_size, expert)} -m stablemoe_ds train ...)",
         )
     try:
         batch_plan(run, world_size)

@@ -85,7 +85,9 @@ class MoEConfig(Section):
         0.3, ge=0, description="weight of the distillation loss (paper: 1, authors' code: 0.3)"
     )
     router_input: Literal["raw", "normalized"] = Field(
-        "raw", description="what the centroids meet: the residual stream as it is (paper) or at unit root mean square"
+        "raw",
+        description="what the centroids meet: the residual stream as it is (paper) or at unit root mean square, which "
+        "bounds gates and gradients but not which expert is best",
     )
     centroid_gain: float = Field(0.1, gt=0, description="norm of each centroid at the start")
     equal_experts: bool = Field(False, description="start all experts of a layer alike, as the authors' code does")
@@ -156,12 +158,6 @@ class ScheduleConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
     decay: Literal["linear", "cosine", "constant"] = Field("linear", description="what follows the warm-up")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end, relative to the peak")
-
-    @model_validator(mode="after")
-    def _warm(self) -> ScheduleConfig:
-        if self.warmup_steps >= self.steps and self.warmup_steps > 0:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
-        return self
 
 
 class PlateauConfig(Section):

@@ -25,7 +25,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _start(name: str, shape: tuple[int, ...], run: RunConfig, generator: torch.Generator) -> Tensor:
-    """Start value of a whole tensor; the rules of the authors' code where it has one (paper.md section 1)."""
+    """Start value of a whole tensor; the rules of the authors' code where it has one (docs/method.md)."""
     m = run.model
 
     def normal(std: float) -> Tensor:

@@ -45,7 +45,7 @@ class RoutingTable:
     def from_scores(
         cls, scores_LVN: NDArray[np.float32], top_k: int, blocks: tuple[int, ...], tokenizer: str = ""
     ) -> RoutingTable:
-        """Take the ``top_k`` best experts of each id; on a tie the lowest index wins (paper.md, oddity 2).
+        """Take the ``top_k`` best experts of each id; on a tie the lowest index wins (docs/method.md).
 
         scores_LVN: float32 [L, V, N], distilled affinity of each id to each expert.
         Raises ValueError if a score is not finite: such a table would be arbitrary.
@@ -112,7 +112,7 @@ class RoutingTable:
                 blocks = tuple(int(b) for b in meta["blocks"].split(","))
                 table = cls(file.get_tensor("expert_LVK"), int(meta["experts"]), blocks, meta["tokenizer"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"cannot read routing table {path}: {error}") from error
+            raise UserError(f"{path} is not a routing table that can be read: {error}") from error
         if table.sha256 != meta["sha256"]:
             raise UserError(
                 f"routing table {path} is damaged: its sha256 is {table.sha256[:12]}, it says {meta['sha256'][:12]}"
@@ -124,7 +124,7 @@ def least_load(token_counts: NDArray[np.int64], experts: int, top_k: int) -> flo
     """The smallest max/mean load any table of ids can have: the commonest id alone fills an expert.
 
     Each id is served by ``top_k`` experts out of ``experts``, so the expert that gets id x sees at least
-    count(x) of the top_k * T / N tokens of the mean (paper.md section 5). Never below 1.
+    count(x) of the top_k * T / N tokens of the mean (docs/method.md). Never below 1.
     """
     total = int(token_counts.sum())
     return max(1.0, float(token_counts.max()) * experts / (top_k * total)) if total else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,10 +37,11 @@ class Display:
 
     def start(self, name: str, done: int, total: int) -> None:
         """Begin to show progress; without a terminal there is no bar, only lines."""
-        if self._active and self.console.is_terminal:
+        # Open MPI gives its ranks a terminal of its own whose output usually ends in a file.
+        if self._active and self.console.is_terminal and "OMPI_COMM_WORLD_RANK" not in os.environ:
             columns: Iterable[Any] = (
                 MofNCompleteColumn(),
-                BarColumn(bar_width=10),
+                *([BarColumn(bar_width=20)] if self.console.width >= 120 else []),
                 TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
                 TimeRemainingColumn(compact=True),
             )

@@ -134,7 +134,7 @@ def test_table_of_stage_1(finished: RunConfig) -> None:
 
 
 def test_table_that_is_none(data: TinyData) -> None:
-    complaint(command_here("routing", "table", data.tokenizer), r"cannot read routing table")
+    complaint(command_here("routing", "table", data.tokenizer), r"is not a routing table")
 
 
 def test_evaluation_of_a_missing_corpus(finished: RunConfig) -> None:

@@ -130,7 +130,7 @@ def test_breach_is_refused_with_reason_and_nearest(make: Make, overrides: str, r
             "world size: got 3: expected a multiple of parallel.tensor 2; nearest that works: 4",
         ),
         (["parallel.expert=4"], 6, "parallel.expert: got 4: expected a divisor of the world size 6"),
-        (["parallel.expert=4"], 6, "nearest that works: 2, or world size 8"),
+        (["parallel.expert=4"], 6, "nearest that works: 2, or 8 processes (torchrun --nproc_per_node 8"),
         ([], 0, "world size: got 0: expected at least one process"),
         (
             ["schedule.tokens_per_step=500"],

@@ -76,7 +76,7 @@ def test_no_rows_at_all(experts):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_fresh_experts_add_nothing(name):
-    """W2 = 0, b2 = 0: whatever W1 is, a fresh expert is the identity (paper.md, initialisation)."""
+    """W2 = 0, b2 = 0: whatever W1 is, a fresh expert is the identity (docs/method.md)."""
     fresh = Experts(SHAPES[name], len(SPLITS))
     for sublayer in fresh.sublayers:
         torch.nn.init.normal_(sublayer.w1)

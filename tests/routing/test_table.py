@@ -107,12 +107,12 @@ def test_a_file_cut_short_is_named(table, tmp_path, keep):
     path = tmp_path / "table.safetensors"
     table.save(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"cannot read routing table .*table\.safetensors"):
+    with pytest.raises(UserError, match=r"table\.safetensors is not a routing table"):
         RoutingTable.read(path)
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="is not a routing table"):
         RoutingTable.read(tmp_path / "none.safetensors")
     array = {"expert_LVK": np.zeros((1, 4, 1), np.int32)}
     save_file(array, str(tmp_path / "a.safetensors"))

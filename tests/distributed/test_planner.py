@@ -1,0 +1,150 @@
+"""Planning ahead: the same plans as made in the step, the same training, and a named error where ranks disagree."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.errors import UserError
+from tests.distributed.cases import batch, run_of
+from tests.distributed.launch import run_distributed
+from tests.distributed.worker import engine_of, share
+
+pytestmark = pytest.mark.distributed
+LAYOUTS = [
+    (1, {"expert": 1}),
+    (2, {"expert": 2}),
+    (2, {"tensor": 2, "expert": 2}),
+    (4, {"expert": 2}),
+    (4, {"tensor": 2, "expert": 4}),
+]
+UPDATES = 5
+
+
+def updates(rank: int, ranks: int) -> list[list[Batch]]:
+    """Two micro-batches an update; more updates than are planned ahead."""
+    return [[share(batch(10 * update + micro), rank, ranks) for micro in range(2)] for update in range(UPDATES)]
+
+
+def plans_beside_those_of_the_step(run: RunConfig) -> list[tuple[Any, Any]]:
+    from stablemoe_ds.moe.plan import plan_dispatch
+    from stablemoe_ds.moe.tensor_split import split_tokens
+    from stablemoe_ds.routing.fixed import freeze
+    from stablemoe_ds.training.planner import Planner
+
+    pairs = []
+    with engine_of(run) as engine:
+        groups, layers = engine.groups, engine.model.moe_layers
+        table = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2)).table
+        planner = Planner(iter(updates(groups.data_rank, groups.data_size)), table, groups, 1.0)
+        for step in planner:
+            for micro in step:
+                for layer, expert_TK, plan in zip(layers, micro.fixed_LTK, micro.plans, strict=True):
+                    expert_TK = split_tokens(expert_TK, groups.placement.tensor_group)
+                    own = plan_dispatch(expert_TK, run.moe.experts, layer.expert_group)
+                    pairs.append((vars(plan), vars(own)))
+        planner.close()
+    return pairs
+
+
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=str)
+def test_plans_are_those_a_step_would_make(world: int, layout: dict[str, Any]) -> None:
+    for pairs in run_distributed(world, plans_beside_those_of_the_step, run_of("modern", zero=1, micro=None, **layout)):
+        assert len(pairs) == UPDATES * 2 * 2
+        for planned, own in pairs:
+            for name, value in own.items():
+                same = torch.equal(planned[name], value) if isinstance(value, torch.Tensor) else planned[name] == value
+                assert same, name
+
+
+def losses(run: RunConfig, planned: bool) -> list[float]:
+    from stablemoe_ds.moe.plan import RoutedBatch
+    from stablemoe_ds.routing.fixed import freeze
+    from stablemoe_ds.training.planner import Planner
+
+    found = []
+    with engine_of(run) as engine:
+        groups = engine.groups
+        engine.freeze_distilled()
+        routing = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2))
+        steps = updates(groups.data_rank, groups.data_size)
+        planner = Planner(iter(steps), routing.table, groups, 1.0) if planned else None
+        for step in planner or ([RoutedBatch(micro) for micro in step] for step in steps):
+            engine.set_learning_rate(run.optimizer.lr)
+            sums = engine.accumulate(step, routing, 0, False)
+            found += [sums.loss, engine.update()]
+        if planner:
+            planner.close()
+    return found
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_planned_training_is_the_same_to_the_bit(zero: int) -> None:
+    run = run_of("paper", expert=2, zero=zero, micro=2)
+    assert run_distributed(2, losses, run, True) == run_distributed(2, losses, run, False)
+
+
+def disagree(run: RunConfig, how: str) -> tuple[str, float]:
+    """What the planner says, and after how many seconds, when rank 1 differs from rank 0."""
+    from stablemoe_ds.routing.table import RoutingTable
+    from stablemoe_ds.training.planner import Planner
+
+    with engine_of(run) as engine:
+        groups = engine.groups
+        odd = groups.world.rank == 1
+        expert_LVK = np.arange(2 * 64, dtype=np.int32).reshape(2, 64, 1) % 4
+        if how == "table" and odd:
+            expert_LVK[1, 7] = (expert_LVK[1, 7] + 1) % 4
+        steps = updates(groups.data_rank, groups.data_size)
+        if how == "batch" and odd:
+            steps = updates(groups.data_rank, groups.data_size)[1:]
+        began = time.perf_counter()
+        planner = Planner(iter(steps), RoutingTable(expert_LVK, 4, (1, 2)), groups, 1.0)
+        try:
+            next(iter(planner))
+        except UserError as error:
+            planner.close()
+            return str(error), time.perf_counter() - began
+        raise AssertionError("nobody noticed")
+
+
+@pytest.mark.parametrize(
+    ("how", "layout", "said"),
+    [
+        ("table", {"expert": 2}, "ranks 0 and 1 route MoE layer 2 by different tables"),
+        ("batch", {"tensor": 2, "expert": 2}, "ranks 0 and 1 should have the same batch and have not"),
+    ],
+)
+def test_every_rank_says_what_differs(how: str, layout: dict[str, Any], said: str) -> None:
+    run = run_of("paper", moe={"experts": 4}, zero=1, **layout)
+    for message, seconds in run_distributed(2, disagree, run, how):
+        assert said in message
+        assert "rows to send" in message
+        assert seconds < 30  # a hang would last the group's timeout, a minute
+
+
+def stop_early(run: RunConfig) -> int:
+    """Ranks that stop after the same update, however far each had planned."""
+    from stablemoe_ds.routing.fixed import freeze
+    from stablemoe_ds.training.planner import Planner
+
+    with engine_of(run) as engine:
+        groups = engine.groups
+        table = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2)).table
+        planner = Planner(iter(updates(groups.data_rank, groups.data_size)), table, groups, 1.0)
+        steps = iter(planner)
+        next(steps)
+        if groups.world.rank == 1:
+            time.sleep(0.5)
+        planner.close()
+        return int(planner._thread.is_alive())
+
+
+def test_closing_leaves_no_thread_behind() -> None:
+    assert run_distributed(2, stop_early, run_of("paper", expert=2, zero=1)) == [0, 0]
