@@ -1,13 +1,13 @@
 # make demo     install, then train a two-stage model on this machine's own Python source
 # make test     install, then run the whole suite
 # make lint     ruff, format, mypy, and whether docs/configuration.md is what the schema says
+# make bench    time the MoE layer against the dense layer of equal FLOPs and DeepSpeed's own
 # make format   let ruff write the format
 #
 # Needs Python 3.11 or newer, nothing else: no compiler, no MPI library. The first target that runs makes .venv.
 #
 #   PYTHON=/opt/python3.12/bin/python3   which interpreter .venv is made from
-#   TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-#                                        which torch to install; PyPI's Linux build is the one for NVIDIA GPUs
+#   TORCH="torch==2.13.0 --index-url URL"  which torch to install; PyPI's Linux build is the one for NVIDIA GPUs
 #   ARGS="-m 'not slow'"                 passed on to pytest, or to `stablemoe demo` (ARGS=schedule.steps=600)
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
@@ -22,7 +22,7 @@ REFERENCE := $(BIN)/python -m stablemoe_ds.config.reference
 # Launchers start what they find on PATH: it has to be what .venv holds.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint format install
+.PHONY: demo test lint bench format install
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -37,6 +37,9 @@ lint: install
 	$(BIN)/mypy
 	@$(REFERENCE) | diff docs/configuration.md - >&2 \
 	  || { echo "docs/configuration.md is not current: run '$(REFERENCE) > docs/configuration.md'" >&2; exit 1; }
+
+bench: install
+	$(BIN)/python -m benchmarks.moe_layer --output benchmarks/results/moe_layer.json $(ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -17,9 +17,9 @@ import pytest
 
 from tests.training.runs import TinyData, history, run_file, small_run, train_run
 
-STEPS, PATIENCE = 80, 60.0
+STEPS, PATIENCE = 80, 120.0
 ALONE = ["-m", "stablemoe_ds", "train"]
-TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "stablemoe_ds", "train"]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stablemoe_ds", "train"]
 
 
 @dataclass
