@@ -117,7 +117,8 @@ def test_stops_and_continues(how: str, data: TinyData, tmp_path: Path, started: 
     assert history(run)[-1]["step"] == step
 
     if two:  # the launcher has done its part; the same run goes on in processes that start at once
-        said = train_run(run, ranks=2)
+        inline = run.model_copy(update={"data": run.data.model_copy(update={"workers": 0})})
+        said = train_run(inline, ranks=2)
     else:
         started.append(Started(command, tmp_path / "second.txt"))
         said = started[-1].end()
