@@ -52,6 +52,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is not Python 3.11 or newer: name one that is with 'make PYTHON=...'" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) $(TORCH)
-	$(PIP) -e '.[dev]'
+	@echo 'installing into .venv, which takes some minutes'
+	$(PIP) -q $(TORCH)
+	$(PIP) -q -e '.[dev]'
 	@touch $@

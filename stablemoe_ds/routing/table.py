@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.files import follow_umask
 
 FORMAT = "stablemoe-routing-table-1"
 
@@ -96,6 +97,7 @@ class RoutingTable:
             "sha256": self.sha256,
         }
         save_file({"expert_LVK": np.ascontiguousarray(self.expert_LVK)}, str(path), metadata)
+        follow_umask(path)
 
     @classmethod
     def read(cls, path: str | Path) -> RoutingTable:

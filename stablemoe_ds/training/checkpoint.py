@@ -30,6 +30,7 @@ from torch import Tensor
 from stablemoe_ds.config.complaints import complaints
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.files import follow_umask
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.model.layout import Piece, pieces
 from stablemoe_ds.routing.table import RoutingTable
@@ -174,6 +175,7 @@ def save(engine: Engine, progress: Progress, tokenizer: str, table: RoutingTable
     for name, tensors in ((f"weights-{number}.safetensors", weights), (f"moments-{number}.safetensors", moments)):
         if tensors:
             save_file(tensors, str(part / name))
+            follow_umask(part / name)
             sizes[name] = (part / name).stat().st_size
     if world.is_main and table is not None:
         table.save(part / TABLE)

@@ -74,6 +74,13 @@ def test_file_round_trip(table, tmp_path):
     assert again.sha256 == table.sha256
 
 
+def test_file_has_the_permissions_of_any_new_file(table, tmp_path):
+    path, other = tmp_path / "table.safetensors", tmp_path / "other"
+    table.save(path)
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_digest_covers_what_decides_routing(table):
     other = table.expert_LVK.copy()
     other[1, 7] = (other[1, 7] + 1) % 7
