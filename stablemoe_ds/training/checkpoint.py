@@ -209,7 +209,8 @@ def save(engine: Engine, progress: Progress, tokenizer: str, table: RoutingTable
 def _prune(folder: Path, keep: int) -> None:
     """Delete all but the newest checkpoints; the one ``latest`` names is never touched."""
     latest = (folder / "latest").read_text().strip()
-    older = sorted(path for path in folder.glob("step-*") if path.name != latest)
+    # By time, not by step: a run that was set back writes lower steps than the ones it has abandoned.
+    older = sorted((p for p in folder.glob("step-*") if p.name != latest), key=lambda path: path.stat().st_mtime)
     for path in older[: max(0, len(older) - (keep - 1))]:
         shutil.rmtree(path)
 

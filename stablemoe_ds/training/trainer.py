@@ -70,6 +70,10 @@ class Trainer:
         self._resume()
         self._announce()
         steps = self.run.schedule.steps
+        if self.progress.step >= steps and (Path(self.run.directory) / "report.json").exists():
+            self.observer.close()
+            self.say(f"this run is finished; its report is in {self.run.directory}")
+            return True
         with self._stopping_on_signals():
             self._closing.callback(self.observer.close)
             with self._closing:
