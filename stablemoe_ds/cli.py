@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _error_text(error: UserError) -> str:
-    who = f" (rank {rank})" if (rank := _rank()) else ""
+    from stablemoe_ds.launch.environment import read_launcher_environment
+
+    rank, _, _ = read_launcher_environment()
+    who = f" (rank {rank})" if rank else ""
     return f"stablemoe{who}: error: {error}"
 
 
@@ -295,15 +298,12 @@ def _settle() -> None:
     settle_libraries()
 
 
-def _rank() -> int:
-    """Rank by any launcher's environment, 0 without one."""
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
-
-
 def _tell(facts: Any, text: str, as_json: bool) -> None:
     """Print on the main rank only: JSON for a script, text for a person."""
-    if _rank() == 0:
+    from stablemoe_ds.launch.environment import read_launcher_environment
+
+    rank, _, _ = read_launcher_environment()
+    if rank == 0:
         print(json.dumps(facts, indent=1) if as_json else text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,5 +26,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device, copied without waiting where memory is pinned."""
-        fields = (self.ids, self.labels, self.real, self.scored)
-        return Batch(*(field.to(device, non_blocking=True) for field in fields))
+        return self.map(lambda field: field.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with each field changed."""
+        return Batch(*(change(field) for field in (self.ids, self.labels, self.real, self.scored)))

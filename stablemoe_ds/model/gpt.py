@@ -27,6 +27,7 @@ from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
 from stablemoe_ds.moe.plan import DispatchPlan
 from stablemoe_ds.routing.distilled import DistilledRouter
+from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze
 from stablemoe_ds.routing.routes import LayerReport, RoutingPass, TokenView
 from stablemoe_ds.routing.stablemoe import StableMoERouter
 
@@ -88,6 +89,11 @@ class StableMoEGPT(GPTModel):
     def distilled_routers(self) -> list[DistilledRouter]:
         """The distilled router of each MoE layer."""
         return [layer.router.distilled for layer in self.moe_layers]
+
+    def frozen_routing(self, tokenizer: str = "") -> TableRouting | FrozenRouters:
+        """The distilled routers as they are now, as fixed routing. ``tokenizer``: fingerprint to write into a table."""
+        moe = self.run_config.moe
+        return freeze(self.distilled_routers, moe.top_k, tuple(moe.layers), tokenizer)
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,15 +32,10 @@ class DispatchPlan:
     expert_splits: list[int]
     group_total: int
 
-    def to(self, device: torch.device | str) -> DispatchPlan:
-        """The same plan with its orders on another device, copied without waiting where memory is pinned."""
-        arrival_R = None if self.arrival_R is None else self.arrival_R.to(device, non_blocking=True)
-        return replace(self, order_A=self.order_A.to(device, non_blocking=True), arrival_R=arrival_R)
-
-    def pin(self) -> DispatchPlan:
-        """The same plan in pinned memory."""
-        arrival_R = None if self.arrival_R is None else self.arrival_R.pin_memory()
-        return replace(self, order_A=self.order_A.pin_memory(), arrival_R=arrival_R)
+    def map(self, change: Callable[[Tensor], Tensor]) -> DispatchPlan:
+        """The same plan with each of its orders changed."""
+        arrival_R = None if self.arrival_R is None else change(self.arrival_R)
+        return replace(self, order_A=change(self.order_A), arrival_R=arrival_R)
 
 
 def plan_dispatch(expert_TK: Tensor, experts: int, group: dist.ProcessGroup | None) -> DispatchPlan:
@@ -101,6 +97,14 @@ class RoutedBatch:
 
     def to(self, device: torch.device | str) -> RoutedBatch:
         """The same on another device, copied without waiting where memory is pinned."""
-        fixed_LTK = None if self.fixed_LTK is None else self.fixed_LTK.to(device, non_blocking=True)
-        plans = None if self.plans is None else tuple(plan.to(device) for plan in self.plans)
-        return RoutedBatch(self.batch.to(device), fixed_LTK, plans)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> RoutedBatch:
+        """The same in pinned memory, from where a GPU copies while it computes."""
+        return self.map(Tensor.pin_memory)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> RoutedBatch:
+        """The same with every tensor in it changed."""
+        fixed_LTK = None if self.fixed_LTK is None else change(self.fixed_LTK)
+        plans = None if self.plans is None else tuple(plan.map(change) for plan in self.plans)
+        return RoutedBatch(self.batch.map(change), fixed_LTK, plans)

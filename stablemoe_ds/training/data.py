@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stablemoe_ds.config.batch import BatchPlan
 from stablemoe_ds.config.schema import RunConfig, Source
 from stablemoe_ds.data.batch import Batch
-from stablemoe_ds.data.corpus import PreparedInfo, read_sources
+from stablemoe_ds.data.corpus import read_sources
 from stablemoe_ds.data.dataset import EvalDataset, build_train_dataset
 from stablemoe_ds.data.loader import EvalLoader, TrainLoader
 from stablemoe_ds.data.tokenizer import Tokenizer
@@ -63,17 +63,13 @@ class RunData:
         probe = self.eval_set(self._run.data.valid or self._run.data.train, self._run.logging.probe_tokens)
         return list(probe.loader) if probe else []
 
-    def token_counts(self) -> NDArray[np.int64]:
-        """int64 [V]: how often training sees each id."""
-        sources = self._run.data.train
-        return token_counts(sources, read_sources(sources, self._tokenizer), self._run.model.vocab_size or 0)
 
-
-def token_counts(sources: Sequence[Source], infos: Sequence[PreparedInfo], vocab_size: int) -> NDArray[np.int64]:
+def token_counts(sources: Sequence[Source], tokenizer: Tokenizer | None, vocab_size: int) -> NDArray[np.int64]:
     """int64 [V]: how often a blend has each id, corpora weighted as they are in training.
 
     vocab_size: ids of the model, which may have more than the tokenizer; those do not occur.
     """
+    infos = read_sources(sources, tokenizer)
     shares = [info.token_counts() * (s.weight / info.tokens) for s, info in zip(sources, infos, strict=True)]
     total = sum(info.tokens for info in infos)
     weight = sum(source.weight for source in sources)

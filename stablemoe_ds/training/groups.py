@@ -8,20 +8,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.launch.environment import read_launcher_environment, started_by_mpi
 from stablemoe_ds.moe.layer import LayerPlacement
-
-_LAUNCHERS = (  # rank, world size, local rank; as torchrun and deepspeed, SLURM, Open MPI and MPICH name them
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-)
-_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 @dataclass(frozen=True)
@@ -38,14 +32,6 @@ class World:
         return self.rank == 0
 
 
-def read_launcher_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from whichever launcher started this process; (0, 1, 0) without one."""
-    for rank, size, local in _LAUNCHERS:
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, 0))
-    return 0, 1, 0
-
-
 def start_world(timeout_minutes: float = 10.0) -> World:
     """Join the run: torch.distributed over nccl or gloo, device chosen by local rank. Call once per process."""
     rank, size, local_rank = read_launcher_environment()
@@ -57,10 +43,6 @@ def start_world(timeout_minutes: float = 10.0) -> World:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
     # The shared-memory op only serves inference all-reduce; building it needs a compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
@@ -76,7 +58,7 @@ def _meeting_point(rank: int, size: int) -> tuple[str, int]:
     """Address and port at which the ranks meet, where the launcher names none."""
     if size == 1:
         return "127.0.0.1", _free_port()
-    if not any(name in os.environ for name in _MPI):
+    if not started_by_mpi():
         return "127.0.0.1", 29500
     try:
         from mpi4py import MPI

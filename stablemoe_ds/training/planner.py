@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.moe.plan import DispatchPlan, RoutedBatch, plan_from_counts
+from stablemoe_ds.moe.plan import RoutedBatch, plan_from_counts
 from stablemoe_ds.moe.tensor_split import split_tokens
 from stablemoe_ds.routing.fixed import TableRouting
 from stablemoe_ds.routing.losses import count_tokens
@@ -98,7 +98,8 @@ class Planner:
         planned = []
         for m, (batch, expert_LTK) in enumerate(zip(batches, routes, strict=True)):
             plans = [plan_from_counts(e, counts_RMLN[:, m, layer], rank) for layer, e in enumerate(shares[m])]
-            planned.append(_pinned(batch, expert_LTK, plans) if pin else RoutedBatch(batch, expert_LTK, tuple(plans)))
+            routed = RoutedBatch(batch, expert_LTK, tuple(plans))
+            planned.append(routed.pin() if pin else routed)
         return planned
 
     @property
@@ -120,38 +121,34 @@ class Planner:
         ids = _digest(torch.stack([batch.ids for batch in batches]).numpy().tobytes())
         head = torch.tensor([number, self._groups.data_rank, ids, *self._tables])
         mine = torch.cat([head, counts_MLN.reshape(-1)])
-        ranks = dist.get_process_group_ranks(self._group)
-        parts = [torch.empty_like(mine) for _ in ranks]
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(parts, mine, group=self._group)
         counts_RMLN = torch.stack([part[len(head) :].view_as(counts_MLN) for part in parts])
-        for other, part in zip(ranks, parts, strict=True):
-            self._compare(ranks[0], other, parts[0].tolist(), part.tolist(), counts_RMLN)
+        self._compare([part[: len(head)].tolist() for part in parts], counts_RMLN)
         return counts_RMLN
 
-    def _compare(self, first: int, other: int, a: list[int], b: list[int], counts_RMLN: Tensor) -> None:
-        """Raise UserError unless two ranks route the same update alike."""
-        layers = range(len(self._tables))
-        different = [layer for layer in layers if a[3 + layer] != b[3 + layer]]
-        sent = counts_RMLN.sum((1, 3)).tolist()  # [rank][layer]
+    def _compare(self, heads: list[list[int]], counts_RMLN: Tensor) -> None:
+        """Raise UserError unless all ranks plan the same update alike; ``heads``: what came before their counts."""
+        first_of_data_rank: dict[int, tuple[int, int]] = {}
+        for rank, (update, data_rank, ids, *tables) in enumerate(heads):
+            if update != heads[0][0]:
+                self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_RMLN)
+            for layer, (table, expected) in enumerate(zip(tables, heads[0][3:], strict=True)):
+                if table != expected:
+                    what = f"route MoE layer {layer + 1} by different tables"
+                    self._refuse(0, rank, what, counts_RMLN[:, :, layer : layer + 1])
+            other, expected = first_of_data_rank.setdefault(data_rank, (rank, ids))
+            if ids != expected:
+                self._refuse(other, rank, "should have the same batch and have not", counts_RMLN)
+
+    def _refuse(self, first: int, second: int, what: str, counts_RMLN: Tensor) -> None:
+        """Raise UserError naming two ranks of the group, and the rows each has to send by MoE layer."""
         names = dist.get_process_group_ranks(self._group)
-        what = None
-        if a[0] != b[0]:
-            what = f"rank {first} plans update {a[0]} since the start, rank {other} update {b[0]}"
-        elif different:
-            layer = different[0]
-            counts = f"{sent[names.index(first)][layer]} and {sent[names.index(other)][layer]} rows to send"
-            what = f"ranks {first} and {other} route MoE layer {layer + 1} by different tables ({counts})"
-        elif a[1] == b[1] and a[2] != b[2]:
-            counts = f"{sent[names.index(first)]} and {sent[names.index(other)]} rows to send by layer"
-            what = f"ranks {first} and {other} should have the same batch and have not ({counts})"
-        if what is not None:
-            raise UserError(f"{what}: were they started with the same configuration, data and checkpoint?")
-
-
-def _pinned(batch: Batch, expert_LTK: Tensor, plans: list[DispatchPlan]) -> RoutedBatch:
-    fields = (batch.ids, batch.labels, batch.real, batch.scored)
-    pinned = Batch(*(field.pin_memory() for field in fields))
-    return RoutedBatch(pinned, expert_LTK.pin_memory(), tuple(plan.pin() for plan in plans))
+        rows = counts_RMLN.sum((1, 3)).tolist()
+        raise UserError(
+            f"ranks {names[first]} and {names[second]} {what} ({rows[first]} and {rows[second]} rows to send): "
+            "were they started with the same configuration, data and checkpoint?"
+        )
 
 
 def _digest(data: bytes) -> int:

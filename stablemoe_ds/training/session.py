@@ -10,7 +10,6 @@ import numpy as np
 
 from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.data.corpus import read_sources
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.metrics import MetricsLog
@@ -19,7 +18,7 @@ from stablemoe_ds.evaluation.records import RecordFolder
 from stablemoe_ds.evaluation.report import routing_report
 from stablemoe_ds.evaluation.specialisation import IdUse, use_of_pairs, use_of_table
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.routing.fixed import FixedRouting, TableRouting, freeze
+from stablemoe_ds.routing.fixed import FixedRouting, TableRouting
 from stablemoe_ds.training.checkpoint import Checkpoint, load_weights
 from stablemoe_ds.training.data import RunData, token_counts
 from stablemoe_ds.training.groups import Groups, World
@@ -55,9 +54,7 @@ class Session:
             return TableRouting(table, self.groups.world.device)
         if not self.model.moe_layers or self.run.stages.never:
             return None
-        return freeze(
-            self.model.distilled_routers, self.run.moe.top_k, tuple(self.run.moe.layers), self.checkpoint.tokenizer
-        )
+        return self.model.frozen_routing(self.checkpoint.tokenizer)
 
 
 def for_world(run: RunConfig, world_size: int) -> RunConfig:
@@ -99,7 +96,7 @@ def run_report(checkpoint: Checkpoint) -> dict[str, Any]:
     table = checkpoint.table()
     uses: list[IdUse] = []
     if table is not None:
-        counts = token_counts(run.data.train, read_sources(run.data.train, tokenizer), table.vocab_size)
+        counts = token_counts(run.data.train, tokenizer, table.vocab_size)
         uses = [use_of_table(table, layer, counts) for layer in range(len(table.blocks))]
     elif records is not None and (folder / PROBE_IDS).exists():
         ids = np.load(folder / PROBE_IDS)

@@ -10,6 +10,10 @@ DENSE_BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e1
 """FLOP/s of one GPU at bf16 (fp16 for V100) without sparsity, from NVIDIA's data sheets (SXM where there are two)."""
 
 
+MEASURING_SECONDS = 0.25
+"""How long to look for the best rate of a matrix product when a run starts."""
+
+
 def peak_flops(device: torch.device, dtype: str) -> tuple[float, str]:
     """(FLOP/s, where the number comes from): the data sheet of a known GPU at 16 bit, else a measured product."""
     if device.type == "cuda" and dtype != "fp32":
@@ -25,11 +29,12 @@ def _measured_flops(device: torch.device, dtype: str) -> float:
     size = 1024 if device.type == "cpu" else 8192
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, kind)
-    best = float("inf")
-    for _ in range(16):
+    best, spent = float("inf"), 0.0
+    while spent < MEASURING_SECONDS:
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        took = time.perf_counter() - start
+        best, spent = min(best, took), spent + took
     return 2 * size**3 / best

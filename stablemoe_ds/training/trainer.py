@@ -20,10 +20,10 @@ from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.moe.plan import RoutedBatch
-from stablemoe_ds.routing.fixed import FixedRouting, FrozenRouters, TableRouting, freeze
+from stablemoe_ds.routing.fixed import FixedRouting, TableRouting
 from stablemoe_ds.routing.table import RoutingTable, least_load
 from stablemoe_ds.training.checkpoint import Checkpoint, Progress, newest_checkpoint, restore, save
-from stablemoe_ds.training.data import EvalSet, RunData
+from stablemoe_ds.training.data import EvalSet, RunData, token_counts
 from stablemoe_ds.training.engine import Engine, StepSums
 from stablemoe_ds.training.groups import Groups, World
 from stablemoe_ds.training.observer import Observer
@@ -45,10 +45,11 @@ class Trainer:
         tokenizer = Tokenizer(run.data.tokenizer) if run.data.tokenizer else None
         run = with_vocabulary(run, tokenizer.vocab_size if tokenizer else run.model.vocab_size or 0)
         self.run, self.world, self.tokenizer = run, world, tokenizer
+        self.fingerprint = tokenizer.fingerprint if tokenizer else ""
         self.plan = batch_plan(run, world.size)
         self.groups = Groups(world, run.parallel.tensor, run.parallel.expert)
         self.data = RunData(run, self.plan, self.groups, tokenizer)
-        self.token_counts = self.data.token_counts()
+        self.token_counts = token_counts(run.data.train, tokenizer, run.model.vocab_size or 0)
         self.valid = self.data.eval_set(run.data.valid, None)
         quick = run.logging.eval_tokens
         self.valid_quick = self.data.eval_set(run.data.valid, quick) if quick else self.valid
@@ -62,6 +63,7 @@ class Trainer:
         self.progress = Progress()
         self.routing: FixedRouting | None = None
         self.peak, _ = peak_flops(world.device, run.precision.dtype)
+        self.flops_per_token = flops_per_token(run)
         self._stop = False
         self._closing = ExitStack()
 
@@ -159,7 +161,7 @@ class Trainer:
 
     def _speed(self, updates_per_second: float) -> dict[str, float]:
         tokens_per_second = updates_per_second * self.plan.tokens_per_step
-        achieved = tokens_per_second * flops_per_token(self.run)
+        achieved = tokens_per_second * self.flops_per_token
         return {"tokens_per_second": tokens_per_second, "mfu": achieved / (self.peak * self.world.size)}
 
     def _diverged(self, what: str) -> str:
@@ -177,7 +179,7 @@ class Trainer:
         self._validate(self.valid)
         before = self.observer.routing_state(step, None, record=False)
         self.engine.freeze_distilled()
-        self.routing = self._freeze()
+        self.routing = self.model.frozen_routing(self.fingerprint)
         self.progress = replace(self.progress, stage=2, switched_at=step)
         after = self.observer.routing_state(step, self.routing)
         table, least = self._table(), least_load(self.token_counts, moe.experts, moe.top_k)
@@ -197,18 +199,14 @@ class Trainer:
             self.say(f"WARNING: {warning}", "bold red")
         return True
 
-    def _freeze(self) -> TableRouting | FrozenRouters:
-        """The distilled routers as they are now, as fixed routing."""
-        fingerprint = self.tokenizer.fingerprint if self.tokenizer else ""
-        return freeze(self.model.distilled_routers, self.run.moe.top_k, tuple(self.run.moe.layers), fingerprint)
-
     def _table(self) -> RoutingTable | None:
         return self.routing.table if isinstance(self.routing, TableRouting) else None
 
     def _validate(self, data: EvalSet | None, kind: Any = "valid") -> None:
         """In stage 1 with the learned router and, if a switch is to come, with what it would freeze now."""
         two = self.progress.stage == 1 and self.model.moe_layers and not self.run.stages.never
-        self.observer.validate(self.progress.step, data, self.routing, self._freeze() if two else None, kind)
+        distilled = self.model.frozen_routing(self.fingerprint) if two else None
+        self.observer.validate(self.progress.step, data, self.routing, distilled, kind)
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint if there is one, else begin with an empty history."""
@@ -220,7 +218,7 @@ class Trainer:
             self.progress = checkpoint.progress
             if self.progress.stage == 2:
                 self.engine.freeze_distilled()
-                self.routing = self._freeze()
+                self.routing = self.model.frozen_routing(self.fingerprint)
                 saved, made = checkpoint.table(), self._table()
                 if saved and made and saved.sha256 != made.sha256:
                     raise UserError(
@@ -231,7 +229,7 @@ class Trainer:
 
     def _save(self) -> None:
         table = self._table()
-        path = save(self.engine, self.progress, self.tokenizer.fingerprint if self.tokenizer else "", table)
+        path = save(self.engine, self.progress, self.fingerprint, table)
         if self.world.is_main and table is not None:
             table.save(Path(self.run.directory) / "routing_table.safetensors")
         self.say(f"step {self.progress.step}: saved {path}", "dim")

@@ -1,18 +1,5 @@
-"""What the commands of these tests are given."""
+"""The commands of these tests are given what the runs of the training tests are given."""
 
-from __future__ import annotations
+from tests.training.conftest import data, finished
 
-import pytest
-
-from stablemoe_ds.config.schema import RunConfig
-from tests.training.runs import TinyData, finished_run, tiny_data
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
-    return tiny_data(tmp_path_factory.getbasetemp() / "tiny-data")
-
-
-@pytest.fixture(scope="session")
-def finished(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    return finished_run(data, tmp_path_factory.getbasetemp() / "finished")
+__all__ = ["data", "finished"]

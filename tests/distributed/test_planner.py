@@ -91,13 +91,13 @@ def test_planned_training_is_the_same_to_the_bit(zero: int) -> None:
 
 
 def disagree(run: RunConfig, how: str) -> tuple[str, float]:
-    """What the planner says, and after how many seconds, when rank 1 differs from rank 0."""
+    """What the planner says, and after how many seconds, when the last rank differs from its neighbour."""
     from stablemoe_ds.routing.table import RoutingTable
     from stablemoe_ds.training.planner import Planner
 
     with engine_of(run) as engine:
         groups = engine.groups
-        odd = groups.world.rank == 1
+        odd = groups.world.rank == groups.world.size - 1
         expert_LVK = np.arange(2 * 64, dtype=np.int32).reshape(2, 64, 1) % 4
         if how == "table" and odd:
             expert_LVK[1, 7] = (expert_LVK[1, 7] + 1) % 4
@@ -115,15 +115,16 @@ def disagree(run: RunConfig, how: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("how", "layout", "said"),
+    ("world", "how", "layout", "said"),
     [
-        ("table", {"expert": 2}, "ranks 0 and 1 route MoE layer 2 by different tables"),
-        ("batch", {"tensor": 2, "expert": 2}, "ranks 0 and 1 should have the same batch and have not"),
+        (2, "table", {"expert": 2}, "ranks 0 and 1 route MoE layer 2 by different tables"),
+        (2, "batch", {"tensor": 2, "expert": 2}, "ranks 0 and 1 should have the same batch and have not"),
+        (4, "batch", {"tensor": 2, "expert": 4}, "ranks 2 and 3 should have the same batch and have not"),
     ],
 )
-def test_every_rank_says_what_differs(how: str, layout: dict[str, Any], said: str) -> None:
+def test_every_rank_says_what_differs(world: int, how: str, layout: dict[str, Any], said: str) -> None:
     run = run_of("paper", moe={"experts": 4}, zero=1, **layout)
-    for message, seconds in run_distributed(2, disagree, run, how):
+    for message, seconds in run_distributed(world, disagree, run, how):
         assert said in message
         assert "rows to send" in message
         assert seconds < 30  # a hang would last the group's timeout, a minute

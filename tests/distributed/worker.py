@@ -57,8 +57,7 @@ def engine_of(run: RunConfig) -> Iterator[Any]:
 
 def share(batch: Batch, rank: int, ranks: int) -> Batch:
     """A data rank's sequences of a global micro-batch."""
-    fields = (batch.ids, batch.labels, batch.real, batch.scored)
-    return Batch(*(whole.chunk(ranks)[rank] for whole in fields))
+    return batch.map(lambda whole: whole.chunk(ranks)[rank])
 
 
 def train(
