@@ -33,16 +33,17 @@ BOUNDS = {
 }
 
 
-def complaints(error: ValidationError, origin: Callable[[str], str]) -> str:
+def complaints(error: ValidationError, origin: Callable[[str], str], schema: type[Section] = RunConfig) -> str:
     """All findings, one a line: ``FILE: key.path: got VALUE: what was expected; nearest that works``.
 
     origin: names where the value of a dotted key came from (the file, or an override).
+    schema: what was to be read.
     """
     found = error.errors(include_url=False)
     lines = []
     for details in found[:MOST]:
         key = dotted(details["loc"])
-        lines.append(f"{origin(key)}: {key}: {_reason(details)}")
+        lines.append(f"{origin(key)}: {key + ': ' if key else ''}{_reason(details, schema)}")
     if len(found) > MOST:
         lines.append(f"... and {len(found) - MOST} more")
     return "\n".join(lines)
@@ -53,9 +54,13 @@ def show(value: Any) -> str:
     return cut(json.dumps(value, ensure_ascii=False, default=repr))
 
 
-def cut(text: str) -> str:
-    """Text of at most 60 characters that any terminal can print, so that a message stays one line."""
-    text = text if len(text) <= 60 else text[:57] + "..."
+def cut(text: str, most: int = 60) -> str:
+    """Text of at most ``most`` characters that any terminal can print, so that a message stays one line."""
+    return printable(text if len(text) <= most else text[: most - 3] + "...")
+
+
+def printable(text: str) -> str:
+    """Text on one line: whatever cannot be printed is escaped as in Python."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
@@ -64,13 +69,13 @@ def dotted(location: tuple[int | str, ...]) -> str:
     return ".".join(show(part) if isinstance(part, str) and not part.isidentifier() else str(part) for part in location)
 
 
-def nearest_key(location: tuple[int | str, ...]) -> str:
+def nearest_key(location: tuple[int | str, ...], schema: type[Section] = RunConfig) -> str:
     """The known key most like an unknown one: beside it if possible, else of another section."""
     *parents, last = location
     wrong = str(last)[:60]
-    section = _section(parents)
+    section = _section(parents, schema)
     beside = list(section.model_fields) if section else []
-    elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(known_keys())}
+    elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(known_keys(schema))}
     if close := difflib.get_close_matches(wrong, beside, 1, 0.6):
         return dotted((*parents, close[0]))
     if close := difflib.get_close_matches(wrong, elsewhere, 1, 0.8):
@@ -78,11 +83,11 @@ def nearest_key(location: tuple[int | str, ...]) -> str:
     return dotted((*parents, *difflib.get_close_matches(wrong, beside, 1, 0.0)))
 
 
-def _reason(details: ErrorDetails) -> str:
+def _reason(details: ErrorDetails, schema: type[Section]) -> str:
     kind, location, value = details["type"], details["loc"], details["input"]
-    field = _field(location)
+    field = _field(location, schema)
     if kind == "extra_forbidden":
-        return f"unknown key; did you mean {nearest_key(location)}?"
+        return f"unknown key; did you mean {nearest_key(location, schema)}?"
     if kind == "missing":
         inner = section_of(field.annotation) if field else None
         return f"missing: {(field and field.description) or (inner and inner.__doc__) or 'a value'}"
@@ -123,8 +128,8 @@ def section_of(annotation: Any) -> type[Section] | None:
     return next(filter(None, map(section_of, get_args(annotation))), None)
 
 
-def _section(location: list[int | str]) -> type[Section] | None:
-    section: type[Section] | None = RunConfig
+def _section(location: list[int | str], schema: type[Section]) -> type[Section] | None:
+    section: type[Section] | None = schema
     for part in location:
         if section is not None and isinstance(part, str):
             field = section.model_fields.get(part)
@@ -132,9 +137,9 @@ def _section(location: list[int | str]) -> type[Section] | None:
     return section
 
 
-def _field(location: tuple[int | str, ...]) -> FieldInfo | None:
-    section = _section(list(location[:-1]))
-    return section.model_fields.get(str(location[-1])) if section and location else None
+def _field(location: tuple[int | str, ...], schema: type[Section]) -> FieldInfo | None:
+    section = _section(list(location[:-1]), schema) if location else None
+    return section.model_fields.get(str(location[-1])) if section else None
 
 
 @cache

@@ -16,7 +16,7 @@ class Counts:
     """Trainable numbers of the whole model, by component.
 
     embedding and output: token matrices (output is 0 if tied). positions: learned ones. attention, ffn: with their
-    biases. norms: of the blocks and the last one. shared_experts: the experts that serve every token.
+    biases. norms: of the blocks and the last one. shared_experts: what serves every token in MoE layers or their place.
     expert: all routed experts of all MoE layers, with their norms. router: the centroids that choose and gate.
     distilled: the routers of token ids, which the switch turns into a table.
     served: of ``expert``, the top_k/N that one token meets.
@@ -70,7 +70,8 @@ def parameters(run: RunConfig) -> Counts:
     attention = 2 * d * d + 2 * d * kv_width + m.bias * (2 * d + 2 * kv_width)
     expert_ffn = moe.ffn_hidden_size or m.ffn_hidden_size
     one_expert = moe.sublayers * (_ffn(run, expert_ffn) + _norm(run))
-    always = moe.sublayers * (_ffn(run, expert_ffn * moe.shared_experts) + _norm(run)) if moe.shared_experts else 0
+    width, depth = shared_stack(run)
+    routed = layers if moe.facts.routed else 0
     embedding, positions = vocab * d, run.data.sequence_length * d if m.positions == "learned" else 0
     return Counts(
         embedding=embedding,
@@ -79,12 +80,23 @@ def parameters(run: RunConfig) -> Counts:
         attention=m.layers * attention,
         ffn=dense_ffns * _ffn(run, m.ffn_hidden_size),
         norms=(m.layers + dense_ffns + 1) * _norm(run),
-        shared_experts=layers * always,
-        expert=layers * moe.experts * one_expert,
-        router=layers * moe.experts * d,
-        distilled=layers * _distilled(run, vocab),
-        served=layers * moe.top_k * one_expert,
+        shared_experts=layers * depth * (_ffn(run, width) + _norm(run)),
+        expert=routed * moe.experts * one_expert,
+        router=layers * moe.experts * d if moe.facts.learned else 0,
+        distilled=layers * _distilled(run, vocab) if moe.facts.distilled else 0,
+        served=routed * moe.top_k * one_expert,
     )
+
+
+def shared_stack(run: RunConfig) -> tuple[int, int]:
+    """(inner width, sublayers) of what serves every token in an MoE layer or its place; (0, 0) if nothing does."""
+    moe = run.moe
+    width = moe.ffn_hidden_size or run.model.ffn_hidden_size
+    if moe.router == "dense_deeper":
+        return width, moe.sublayers * moe.experts
+    if moe.router == "dense_wider":
+        return width * moe.experts, moe.sublayers
+    return width * moe.shared_experts, moe.sublayers if moe.shared_experts else 0
 
 
 def flops_per_token(run: RunConfig) -> int:
@@ -100,7 +112,10 @@ def flops_per_token(run: RunConfig) -> int:
     kv_width = d // m.heads * (m.kv_heads or m.heads)
     matrices = 3 if m.activation == "swiglu" else 2
     dense_ffns = m.layers - (layers if moe.placement == "replace" else 0)
-    expert_width = moe.sublayers * (moe.top_k + moe.shared_experts) * (moe.ffn_hidden_size or m.ffn_hidden_size)
+    shared_width, shared_depth = shared_stack(run)
+    expert_width = shared_width * shared_depth
+    if moe.facts.routed:
+        expert_width += moe.sublayers * moe.top_k * (moe.ffn_hidden_size or m.ffn_hidden_size)
     weights = m.layers * (2 * d * d + 2 * d * kv_width) + vocabulary(run) * d
     weights += matrices * d * (dense_ffns * m.ffn_hidden_size + layers * expert_width)
     return 6 * weights + 12 * m.layers * d * run.data.sequence_length

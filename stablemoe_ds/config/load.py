@@ -1,20 +1,22 @@
-"""A run from its YAML file and the ``key.sub=value`` of the command line, and back to YAML."""
+"""A run, or any other strict section, from its YAML file and the ``key.sub=value`` of the command line, and back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from stablemoe_ds.config import yamltext
-from stablemoe_ds.config.complaints import complaints, cut, show
-from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.complaints import complaints, cut, printable, show
+from stablemoe_ds.config.schema import RunConfig, Section
 from stablemoe_ds.errors import UserError
 
-LARGEST_FILE = 1 << 20
+LARGEST_FILE = 1 << 17
+"""Bytes of YAML, which take up to two seconds to read."""
+Kind = TypeVar("Kind", bound=Section)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -23,23 +25,32 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     overrides: ``key.sub=value``, the value as YAML: ``moe.layers=[2,4]``, ``stages.at_step=null``.
     Raises UserError, one line for each thing that is wrong. Rules that join sections are in ``rules.check``.
     """
-    tree = yamltext.parse(_read(path), str(path))
+    return load_section(RunConfig, path, overrides, "'model:' and 'schedule:'")
+
+
+def load_section(schema: type[Kind], path: str | Path, overrides: Sequence[str], top: str) -> Kind:
+    """Read a YAML file as ``schema`` and lay the overrides over it. top: keys such a file has, for an error message.
+
+    Raises UserError, one line for each thing that is wrong.
+    """
+    where = printable(str(path))
+    tree = yamltext.parse(_read(path, where), where)
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else show(tree)
-        raise UserError(f"{path}: expected sections such as 'model:' and 'schedule:' at the top, found {found}")
+        raise UserError(f"{where}: expected sections such as {top} at the top, found {found}")
     overridden = {}
     for override in overrides:
         overridden[_lay(tree, override)] = override
 
     def origin(key: str) -> str:
         hits = [text for name, text in overridden.items() if f"{key}.".startswith(f"{name}.")]
-        return f"override {cut(hits[-1])}" if hits else str(path)
+        return f"override {cut(hits[-1])}" if hits else where
 
     try:
         # By way of JSON: pydantic is strict there (no true for 1, no text for numbers) and still takes lists as tuples.
-        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+        return schema.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise UserError(complaints(error, origin)) from error
+        raise UserError(complaints(error, origin, schema)) from error
 
 
 def dump_run(run: RunConfig) -> str:
@@ -47,26 +58,26 @@ def dump_run(run: RunConfig) -> str:
     return yamltext.dump(run.model_dump(mode="json"))
 
 
-def _read(path: str | Path) -> str:
+def _read(path: str | Path, where: str) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(LARGEST_FILE + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{path}: cannot read the run's configuration: {reason}") from error
+        raise UserError(f"{where}: cannot read the configuration: {reason}") from error
     if len(data) > LARGEST_FILE:
-        raise UserError(f"{path}: larger than {LARGEST_FILE} bytes; expected a short YAML file")
+        raise UserError(f"{where}: larger than {LARGEST_FILE} bytes; expected a short YAML file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text; expected a YAML file") from error
+        raise UserError(f"{where}: byte {error.start} is not UTF-8 text; expected a YAML file") from error
 
 
 def _lay(tree: dict[str, Any], override: str) -> str:
     """Set one override in ``tree``; the topmost dotted key it brought into being or replaced."""
     key, equals, text = override.partition("=")
     *parents, last = names = key.strip().split(".")
-    if not equals or not all(names):
+    if not equals or not all(names) or len(names) > yamltext.DEEPEST:
         raise UserError(f"override {show(override)}: expected key.sub=value, e.g. schedule.steps=100")
     where = f"override {cut(override)}"
     value = yamltext.parse(text, where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stablemoe_ds.config.batch import BatchPlan
-from stablemoe_ds.config.costs import parameters, vocabulary
+from stablemoe_ds.config.costs import parameters, shared_stack, vocabulary
 from stablemoe_ds.config.schema import RunConfig
 
 
@@ -63,8 +63,11 @@ def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:
     replaced = layers if moe.placement == "replace" else 0
     attention = 2 * d + (2 * d + 2 * kv_width) // tensor
     ffn = 2 * d + widths * m.ffn_hidden_size // tensor
-    served = moe.top_k + moe.shared_experts
-    experts = served * moe.sublayers * (3 * d + widths * (moe.ffn_hidden_size or m.ffn_hidden_size)) // tensor
+    shared_width, shared_depth = shared_stack(run)
+    experts = shared_depth * (3 * d + widths * shared_width)
+    if moe.facts.routed:
+        experts += moe.top_k * moe.sublayers * (3 * d + widths * (moe.ffn_hidden_size or m.ffn_hidden_size))
+    experts //= tensor
     if run.parallel.recompute:
         kept = (m.layers + layers) * d + max(attention + ffn, experts if layers else 0)
     else:

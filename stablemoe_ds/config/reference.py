@@ -31,13 +31,17 @@ SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 def reference() -> str:
     """The whole reference as Markdown."""
-    parts = [HEAD, *_section("run", RunConfig, "At the top of the file.")]
-    return "\n".join(parts).rstrip() + "\n"
+    return document(HEAD, "run", RunConfig)
 
 
-def _section(path: str, section: type[Section], note: str | None = None) -> Iterator[str]:
-    """A heading, a table of the plain keys, then every section below."""
-    yield f"## {path}\n\n{note or inspect.getdoc(section)}\n"
+def document(head: str, name: str, schema: type[Section]) -> str:
+    """A reference as Markdown: ``head``, the keys at the top of a file under the heading ``name``, its sections."""
+    return "\n".join([head, *_section(name, schema, "", "At the top of the file.")]).rstrip() + "\n"
+
+
+def _section(title: str, section: type[Section], prefix: str, note: str | None = None) -> Iterator[str]:
+    """A heading, a table of the plain keys, then every section below, whose keys begin with ``prefix``."""
+    yield f"## {title}\n\n{note or inspect.getdoc(section)}\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     below: list[tuple[str, type[Section]]] = []
     for name, field in section.model_fields.items():
@@ -50,7 +54,7 @@ def _section(path: str, section: type[Section], note: str | None = None) -> Iter
     for name, inner in below:
         if inner.__name__ == "Source" and name != "train":
             continue  # train, valid and test have items of one kind
-        yield from _section(name if path == "run" else f"{path}.{name}", inner)
+        yield from _section(f"{prefix}{name}", inner, f"{prefix}{name}.")
 
 
 def _type(field: FieldInfo) -> str:
@@ -65,7 +69,9 @@ def _words(annotation: Any) -> str:
         return ", ".join(f"`{option}`" for option in arguments)
     if origin in (Union, types.UnionType):
         kept = [_words(argument) for argument in arguments if argument is not type(None)]
-        return " or ".join([*kept, "`null`"])
+        return " or ".join([*kept, "`null`"] if type(None) in arguments else kept)
+    if origin is dict and arguments[1] is not Any:
+        return f"names, each with {_words(arguments[1])}"
     if origin is list:
         return f"list of {_words(arguments[0])}"
     if origin is tuple:

@@ -12,8 +12,6 @@ from stablemoe_ds.config.deepspeed import conflicts
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 
-TWO_STAGE_ROUTERS = frozenset({"stablemoe"})
-
 
 def check(run: RunConfig, world_size: int | None = None) -> None:
     """Hold a run against every rule; those about the number of processes only if ``world_size`` is given.
@@ -27,9 +25,18 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
         raise UserError("\n".join(found))
 
 
+def two_stages(run: RunConfig) -> bool:
+    """True if a router is learned first and frozen on the way."""
+    return run.moe.facts.distilled and not run.stages.never
+
+
 def switch_step(run: RunConfig) -> int | None:
-    """First update of stage 2 if the configuration alone decides it; None for ``plateau`` and ``never``."""
+    """First update that follows fixed routes if the configuration alone decides it; None for ``plateau`` and never."""
     stages = run.stages
+    if run.moe.facts.fixed:
+        return 0
+    if not two_stages(run):
+        return None
     if stages.at_fraction is not None:
         return round(stages.at_fraction * run.schedule.steps)
     return stages.at_step
@@ -79,9 +86,9 @@ def _moe(run: RunConfig) -> Iterator[str]:
         reason = f"expected block numbers from 1 to model.layers {run.model.layers}"
         inside = [block for block in moe.layers if block <= run.model.layers] or [run.model.layers]
         yield _breach("moe.layers", moe.layers, reason, show(inside))
-    if moe.router == "dense" and expert > 1:
-        yield _breach("parallel.expert", expert, "router 'dense' has no experts to spread", 1)
-    elif moe.router != "dense" and moe.experts % expert:
+    if not moe.facts.routed and expert > 1:
+        yield _breach("parallel.expert", expert, f"router '{moe.router}' has no experts to spread", 1)
+    elif moe.facts.routed and moe.experts % expert:
         near = nearest_divisor(moe.experts, expert)
         yield _breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
 
@@ -93,12 +100,10 @@ def _schedule(run: RunConfig) -> Iterator[str]:
 
 
 def _stages(run: RunConfig) -> Iterator[str]:
+    """Only for routers that are distilled: the others have one stage, so that one file serves to compare them all."""
     stages, steps = run.stages, run.schedule.steps
     given = [key for key in ("at_step", "at_fraction", "plateau") if getattr(stages, key) is not None]
-    if run.moe.router not in TWO_STAGE_ROUTERS:
-        for key in given + ["never"] * stages.never:
-            reason = f"router '{run.moe.router}' has no stages"
-            yield f"stages.{key}: {reason}; nearest that works: leave it out"
+    if not run.moe.facts.distilled:
         return
     if not given and not stages.never:
         yield (

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from stablemoe_ds.config.routers import ROUTERS, RouterFacts, RouterName
+
 DecayRate = Annotated[float, Ge(0), Lt(1)]
 
 
@@ -62,7 +64,11 @@ class DistilledConfig(Section):
 class MoEConfig(Section):
     """Mixture-of-Experts layers: where they are, what an expert is, who routes."""
 
-    router: Literal["stablemoe", "dense"] = Field("stablemoe", description="dense: no MoE layer at all")
+    router: RouterName = Field(
+        "stablemoe",
+        description="who decides which expert serves a token (docs/method.md); dense: no MoE layer at all; "
+        "dense_deeper, dense_wider: a dense layer of as many parameters as all experts, stacked or side by side",
+    )
     layers: list[PositiveInt] = Field(default_factory=list, description="block numbers, counted from 1")
     placement: Literal["after", "replace"] = Field(
         "after",
@@ -80,7 +86,11 @@ class MoEConfig(Section):
         gt=0,
         description="tokens an expert takes in training, as a multiple of the mean; null: every token is served",
     )
-    balance_weight: float = Field(0.3, ge=0, description="weight of the balance loss (paper eq. 8)")
+    balance_weight: float = Field(
+        0.3,
+        ge=0,
+        description="weight of the router's balance loss; not given: 0.3 for StableMoE (paper eq. 8), 0.01 for switch",
+    )
     distill_weight: float = Field(
         0.3, ge=0, description="weight of the distillation loss (paper: 1, authors' code: 0.3)"
     )
@@ -92,6 +102,31 @@ class MoEConfig(Section):
     centroid_gain: float = Field(0.1, gt=0, description="norm of each centroid at the start")
     equal_experts: bool = Field(False, description="start all experts of a layer alike, as the authors' code does")
     distilled: DistilledConfig = Field(default_factory=DistilledConfig, description="the router of token ids")
+    hash_table: Literal["random", "even"] = Field(
+        "random",
+        description="table of router hash: each id at random, or the heaviest ids first, each to the emptiest expert",
+    )
+    table_load: float = Field(
+        1.1, ge=1, description="router stablemoe_balanced: largest max/mean load of its table, where frequencies allow"
+    )
+    bias_step: float = Field(
+        0.001, gt=0, description="router topk: how far an update moves the bias of an over- or underloaded expert"
+    )
+
+    @property
+    def facts(self) -> RouterFacts:
+        """How the router behaves over a run."""
+        return ROUTERS[self.router]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_balance_weight(cls, section: Any) -> Any:
+        """A weight that is not given is the router's own."""
+        if isinstance(section, dict) and "balance_weight" not in section:
+            facts = ROUTERS.get(str(section.get("router", "stablemoe")))
+            if facts is not None:
+                return {**section, "balance_weight": facts.balance_weight}
+        return section
 
     @field_validator("layers")
     @classmethod
@@ -108,6 +143,12 @@ class MoEConfig(Section):
             raise ValueError(f"router '{self.router}' needs moe.layers, e.g. [6]; or set router: dense")
         if self.top_k > self.experts:
             raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")
+        if self.top_k > 1 and self.router in ("base", "base_fixed", "stablemoe_balanced"):
+            raise ValueError(f"router '{self.router}' gives a token one expert, not top_k {self.top_k}: set top_k 1")
+        if self.router in ("dense_deeper", "dense_wider") and self.shared_experts:
+            raise ValueError(f"router '{self.router}' has no experts, shared ones neither: set shared_experts 0")
+        if self.router == "stablemoe_balanced" and self.distilled.kind != "word":
+            raise ValueError(f"a {self.distilled.kind} router has no table to balance: set distilled.kind word")
         return self
 
 
@@ -231,6 +272,39 @@ class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="updates between checkpoints; 0: at the end and on SIGTERM only")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
     resume: bool = Field(True, description="continue from the newest checkpoint in run_dir if there is one")
+    asynchronous: bool = Field(
+        True,
+        description="train on while a thread writes; the update waits for the copy to host memory only, which takes "
+        "12 bytes a parameter, divided over the ranks",
+    )
+    verify: Literal["size", "hash"] = Field(
+        "hash",
+        description="what is held against the manifest before a checkpoint is used: file sizes, or the content, too; "
+        "ranks share the reading, which takes about a second for each 1.5 GB of a rank's share",
+    )
+    fallback: bool = Field(
+        True,
+        description="if the newest checkpoint is damaged, go on from the newest sound one with a warning; "
+        "false: refuse, and name it",
+    )
+
+
+class FaultsConfig(Section):
+    """When numbers go wrong. An update whose loss or gradient is not finite is dropped by all ranks alike.
+
+    At fp16 a gradient that overflows is no fault: DeepSpeed drops the update and lowers its loss scale.
+    """
+
+    skip_limit: PositiveInt = Field(
+        3, description="updates dropped in a row after which the run goes back to its newest checkpoint, past that data"
+    )
+    rollback_limit: int = Field(
+        2, ge=0, description="times a run goes back to the same checkpoint before it ends with an error"
+    )
+    spike_factor: float | None = Field(
+        None, gt=1, description="drop updates whose loss exceeds the median of recent ones by this factor; null: none"
+    )
+    spike_window: PositiveInt = Field(50, description="kept updates that a spike is measured against")
 
 
 class LoggingConfig(Section):
@@ -264,6 +338,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged last into the derived DeepSpeed config")
 

@@ -19,6 +19,7 @@ from yaml.reader import Reader, ReaderError
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
+from stablemoe_ds.config.complaints import cut
 from stablemoe_ds.errors import UserError
 
 TAG = "tag:yaml.org,2002:"
@@ -82,7 +83,7 @@ def parse(text: str, where: str) -> Any:
         place, reason = where, f"nested deeper than {DEEPEST}"
     except (ValueError, OverflowError) as error:  # PyYAML on escapes such as "\UFFFFFFFF"
         place, reason = where, str(error)
-    raise UserError(f"{place}: this is not YAML that can be read: {reason}")
+    raise UserError(f"{place}: this is not YAML that can be read: {cut(reason, 200)}")
 
 
 def dump(tree: Any) -> str:

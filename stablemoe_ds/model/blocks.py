@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stablemoe_ds.moe.experts import Experts, ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.routing.routes import RoutingPass
 
@@ -61,3 +62,19 @@ class MoEBlock(MegatronModule):
         # Outside of what is recomputed, so that a report is made once per forward call.
         context.reports.append(report)
         return output, context
+
+
+class DenseStack(MegatronModule):
+    """What stands in the place of an MoE layer in a dense model of as many parameters: one stack for every token."""
+
+    def __init__(
+        self, config: TransformerConfig, *, shape: ExpertShape, layer_number: int, recompute: bool = False, **_: Any
+    ) -> None:
+        super().__init__(config)
+        self.layer_number, self.recompute = layer_number, recompute
+        self.stack = Experts(shape, 1)
+
+    def forward(self, hidden_states: Tensor, context: RoutingPass, **_: Any) -> tuple[Tensor, RoutingPass]:
+        rows = hidden_states.flatten(0, 1)
+        added = _call(self.recompute and self.training, self.stack, rows, [rows.shape[0]])
+        return hidden_states + added.view_as(hidden_states), context

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -16,20 +17,23 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from numpy.typing import NDArray
 from torch import Tensor
 
+from stablemoe_ds.config.costs import shared_stack
+from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import ModelConfig, RunConfig
 from stablemoe_ds.data.batch import Batch
-from stablemoe_ds.model.blocks import DenseBlock, MoEBlock
+from stablemoe_ds.model.blocks import DenseBlock, DenseStack, MoEBlock
 from stablemoe_ds.model.initialize import initialize_parameters
 from stablemoe_ds.model.parts import CachedSelfAttention, DeviceRotaryEmbedding, Norm, SdpaAttention
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
 from stablemoe_ds.moe.plan import DispatchPlan
+from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze
+from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_routing
 from stablemoe_ds.routing.routes import LayerReport, RoutingPass, TokenView
-from stablemoe_ds.routing.stablemoe import StableMoERouter
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,32 @@ class StableMoEGPT(GPTModel):
 
     @property
     def distilled_routers(self) -> list[DistilledRouter]:
-        """The distilled router of each MoE layer."""
-        return [layer.router.distilled for layer in self.moe_layers]
+        """The distilled router of each MoE layer; none if nothing is distilled."""
+        return [layer.router.distilled for layer in self.moe_layers if layer.router.distilled is not None]
 
-    def frozen_routing(self, tokenizer: str = "") -> TableRouting | FrozenRouters:
-        """The distilled routers as they are now, as fixed routing. ``tokenizer``: fingerprint to write into a table."""
-        moe = self.run_config.moe
-        return freeze(self.distilled_routers, moe.top_k, tuple(moe.layers), tokenizer)
+    def frozen_routing(
+        self, token_counts: NDArray[np.int64] | None = None, tokenizer: str = ""
+    ) -> TableRouting | FrozenRouters | None:
+        """What the run would follow if routing were fixed now; None for routers that are never fixed.
+
+        token_counts: int64 [V], for tables that depend on them: hash and stablemoe_balanced; raises ValueError without.
+        tokenizer: fingerprint to write into a table.
+        """
+        run, moe, blocks = self.run_config, self.run_config.moe, tuple(self.run_config.moe.layers)
+        if not moe.facts.fixed and not two_stages(run):
+            return None
+        if token_counts is None and moe.router in ("hash", "stablemoe_balanced"):
+            raise ValueError(f"the table of router {moe.router} depends on token counts: pass them")
+        if token_counts is not None and moe.facts.fixed:
+            return hash_routing(moe, token_counts, run.seed, tokenizer, next(self.parameters()).device)
+        if token_counts is not None and moe.router == "stablemoe_balanced":
+            return freeze_balanced(self.distilled_routers, blocks, token_counts, moe.table_load, tokenizer)
+        return freeze(self.distilled_routers, moe.top_k, blocks, tokenizer)
+
+    def router_state(self) -> dict[str, Tensor]:
+        """What routers keep beside their parameters, by name: equal on all ranks."""
+        routers = {f"{name}.router": m.router for name, m in self.named_modules() if isinstance(m, MoELayer)}
+        return {f"{at}.{name}": buffer for at, router in routers.items() for name, buffer in router.named_buffers()}
 
     def forward(
         self,
@@ -186,7 +209,10 @@ def block_specs(run: RunConfig, vocab_size: int, placement: LayerPlacement) -> l
     for block in range(1, run.model.layers + 1):
         has_moe = block in moe.layers
         specs.append(attention_only if has_moe and moe.placement == "replace" else dense)
-        if has_moe:
+        if has_moe and not moe.facts.routed:
+            shape = expert_shape(run.model, *shared_stack(run))
+            specs.append(ModuleSpec(module=DenseStack, params={"shape": shape, "recompute": recompute}))
+        elif has_moe:
             index = moe.layers.index(block)
 
             def build(block: int = block, index: int = index) -> MoELayer:
@@ -199,25 +225,13 @@ def block_specs(run: RunConfig, vocab_size: int, placement: LayerPlacement) -> l
 def build_moe_layer(run: RunConfig, vocab_size: int, placement: LayerPlacement, block: int, index: int) -> MoELayer:
     """The MoE layer number ``index`` (from 0), at block ``block`` (from 1), uninitialised."""
     m, moe = run.model, run.moe
-    width = moe.ffn_hidden_size or m.ffn_hidden_size
-    distilled = DistilledRouter(
-        moe.distilled.kind,
-        vocab_size,
-        moe.experts,
-        dim=moe.distilled.dim,
-        layers=moe.distilled.layers,
-        width=m.hidden_size,
-        heads=m.heads,
-        positions=run.data.sequence_length,
-    )
-    router = StableMoERouter(m.hidden_size, moe.experts, moe.top_k, distilled, moe.router_input == "normalized")
     return MoELayer(
-        router,
-        expert_shape(m, width, moe.sublayers),
+        make_router(moe, m.hidden_size, m.heads, vocab_size, run.data.sequence_length),
+        expert_shape(m, moe.ffn_hidden_size or m.ffn_hidden_size, moe.sublayers),
         placement,
         block=block,
         index=index,
-        shared=expert_shape(m, width * moe.shared_experts, moe.sublayers) if moe.shared_experts else None,
+        shared=expert_shape(m, *shared_stack(run)) if moe.shared_experts else None,
         capacity_factor=moe.capacity_factor,
     )
 

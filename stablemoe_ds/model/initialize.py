@@ -58,12 +58,17 @@ def _start(name: str, shape: tuple[int, ...], run: RunConfig, generator: torch.G
     return normal(m.init_std)
 
 
+def start_value(name: str, shape: tuple[int, ...], run: RunConfig) -> Tensor:
+    """fp32 start value of a whole tensor, by its canonical name."""
+    key = _EXPERT_ID.sub("*", name) if run.moe.equal_experts else name
+    return _start(name, shape, run, _generator(run.seed, key))
+
+
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, run: RunConfig) -> None:
     """Fill every parameter of ``model`` in place, whatever part of the whole it holds."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     for piece in pieces(model, ranks):
-        key = _EXPERT_ID.sub("*", piece.name) if run.moe.equal_experts else piece.name
-        whole = _start(piece.name, piece.shape, run, _generator(run.seed, key))
+        whole = start_value(piece.name, piece.shape, run)
         piece.select(piece.parameter).copy_(piece.local_of(whole, rank, ranks))

@@ -15,8 +15,8 @@ from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
 from stablemoe_ds.moe.experts import Experts, ExpertShape
 from stablemoe_ds.moe.plan import DispatchPlan, plan_dispatch
 from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
+from stablemoe_ds.routing.router import Router
 from stablemoe_ds.routing.routes import LayerReport, RoutingPass, SumOverRanks
-from stablemoe_ds.routing.stablemoe import StableMoERouter
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MoELayer(MoE):
 
     def __init__(
         self,
-        router: StableMoERouter,
+        router: Router,
         shape: ExpertShape,
         placement: LayerPlacement,
         *,
@@ -88,7 +88,17 @@ class MoELayer(MoE):
         added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, plan, routing.draw)
         if self.shared is not None:
             added_TD = added_TD + self.shared(hidden_TD, [hidden_TD.shape[0]])
-        report = LayerReport(self.block, routes.expert_TK, routes.counts_N, dropped, routes.loss_sums, routes.agree)
+        unserved = (routing.tokens.real_T & (routes.expert_TK < 0).all(1)).sum()
+        report = LayerReport(
+            self.block,
+            routes.expert_TK,
+            routes.counts_N,
+            dropped,
+            unserved,
+            routes.loss_sums,
+            routes.agree,
+            routes.statistic_N,
+        )
         return (hidden_TD + added_TD).view_as(hidden_SBD), report
 
     def _serve(

@@ -6,12 +6,17 @@ import copy
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from stablemoe_ds.config.schema import MoEConfig
+from stablemoe_ds.routing.balanced import balanced_choice
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.stablemoe import best_experts
-from stablemoe_ds.routing.table import RoutingTable
+from stablemoe_ds.routing.hashed import even_table, random_table
+from stablemoe_ds.routing.router import best_experts
+from stablemoe_ds.routing.table import RoutingTable, least_load
 
 
 class FixedRouting(Protocol):
@@ -59,6 +64,43 @@ def freeze(
     """What stage 2 follows: a table for word routers, frozen copies for the other kinds."""
     if not all(router.is_table for router in routers):
         return FrozenRouters(routers, top_k)
-    scores_LVN = torch.stack([router.scores_of_vocabulary() for router in routers])
-    table = RoutingTable.from_scores(scores_LVN.float().cpu().numpy(), top_k, blocks, tokenizer)
-    return TableRouting(table, scores_LVN.device)
+    table = RoutingTable.from_scores(_scores(routers), top_k, blocks, tokenizer)
+    return TableRouting(table, routers[0].centroids.device)
+
+
+def freeze_balanced(
+    routers: Sequence[DistilledRouter],
+    blocks: tuple[int, ...],
+    token_counts: NDArray[np.int64],
+    max_load: float,
+    tokenizer: str = "",
+) -> TableRouting:
+    """A table of word routers that keeps the most log-likelihood of stage 1's routing under a load limit.
+
+    token_counts: int64 [V]. max_load: see :func:`balanced_choice`; where one id alone exceeds it, its share is the
+    limit. One expert a token. Raises ValueError for routers that are no table.
+    """
+    scores_LVN = _scores(routers).astype(np.float64)
+    likelihood_LVN = scores_LVN - np.logaddexp.reduce(scores_LVN, axis=-1, keepdims=True)
+    experts = scores_LVN.shape[-1]
+    limit = max(max_load, least_load(token_counts, experts, 1))
+    chosen_LV = np.stack([balanced_choice(layer_VN, token_counts, limit) for layer_VN in likelihood_LVN])
+    table = RoutingTable(np.ascontiguousarray(chosen_LV[..., None]), experts, blocks, tokenizer)
+    return TableRouting(table, routers[0].centroids.device)
+
+
+def hash_routing(
+    moe: MoEConfig, token_counts: NDArray[np.int64], seed: int, tokenizer: str, device: torch.device | str
+) -> TableRouting:
+    """The table of router ``hash``, random or even; token_counts: int64 [V]."""
+    layers = len(moe.layers)
+    if moe.hash_table == "random":
+        expert_LVK = random_table(len(token_counts), moe.experts, moe.top_k, layers, seed)
+    else:
+        expert_LVK = even_table(token_counts, moe.experts, moe.top_k, layers, seed)
+    return TableRouting(RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), tokenizer), device)
+
+
+def _scores(routers: Sequence[DistilledRouter]) -> NDArray[np.float32]:
+    """float32 [L, V, N]: distilled affinity of every id."""
+    return torch.stack([router.scores_of_vocabulary() for router in routers]).float().cpu().numpy()

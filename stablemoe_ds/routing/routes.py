@@ -40,6 +40,7 @@ class Routes:
     loss_sums: auxiliary losses by name, unweighted, summed over this rank's real tokens; carry gradient.
     counts_N: int64 [N], real tokens (times K) of this rank that chose each expert, before any capacity cut.
     agree: int64 scalar, real tokens for which the distilled router names the same experts; None where unknown.
+    statistic_N: fp32 [N], what the router's ``after_update`` wants to know of this micro-batch; None for most.
     """
 
     expert_TK: Tensor  # noqa: N815
@@ -47,21 +48,25 @@ class Routes:
     loss_sums: dict[str, Tensor]
     counts_N: Tensor  # noqa: N815
     agree: Tensor | None = None
+    statistic_N: Tensor | None = None  # noqa: N815
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """What one MoE layer did in one forward call; everything but ``loss_sums`` is detached.
 
-    served_N is int64 [N]: tokens of this rank by the expert they chose; dropped counts those beyond capacity.
+    served_N is int64 [N]: tokens of this rank by the expert they chose; dropped counts (token, choice) pairs beyond
+    capacity; unserved counts this rank's real tokens that no expert was chosen for. statistic_N: as in :class:`Routes`.
     """
 
     block: int
     expert_TK: Tensor  # noqa: N815
     served_N: Tensor  # noqa: N815
     dropped: Tensor
+    unserved: Tensor
     loss_sums: dict[str, Tensor]
     agree: Tensor | None
+    statistic_N: Tensor | None = None  # noqa: N815
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.files import follow_umask
+from stablemoe_ds.files import follow_umask, open_file
 
 FORMAT = "stablemoe-routing-table-1"
 
@@ -105,6 +105,7 @@ class RoutingTable:
         from safetensors import SafetensorError, safe_open
 
         try:
+            open_file(path).close()
             with safe_open(str(path), framework="numpy") as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != FORMAT:
@@ -113,11 +114,12 @@ class RoutingTable:
                     )
                 blocks = tuple(int(b) for b in meta["blocks"].split(","))
                 table = cls(file.get_tensor("expert_LVK"), int(meta["experts"]), blocks, meta["tokenizer"])
+                said = meta["sha256"]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path} is not a routing table that can be read: {error}") from error
-        if table.sha256 != meta["sha256"]:
+        if table.sha256 != said:
             raise UserError(
-                f"routing table {path} is damaged: its sha256 is {table.sha256[:12]}, it says {meta['sha256'][:12]}"
+                f"routing table {path} is damaged: its sha256 is {table.sha256[:12]}, it says {said[:12]!r}"
             )
         return table
 

@@ -3,44 +3,69 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from stablemoe_ds.comparison.suite import SuiteConfig, load_suite
 from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.complaints import known_keys
 from stablemoe_ds.config.deepspeed import deepspeed_config
-from stablemoe_ds.config.load import dump_run, load_run
+from stablemoe_ds.config.load import dump_run, load_run, load_section
 from stablemoe_ds.config.report import render, report
 from stablemoe_ds.config.rules import check
+from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.launch.cluster import load_cluster
+from stablemoe_ds.launch.job import Facts
+from stablemoe_ds.launch.plan import make_jobs
 
 KEYS = known_keys()
-SOURCES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "ds_configs").rglob("*.yaml"))
+SUITES = [path for path in SHIPPED if "variants:" in path.read_text()]
+SOURCES = [path for path in SHIPPED if path not in SUITES]
+CLUSTERS = sorted((ROOT / "launch").glob("*.yaml"))
+START = re.compile(r"\S+\.yaml:|hostfile |override |world size: |[a-z_]+(\.\w+)*: |\.\.\. and \d+ more")
+"""What a line of a complaint begins with: a file, a key, or what was laid over them."""
 NUMBERS = "0 1 -1 2 3 7 8 64 9223372036854775807 9223372036854775808 1e308 -0.5 0.5 1e-300 6e-4 .nan .inf"
 WORDS = "null true no text 'é' dense stablemoe rope learned swiglu replace transformer fp16 bf16"
 SHAPES = ["", "[]", "[1]", "[1, 2, 2]", "[x, [y]]", "{}", "{path: a}", "{a: {b: 1}}", "- 1", "? a", "|", "%", "@", "\t"]
 TRAPS = ["*x", "&x 1", "!!int 5", "!!binary aGk=", "!!set {a}", "[", "}", '"\\0"', '"\\ud800"']
 VALUES = [*NUMBERS.split(), *WORDS.split(), *SHAPES, *TRAPS]
+FACTS = Facts(stamp="stamp", python="python", user="1:1", port=29500)
 LETTERS = "abz019_.,:;-#'\"[]{}&*!|>%@`\\\n\t\r \0\x85\u2028\ufeff\U0001f600é~=+"
 
 
-def outcome(path: Path, overrides: list[str], world_size: int | None) -> str:
-    """How far a run comes; anything but a UserError on the way is the caller's failure."""
+def outcome(act: Callable[[], object]) -> str:
+    """Whether input was taken; anything but a UserError of lines that can be read is the caller's failure."""
     try:
-        run = load_run(path, overrides)
-        dump_run(run)
-        check(run, world_size)
-        facts = report(run, world_size)
-        assert render(facts)
-        deepspeed_config(run, batch_plan(run, facts["world_size"]))
+        act()
     except UserError as error:
-        message = str(error)
-        assert message
-        assert message.encode(), "must be printable"
-        assert all(len(line) < 800 for line in message.splitlines())
+        lines = str(error).split("\n")
+        assert all(START.match(line) for line in lines), lines
+        assert all(line.isprintable() and len(line) < 800 for line in lines), lines
         return "refused"
     return "run"
+
+
+def whole_run(path: Path, overrides: list[str], world_size: int | None) -> None:
+    """All that is done with a run before anything heavy is loaded."""
+    run = load_run(path, overrides)
+    dump_run(run)
+    check(run, world_size)
+    facts = report(run, world_size)
+    assert render(facts)
+    deepspeed_config(run, batch_plan(run, facts["world_size"]))
+
+
+def whole_cluster(run: RunConfig, path: Path) -> None:
+    """All that is done with a cluster before a job is written."""
+    jobs = make_jobs([run], load_cluster(path), FACTS)
+    assert all(job.as_shell() for job in jobs)
 
 
 def override(draw: random.Random) -> str:
@@ -76,19 +101,46 @@ def damaged(draw: random.Random, text: str) -> str:
 @pytest.mark.parametrize("seed", range(5))
 def test_damaged_overrides(seed: int, small: Path) -> None:
     draw = random.Random(seed)
-    outcomes = [
-        outcome(small, [override(draw) for _ in range(draw.randint(1, 2))], draw.choice([None, 1, 2, 6]))
-        for _ in range(400)
-    ]
+    outcomes = []
+    for _ in range(400):
+        overrides, size = [override(draw) for _ in range(draw.randint(1, 2))], draw.choice([None, 1, 2, 6])
+        outcomes.append(outcome(lambda: whole_run(small, overrides, size)))  # noqa: B023
     assert 5 < outcomes.count("run") < 395, "the mutations should leave some runs whole and break others"
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_damaged_files(source: Path, tmp_path: Path) -> None:
-    draw, path = random.Random(source.stem), tmp_path / "run.yaml"
+def damage_and_try(source: Path, path: Path, count: int, act: Callable[[], object]) -> None:
+    """Try damaged copies of ``source``, each written to ``path``."""
+    draw = random.Random(source.stem)
     text = "\n".join(line for line in source.read_text().splitlines() if line and not line.startswith("#"))
-    outcomes = []
-    for _ in range(200):
+    outcomes = set()
+    for _ in range(count):
         path.write_text(damaged(draw, text), encoding="utf-8")
-        outcomes.append(outcome(path, [], draw.choice([None, 8])))
-    assert 5 < outcomes.count("run") < 195, "the mutations should leave some runs whole and break others"
+        outcomes.add(outcome(act))
+    assert outcomes == {"run", "refused"}, "the mutations should leave some whole and break others"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_damaged_runs(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    given = [] if "vocab_size" in source.read_text() else ["model.vocab_size=8192"]  # else the tokenizer is needed
+    damage_and_try(source, path, 120, lambda: whole_run(path, given, None))
+
+
+@pytest.mark.parametrize("source", CLUSTERS, ids=lambda path: path.stem)
+def test_damaged_clusters(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # a hostfile is named relative to it
+    run, path = load_run(ROOT / "ds_configs" / "paper-base.yaml", ["parallel.expert=1"]), tmp_path / "cluster.yaml"
+    damage_and_try(source, path, 60, lambda: whole_cluster(run, path))
+
+
+@pytest.mark.parametrize("source", SUITES, ids=lambda path: path.stem)
+def test_damaged_suites(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    damage_and_try(source, path, 60, lambda: load_section(SuiteConfig, path, (), "'name:' and 'variants:'"))
+
+
+def test_damaged_suite_with_all_its_runs(tmp_path: Path) -> None:
+    source = ROOT / "ds_configs" / "suites" / "stages.yaml"
+    shutil.copy(source.with_name("enwiki-small.yaml"), tmp_path)
+    path = tmp_path / "suite.yaml"
+    damage_and_try(source, path, 30, lambda: load_suite(path))

@@ -50,8 +50,16 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
         ("moe.layers=[7]", "moe.layers: got [7]:", "[4]"),
         ("parallel.expert=3", "parallel.expert: got 3: expected a divisor of moe.experts 8", "4"),
         ("DENSE parallel.expert=2", "parallel.expert: got 2: router 'dense' has no experts to spread", "1"),
-        ("DENSE stages.at_step=3", "stages.at_step: router 'dense' has no stages", "leave it out"),
-        ("DENSE stages.never=true", "stages.never: router 'dense' has no stages", "leave it out"),
+        (
+            "moe.router=dense_wider parallel.expert=2",
+            "parallel.expert: got 2: router 'dense_wider' has no experts to spread",
+            "1",
+        ),
+        (
+            "moe.router=base_fixed stages.at_step=null",
+            "stages: nothing says when router 'base_fixed' is frozen",
+            "stages.at_fraction 0.1 (the paper's), or stages.never true",
+        ),
         (
             "stages.at_step=null",
             "stages: nothing says when router 'stablemoe' is frozen",

@@ -25,6 +25,13 @@ SHAPES = {
     "bigram": {"moe": {"distilled": {"kind": "bigram"}}},
     "transformer": {"moe": {"distilled": {"kind": "transformer", "layers": 2}, "experts": 6, "layers": [1]}},
     "dense": {"moe": {"router": "dense", "layers": []}},
+    "dense, deeper": {"model": PAPER, "moe": {"router": "dense_deeper", "sublayers": 2}},
+    "dense, wider, in place": {"moe": {"router": "dense_wider", "sublayers": 2, "placement": "replace"}},
+    "switch": {"moe": {"router": "switch", "sublayers": 2}},
+    "base, distilled": {"moe": {"router": "base_fixed", "shared_experts": 1}},
+    "hash": {"moe": {"router": "hash", "top_k": 2}},
+    "top-k": {"moe": {"router": "topk", "top_k": 3}},
+    "expert choice": {"moe": {"router": "expert_choice"}},
 }
 
 
@@ -35,6 +42,7 @@ def component(name: str) -> str:
         (".router.", "router"),
         (".experts.", "expert"),
         (".shared.", "shared_experts"),
+        (".stack.", "shared_experts"),
         ("layernorm", "norms"),
         (".self_attention.", "attention"),
         (".mlp.", "ffn"),

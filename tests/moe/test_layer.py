@@ -23,7 +23,7 @@ def make(top_k: int = 1, shared: bool = False, capacity: float | None = None, fr
 
     torch.manual_seed(3)
     distilled = DistilledRouter("word", VOCAB, N, dim=5, layers=1, width=D, heads=2, positions=S)
-    router = StableMoERouter(D, N, top_k, distilled, False)
+    router = StableMoERouter(D, N, top_k, False, distilled)
     placement = LayerPlacement(1, 0, None, lambda counts: counts)
     beside = ExpertShape(D, 24, 2, "relu", "layernorm", 1e-5, True) if shared else None
     layer = MoELayer(router, SHAPE, placement, block=2, index=0, shared=beside, capacity_factor=capacity)
@@ -80,6 +80,20 @@ def test_output_and_gradients_equal_the_dense_reference(top_k, shared, fixed):
     routed = report.expert_TK[tokens.real_T]
     assert report.served_N.tolist() == [int((routed == e).sum()) for e in range(N)]
     assert bool(report.loss_sums) is not fixed
+
+
+def test_a_token_may_have_fewer_experts_than_others_or_none():
+    """As where experts choose: columns without an expert add nothing, and who has none at all is counted."""
+    layer, (hidden, tokens) = make(3), inputs()
+    random = torch.Generator().manual_seed(6)
+    routes = torch.rand(S * B, N, generator=random).argsort(1)[:, :3]
+    routes[torch.rand(S * B, 3, generator=random) < 0.5] = -1
+    out, report = layer(hidden, RoutingPass(tokens, routes[None]))
+    chosen = [[e for e in row if e >= 0] for row in routes.tolist()]
+    torch.testing.assert_close(out, dense_reference(layer, hidden, tokens.real_T, chosen), rtol=1e-4, atol=1e-5)
+    real = tokens.real_T.tolist()
+    assert int(report.unserved) == sum(keep and not row for keep, row in zip(real, chosen, strict=True)) > 0
+    assert int(report.served_N.sum()) == sum(len(row) for keep, row in zip(real, chosen, strict=True) if keep)
 
 
 def test_padding_passes_unchanged_but_for_the_shared_expert():

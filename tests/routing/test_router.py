@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from stablemoe_ds.routing.distilled import DistilledRouter
+from stablemoe_ds.routing.router import best_experts
 from stablemoe_ds.routing.routes import TokenView
-from stablemoe_ds.routing.stablemoe import StableMoERouter, best_experts
+from stablemoe_ds.routing.stablemoe import StableMoERouter
 
 VOCAB, N, D, S, B = 30, 6, 16, 5, 4
 
@@ -15,7 +16,7 @@ VOCAB, N, D, S, B = 30, 6, 16, 5, 4
 def make(top_k: int = 1, normalize: bool = False) -> StableMoERouter:
     torch.manual_seed(8)
     distilled = DistilledRouter("word", VOCAB, N, dim=7, layers=1, width=D, heads=2, positions=S)
-    router = StableMoERouter(D, N, top_k, distilled, normalize)
+    router = StableMoERouter(D, N, top_k, normalize, distilled)
     torch.nn.init.normal_(router.centroids)
     torch.nn.init.normal_(distilled.centroids)
     return router

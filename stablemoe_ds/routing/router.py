@@ -1,0 +1,84 @@
+"""What all routers have in common: the interface an MoE layer calls, and centroids with a sigmoid gate."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stablemoe_ds.routing.distilled import DistilledRouter, Fp32Module
+from stablemoe_ds.routing.losses import count_tokens, distillation_sum
+from stablemoe_ds.routing.routes import NOT_ROUTED, Routes, SumOverRanks, TokenView
+
+
+def best_experts(scores: Tensor, top_k: int) -> Tensor:
+    """Indices [..., K] of the K best of [..., N]; on a tie the lowest index, on every device."""
+    if top_k == 1:
+        return scores.argmax(-1, keepdim=True)  # torch documents: the first of equal maxima
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+
+
+class Router(Fp32Module):
+    """Decides which experts serve a token, and with what weight. All arithmetic is fp32.
+
+    Buffers of a router are its state beside the parameters; checkpoints keep them.
+    """
+
+    def __init__(self, experts: int, top_k: int, distilled: DistilledRouter | None = None) -> None:
+        """``distilled``: router of token ids that learns to imitate this one, if there is to be a stage 2."""
+        super().__init__()
+        self.experts, self.top_k, self.distilled = experts, top_k, distilled
+
+    def forward(
+        self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks
+    ) -> Routes:
+        """Route T tokens.
+
+        hidden_TD: [T, D], residual stream. fixed_TK: int64 [T, K], the choice where it is made beforehand; then only
+        the gate is computed and there are no auxiliary losses. Those are computed in training only.
+        """
+        raise NotImplementedError
+
+    def after_update(self, counts_N: Tensor, statistic_N: Tensor | None) -> None:
+        """Learn what is not learned by gradient, once an update.
+
+        counts_N: fp32 [N], (token, choice) pairs by expert, over all ranks and micro-batches. statistic_N: fp32 [N],
+        mean over them of ``Routes.statistic_N``.
+        """
+
+
+class CentroidRouter(Router):
+    """Affinity <E_i, h_t> of the residual stream to one centroid an expert (paper section 3.1)."""
+
+    def __init__(
+        self, hidden_size: int, experts: int, top_k: int, normalize: bool, distilled: DistilledRouter | None = None
+    ) -> None:
+        """``normalize``: centroids meet the stream at unit root mean square."""
+        super().__init__(experts, top_k, distilled)
+        self.normalize = normalize
+        self.centroids = nn.Parameter(torch.empty(experts, hidden_size))
+
+    def affinity(self, hidden_TD: Tensor) -> Tensor:
+        """fp32 [T, N]: <E_i, h_t>; with ``normalize``, of h_t at unit root mean square."""
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            hidden_TD = hidden_TD.float()
+            if self.normalize:
+                hidden_TD = F.rms_norm(hidden_TD, hidden_TD.shape[-1:], eps=1e-6)
+            return F.linear(hidden_TD, self.centroids)
+
+    def route(self, weights_TN: Tensor, chosen_TK: Tensor, tokens: TokenView) -> Routes:
+        """Send the tokens to ``chosen_TK``, gated by the chosen ones of ``weights_TN``; padding goes nowhere."""
+        expert_TK = torch.where(tokens.real_T[:, None], chosen_TK, NOT_ROUTED)
+        gate_TK = weights_TN.gather(1, chosen_TK.clamp_min(0))
+        return Routes(expert_TK, gate_TK, {}, count_tokens(expert_TK, self.experts))
+
+    def imitated(self, tokens: TokenView, expert_TK: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The distillation loss towards ``expert_TK``, in training, and how many real tokens already agree."""
+        if self.distilled is None:
+            return {}, None
+        logits_TN = self.distilled(tokens.ids_BS).transpose(0, 1).flatten(0, 1)
+        losses = {"distill": distillation_sum(logits_TN, expert_TK)} if self.training else {}
+        with torch.no_grad():
+            named_TK = best_experts(logits_TN, self.top_k)
+            same_T = (named_TK.sort(-1).values == expert_TK.sort(-1).values).all(-1)
+            return losses, (same_T & tokens.real_T).sum()

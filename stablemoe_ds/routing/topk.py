@@ -1,0 +1,39 @@
+"""Best-k routing balanced by a bias instead of a loss (DeepSeek-V3 technical report, section 2.1.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablemoe_ds.routing.router import CentroidRouter, best_experts
+from stablemoe_ds.routing.routes import Routes, SumOverRanks, TokenView
+
+
+class TopKRouter(CentroidRouter):
+    """Sigmoid affinity; a bias joins it in the choice but not in the gate, and follows the load.
+
+    With several experts a token their gates are divided by their sum; a single gate is left as it is, for it would be
+    1 whatever the affinity.
+    """
+
+    bias_N: Tensor  # noqa: N815
+
+    def __init__(self, hidden_size: int, experts: int, top_k: int, normalize: bool, bias_step: float) -> None:
+        """``bias_step``: how far one update moves a bias."""
+        super().__init__(hidden_size, experts, top_k, normalize)
+        self.bias_step = bias_step
+        self.register_buffer("bias_N", torch.zeros(experts))
+
+    def forward(
+        self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks
+    ) -> Routes:
+        weight_TN = torch.sigmoid(self.affinity(hidden_TD))
+        if fixed_TK is None:
+            fixed_TK = best_experts(weight_TN.detach() + self.bias_N, self.top_k)
+        if self.top_k > 1:
+            weight_TN = weight_TN / weight_TN.gather(1, fixed_TK.clamp_min(0)).sum(1, keepdim=True)
+        return self.route(weight_TN, fixed_TK, tokens)
+
+    @torch.no_grad()
+    def after_update(self, counts_N: Tensor, statistic_N: Tensor | None) -> None:
+        self.bias_N += self.bias_step * torch.sign(counts_N.mean() - counts_N)
