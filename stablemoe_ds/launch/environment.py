@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 
+from stablemoe_ds.errors import CLUSTER_FAULT, RunError, UserError
+
+MEANT_SIZE = "STABLEMOE_WORLD_SIZE"
+"""Set by whoever knows how many processes there should be."""
 _LAUNCHERS = (  # rank, world size, local rank; as torchrun and deepspeed, SLURM, Open MPI and MPICH name them
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
@@ -24,3 +29,28 @@ def read_launcher_environment() -> tuple[int, int, int]:
 def started_by_mpi() -> bool:
     """True under mpirun, of Open MPI or MPICH."""
     return any(name in os.environ for name in _MPI)
+
+
+def check_world_size(size: int) -> None:
+    """Hold the processes seen against those the launcher meant to start, if it says so in STABLEMOE_WORLD_SIZE.
+
+    Where a launcher's variables do not arrive, every process takes itself for the only one, and all of them would
+    train into the same directory. Raises UserError.
+    """
+    meant = os.environ.get(MEANT_SIZE)
+    if meant is not None and meant != str(size):
+        raise UserError(
+            f"world size: the launcher meant to start {meant} processes ({MEANT_SIZE}), this one sees {size}: does it "
+            f"pass {' or '.join(names[1] for names in _LAUNCHERS)} on?"
+        )
+
+
+def resolve(address: str) -> None:
+    """Raises RunError if the host on which the ranks should meet has no address: they would retry in silence."""
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise RunError(
+            f"MASTER_ADDR={address}: {error.strerror or error}; it must be the name or the address of rank 0's host",
+            CLUSTER_FAULT,
+        ) from error

@@ -66,9 +66,9 @@ def shared_memory() -> Iterator[Finding]:
     yield Finding("/dev/shm", "warn" if little else "ok", f"{free / GIB:.1f} GiB free", remedy)
 
 
-def disk() -> Iterator[Finding]:
-    """Whether a run can leave its checkpoints under the working directory."""
-    here = Path.cwd()
+def disk(folder: Path | None = None) -> Iterator[Finding]:
+    """Whether a run can leave its checkpoints in a folder, or else under the working directory."""
+    here = folder or Path.cwd()
     try:
         with tempfile.NamedTemporaryFile(dir=here):
             pass

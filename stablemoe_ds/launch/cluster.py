@@ -1,0 +1,265 @@
+"""Where a run goes: one YAML file, one typed and strict object. A run says what to train, a cluster says where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
+
+from stablemoe_ds.config.load import load_section
+from stablemoe_ds.config.schema import Section
+from stablemoe_ds.errors import UserError
+
+Launcher = Literal["local", "deepspeed", "torchrun", "mpi", "slurm"]
+SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d))?(?::(?P<third>\d\d))?")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+RENDERED = {
+    "nodes": "nodes",
+    "ntasks-per-node": "processes_per_node",
+    "gpus-per-node": "processes_per_node and device",
+    "chdir": "working_directory",
+    "time": "slurm.time",
+    "signal": "slurm.signal_seconds",
+    "dependency": "slurm.dependency",
+    "export": "environment and forward",
+    "job-name": "the run's name",
+    "output": "log_dir",
+    "array": "the number of runs",
+    "requeue": "restarts",
+    "no-requeue": "restarts",
+    "open-mode": "restarts",
+}
+"""Flags of sbatch that the script has already, and the setting each comes from."""
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected one line of printable text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_one_line)]
+Port = Annotated[int, Ge(1024), Lt(65536)]
+
+
+class DeepSpeedConfig(Section):
+    """How the deepspeed launcher reaches the nodes."""
+
+    runner: Literal["pdsh", "openmpi"] = Field("pdsh", description="pdsh over ssh, or Open MPI's mpirun")
+    runner_args: list[Text] = Field(default_factory=list, description="further arguments for pdsh or mpirun")
+
+
+class SlurmConfig(Section):
+    """What the batch script asks SLURM for."""
+
+    partition: Text | None = Field(None, description="null: the cluster's default")
+    account: Text | None = Field(None, description="who pays; null: your default")
+    qos: Text | None = Field(None, description="quality of service")
+    time: Text | None = Field(None, description="limit of one job, e.g. 24:00:00; null: the partition's")
+    signal_seconds: int = Field(300, ge=10, description="how long before the limit a run is told to save; SLURM may be "
+                                "up to 60 s early")  # fmt: skip
+    constraint: Text | None = Field(None, description="features the nodes must have")
+    exclude: Text | None = Field(None, description="nodes to stay away from, e.g. node[07,12]")
+    chain: PositiveInt = Field(
+        1, description="jobs submitted at once, each after the one before; for queues that do not let jobs requeue"
+    )
+    dependency: Literal["singleton", "afterany"] = Field("singleton", description="what ties the jobs of a chain")
+    options: dict[Text, Text | int | bool] = Field(
+        default_factory=dict, description="any other flag of sbatch without its dashes: {exclusive: true, mem: 0}"
+    )
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> SlurmConfig:
+        if self.time is not None and (limit := seconds_of(self.time)) <= self.signal_seconds:
+            near = max(10, limit // 4)
+            raise ValueError(
+                f"signal_seconds: got {self.signal_seconds}: the time limit {self.time} is {limit} s, so a run would "
+                f"be stopped as it starts; nearest that works: {near}, or a longer time"
+            )
+        return self
+
+    @field_validator("options")
+    @classmethod
+    def _other_flags(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for flag in options:
+            if not re.fullmatch(r"[a-z][a-z0-9-]+", flag):
+                raise ValueError(f"'{flag}' is no long flag of sbatch; write it without dashes, e.g. exclusive: true")
+            if flag in RENDERED:
+                raise ValueError(f"--{flag} follows from {RENDERED[flag]}; set that instead")
+        return options
+
+
+def seconds_of(time: str) -> int:
+    """A time limit as SLURM reads it: MIN, MIN:SEC, H:MIN:SEC, D-H, D-H:MIN or D-H:MIN:SEC. Raises ValueError."""
+    found = SLURM_TIME.fullmatch(time)
+    if not found:
+        raise ValueError(f"time: got '{time}': expected e.g. 24:00:00, or 2-12 for two and a half days")
+    first, second, third = (int(found[part] or 0) for part in ("first", "second", "third"))
+    if found["days"]:
+        return int(found["days"]) * 86_400 + first * 3_600 + second * 60 + third
+    return first * 3_600 + second * 60 + third if found["third"] else first * 60 + second
+
+
+class ContainerConfig(Section):
+    """The image in which ranks run. The working directory is mounted in it."""
+
+    kind: Literal["docker", "apptainer", "pyxis"] = Field(description="what starts it; pyxis: srun --container-image")
+    image: Text = Field(description="name, file or folder of the image")
+    mounts: list[Text] = Field(default_factory=list, description="further mounts, HOST:CONTAINER")
+    workdir: Text | None = Field(None, description="where working_directory is in the container; null: same path")
+
+    @field_validator("mounts")
+    @classmethod
+    def _pairs(cls, mounts: list[str]) -> list[str]:
+        for mount in mounts:
+            if mount.count(":") not in (1, 2) or "," in mount or not mount.startswith("/"):
+                raise ValueError(f"'{mount}' is no mount; expected /HOST/PATH:/CONTAINER/PATH")
+        return mounts
+
+
+class NetworkConfig(Section):
+    """Which wires are used. What is null is left to NCCL and gloo."""
+
+    interface: Text | None = Field(
+        None, description="network interface, e.g. eth0: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
+    )
+    infiniband_hca: Text | None = Field(None, description="InfiniBand adapters, e.g. mlx5: NCCL_IB_HCA")
+    port: Port | None = Field(
+        None, description="where ranks meet; null: from the job id under SLURM, a free one on one machine, else 29500"
+    )
+
+
+class ClusterConfig(Section):
+    """A cluster. ``load_cluster`` makes one from YAML."""
+
+    name: Text = Field("cluster", description="what this cluster is called")
+    launcher: Launcher = Field(description="what starts the ranks")
+    nodes: PositiveInt = Field(1, description="machines")
+    min_nodes: PositiveInt | None = Field(
+        None, description="a restart may have as few as these (torchrun, slurm); null: always nodes"
+    )
+    processes_per_node: PositiveInt = Field(1, description="ranks of a machine: its GPUs, or processes on CPUs")
+    threads_per_process: PositiveInt = Field(1, description="OMP_NUM_THREADS, and SLURM's --cpus-per-task")
+    device: Literal["gpu", "cpu"] = Field("gpu", description="what the ranks compute on")
+    hosts: list[Text] = Field(default_factory=list, description="names of the machines; more than nodes: spare ones")
+    hostfile: Text | None = Field(None, description="instead of hosts: a file with 'NAME slots=N' lines")
+    working_directory: Text | None = Field(
+        None, description="folder that all nodes share, where ranks start; null: where launch is called"
+    )
+    python: Text | None = Field(
+        None, description="interpreter on the nodes; null: the one that runs launch, 'python' in a container"
+    )
+    run_dir: Text | None = Field(None, description="folder for run directories; null: where each run says")
+    log_dir: Text | None = Field(None, description="folder for the ranks' logs; null: in the run directory")
+    restarts: int = Field(3, ge=0, description="give up after so many attempts in a row without a newer checkpoint; "
+                          "0: never start again")  # fmt: skip
+    launcher_args: list[Text] = Field(
+        default_factory=list, description="further arguments for deepspeed, torchrun, mpirun or srun"
+    )
+    modules: list[Text] = Field(default_factory=list, description="module load ...; slurm only")
+    setup: list[Text] = Field(default_factory=list, description="lines of bash before the ranks start; slurm only")
+    environment: dict[Text, Text] = Field(default_factory=dict, description="variables of the ranks; no secrets")
+    forward: list[Text] = Field(
+        default_factory=list, description="names of variables passed on from where launch is called, e.g. HF_TOKEN"
+    )
+    network: NetworkConfig = Field(default_factory=NetworkConfig)
+    container: ContainerConfig | None = Field(None, description="run the ranks in a container")
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig)
+
+    @field_validator("environment")
+    @classmethod
+    def _no_secrets(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if SECRET.search(name):
+                raise ValueError(f"'{name}' looks like a secret, which would end up in files: name it under forward")
+        return environment
+
+    @field_validator("environment", "forward")
+    @classmethod
+    def _names(cls, names: Any) -> Any:
+        for name in names:
+            if not VARIABLE.fullmatch(name):
+                raise ValueError(f"'{name}' is no name of a variable; expected e.g. NCCL_DEBUG")
+        return names
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ClusterConfig:
+        for breach in _breaches(self):
+            raise ValueError(breach)
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Processes of a whole run."""
+        return self.nodes * self.processes_per_node
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Every number of processes a run may have on this cluster, the whole one first."""
+        fewest = self.min_nodes or self.nodes
+        return [nodes * self.processes_per_node for nodes in range(self.nodes, fewest - 1, -1)]
+
+
+def _breaches(cluster: ClusterConfig) -> Iterator[str]:
+    """What does not go together, each with what would."""
+    c, launcher, container = cluster, cluster.launcher, cluster.container
+    named = bool(c.hosts or c.hostfile)
+    if launcher == "local" and c.nodes > 1:
+        yield f"nodes: got {c.nodes}: launcher local is one machine; nearest that works: 1, or launcher torchrun"
+    if c.hosts and c.hostfile:
+        yield "hosts and hostfile are both given; keep one"
+    if named and launcher in ("local", "slurm"):
+        yield f"launcher {launcher} chooses its machines itself: leave hosts and hostfile out"
+    if not named and c.nodes > 1 and launcher in ("deepspeed", "torchrun", "mpi"):
+        yield f"launcher {launcher} on {c.nodes} nodes needs their names: give hosts or hostfile"
+    if c.hosts and len(c.hosts) < c.nodes:
+        yield f"nodes: got {c.nodes}: there are {len(c.hosts)} hosts; nearest that works: {len(c.hosts)}"
+    if len(set(c.hosts)) < len(c.hosts):
+        yield "hosts: a name is there twice; processes_per_node says how many ranks a host has"
+    if c.min_nodes and (c.min_nodes > c.nodes or launcher not in ("torchrun", "slurm")):
+        yield f"min_nodes: got {c.min_nodes}: at most nodes {c.nodes}, and under torchrun or slurm only"
+    if (c.modules or c.setup) and launcher != "slurm":
+        yield f"modules and setup are for slurm; launcher {launcher} has the environment it is called in"
+    if container and launcher == "deepspeed":
+        yield "container: the deepspeed launcher starts no containers; call launch inside of them, or take torchrun"
+    if container and container.kind == "pyxis" and launcher != "slurm":
+        yield f"container.kind: pyxis is part of slurm; nearest that works with launcher {launcher}: docker"
+    if container and not (c.working_directory or "").startswith("/"):
+        yield "working_directory: a container needs an absolute path, which is mounted in it"
+    if both := sorted(set(c.environment) & set(c.forward)):
+        yield f"{both[0]} is both in environment and in forward; keep one"
+
+
+def load_cluster(path: str | Path) -> ClusterConfig:
+    """Read a cluster file, and the hostfile it names. Raises UserError, one line for each thing that is wrong."""
+    cluster = load_section(ClusterConfig, path, [], "'launcher:' and 'nodes:'")
+    if cluster.hostfile is None:
+        return cluster
+    hosts = _read_hostfile(cluster.hostfile, cluster.processes_per_node)
+    if len(hosts) < cluster.nodes:
+        raise UserError(f"{path}: nodes: got {cluster.nodes}: {cluster.hostfile} has {len(hosts)} hosts")
+    return cluster.model_copy(update={"hosts": hosts, "hostfile": None})
+
+
+def _read_hostfile(path: str, processes: int) -> list[str]:
+    """Names of a hostfile as DeepSpeed and Open MPI write it; comments and empty lines are left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"hostfile {path}: cannot be read: {error}") from error
+    hosts = []
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if words[1:] not in ([], [f"slots={processes}"]) or words[0] in hosts:
+            raise UserError(f"hostfile {path}:{number}: got '{line.strip()}': expected 'NAME slots={processes}' once "
+                            "for each machine, as processes_per_node says")  # fmt: skip
+        hosts.append(words[0])
+    return hosts

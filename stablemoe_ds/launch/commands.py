@@ -1,0 +1,132 @@
+"""``stablemoe launch``, ``status`` and ``logs``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stablemoe_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from stablemoe_ds.launch.job import Job
+
+Add = Callable[[Any, str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
+FOLLOW_SECONDS = 0.5
+
+
+def add_commands(commands: Any, add: Add) -> None:
+    """Give the command line its three commands; ``add(commands, name, help, function)`` makes a parser."""
+    start = add(commands, "launch", "train runs on a cluster, or on this machine, and start them again", launch)
+    start.add_argument("runs", nargs="+", metavar="RUN.yaml | key=value", help="runs, then settings laid over each")
+    start.add_argument("--cluster", required=True, metavar="CLUSTER.yaml", help="where; launch/ holds examples")
+    how = start.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="print what would be written and run, for a shell")
+    how.add_argument("--submit", action="store_true", help="hand the job to the queue and print its id (slurm)")
+
+    state = add(commands, "status", "what has become of what was launched", show_status)
+    state.add_argument("run", nargs="?", metavar="RUN_DIR | RUN.yaml", help="default: all under runs/")
+    state.add_argument("--json", action="store_true")
+
+    said = add(commands, "logs", "what a rank said", show_logs)
+    said.add_argument("run", metavar="RUN_DIR | RUN.yaml")
+    said.add_argument("--rank", type=int, default=0, help="default: 0, the one that speaks")
+    said.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Print, submit or run; returns an exit status."""
+    from stablemoe_ds.config.load import load_run
+    from stablemoe_ds.launch.cluster import load_cluster
+    from stablemoe_ds.launch.plan import look_around, make_jobs
+
+    files = [word for word in arguments.runs if "=" not in word or Path(word).is_file()]
+    overrides = [word for word in arguments.runs if word not in files]
+    if not files:
+        raise UserError("launch: no RUN.yaml given, only settings")
+    cluster = load_cluster(arguments.cluster)
+    if arguments.submit and cluster.launcher != "slurm":
+        raise UserError(f"--submit: launcher {cluster.launcher} has no queue; leave --submit out to run it here")
+    jobs = make_jobs([load_run(path, overrides) for path in files], cluster, look_around())
+    if arguments.dry_run:
+        print("\n".join(job.as_shell() for job in jobs), end="")
+        return 0
+    return start(jobs)
+
+
+def start(jobs: list[Job]) -> int:
+    """Write jobs and submit or run them; returns the status of the last run that did not end well, 0 if all did.
+
+    Raises UserError if a variable they need is not set, or if the queue does not take them.
+    """
+    cluster = jobs[0].cluster
+    for name in cluster.forward:
+        if name not in os.environ:
+            raise UserError(f"forward: {name} is not set in this shell; export it, or take it off the cluster's list")
+    for job in jobs:
+        job.write()
+        for folder in job.folders:
+            print(f"wrote {folder}", file=sys.stderr, flush=True)
+    return _submit(jobs[0]) if jobs[0].submits else _run_all(jobs)
+
+
+def show_status(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.launch.status import render, run_directories, status
+
+    found = [status(run_dir) for run_dir in run_directories(arguments.run)]
+    print(json.dumps(found, indent=1) if arguments.json else "\n".join(map(render, found)))
+    return 0
+
+
+def show_logs(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.launch.logs import Tail, require_logs
+    from stablemoe_ds.launch.status import logs_of, run_directories
+
+    (run_dir,) = run_directories(arguments.run)
+    logs = logs_of(run_dir)
+    if not arguments.follow:
+        require_logs(logs, arguments.rank)
+    tail = Tail(logs, arguments.rank)
+    while True:
+        for text in tail.new():
+            sys.stdout.buffer.write(text)
+        sys.stdout.flush()
+        if not arguments.follow:
+            return 0
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _submit(job: Job) -> int:
+    """Hand a job to its queue, note the ids it got, and print them."""
+    from stablemoe_ds.launch.supervise import note_state
+
+    try:
+        done = subprocess.run(job.command, cwd=job.directory, stdout=subprocess.PIPE, text=True, check=True)
+    except subprocess.CalledProcessError as error:
+        for folder in job.folders:
+            note_state(folder, state="refused", exit_code=error.returncode)
+        said = f"{' '.join(job.command)} ended with {error.returncode}"
+        raise UserError(f"{said}: the queue did not take the job; what it says is above") from error
+    for folder in job.folders:
+        note_state(folder, state="submitted", job_ids=done.stdout.split())
+    print(done.stdout, end="")
+    return 0
+
+
+def _run_all(jobs: list[Job]) -> int:
+    """One after the other, until somebody asks to stop; returns the last status that was not 0."""
+    from stablemoe_ds.launch.supervise import Supervisor
+
+    worst = 0
+    for job in jobs:
+        supervisor = Supervisor(job)
+        worst = supervisor.run() or worst
+        if supervisor.stopped:
+            break
+    return worst

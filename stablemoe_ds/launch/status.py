@@ -1,0 +1,168 @@
+"""What has become of a launch: its job, how far it is, what is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stablemoe_ds.config.load import load_run
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.launch.restart import newest_saved
+
+TAIL_BYTES = 1 << 16
+
+
+def run_directories(given: str | None) -> list[Path]:
+    """The run directory that a path or a run's YAML names; without one, all launched runs under ``runs/``.
+
+    Raises UserError if there is none.
+    """
+    if given is None:
+        found = sorted({path.parents[2] for path in Path("runs").glob("*/launch/*/job.json")})
+        if not found:
+            raise UserError("runs/: nothing was launched here; name a run directory or a run's YAML file")
+        return found
+    path = Path(given)
+    folder = Path(load_run(path).directory) if path.is_file() else path
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such run directory; stablemoe launch or train makes it")
+    return [folder]
+
+
+def newest_launch(run_dir: Path) -> Path | None:
+    """Folder of a run's latest launch; names of launches sort by time."""
+    return max((path.parent for path in run_dir.glob("launch/*/job.json")), default=None, key=lambda path: path.name)
+
+
+def logs_of(run_dir: Path) -> Path:
+    """Where the ranks' logs of the latest launch are. Raises UserError if the run was never launched."""
+    folder = newest_launch(run_dir)
+    if folder is None:
+        raise UserError(f"{run_dir}: no launch is recorded there; was it started with stablemoe launch?")
+    job = _read_json(folder / "job.json")
+    return Path(job.get("working_directory") or ".", job.get("logs", ""))
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """Facts of a run for ``stablemoe status``; None where nothing is known."""
+    folder, saved = newest_launch(run_dir), newest_saved(run_dir)
+    job = _read_json(folder / "job.json") if folder else {}
+    last = next(_newest_lines(run_dir / "metrics.jsonl", "train"), {})
+    steps = load_run(folder / "run.yaml").schedule.steps if folder else saved.run.schedule.steps if saved else None
+    attempts = list(_lines(run_dir / "launch" / "attempts.jsonl"))
+    state, job_ids = _state(folder, job) if folder else (None, [])
+    return {
+        "run": job.get("run", run_dir.name),
+        "run_dir": str(run_dir),
+        "launcher": job.get("launcher"),
+        "launch": str(folder) if folder else None,
+        "job_ids": job_ids,
+        "state": state,
+        "step": last.get("step"),
+        "steps": steps,
+        "loss": last.get("loss"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "checkpoint_step": saved.step if saved else None,
+        "attempts_ended": len(attempts),
+        "last_exit_code": attempts[-1].get("exit_code") if attempts else None,
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """One run for a person."""
+    jobs = f" job {', '.join(facts['job_ids'])}" if facts["job_ids"] else ""
+    lines = [f"{facts['run']}: {facts['state'] or 'not launched'} ({facts['launcher'] or 'no launcher'}{jobs})"]
+    if facts["step"] is not None:
+        speed = facts["tokens_per_second"]
+        lines.append(
+            f"  step {facts['step']} of {facts['steps']}, loss {facts['loss']:.4f}"
+            + (f", {speed:,.0f} tokens/s" if speed else "")
+        )
+    saved = facts["checkpoint_step"]
+    lines.append(f"  newest checkpoint: {'none' if saved is None else f'step {saved}'}")
+    if facts["attempts_ended"]:
+        lines.append(f"  attempts ended: {facts['attempts_ended']}, the last with {facts['last_exit_code']}")
+    lines.append(f"  {facts['launch'] or facts['run_dir']}")
+    return "\n".join(lines)
+
+
+def _state(folder: Path, job: dict[str, Any]) -> tuple[str, list[str]]:
+    """What a launch is doing, and its job ids: asked of SLURM, or of this machine."""
+    noted = _read_json(folder / "state.json")
+    if job.get("launcher") == "slurm":
+        job_ids = [str(job_id) for job_id in noted.get("job_ids", [])]
+        state = "refused by the queue" if noted else "written, not submitted by launch"
+        return (_slurm_state(job_ids) if job_ids else state), job_ids
+    state = str(noted.get("state", "written, not started by launch"))
+    if state == "running" and noted.get("host") != socket.gethostname():
+        state = f"running on {noted.get('host')}, last it said"
+    elif state == "running" and not _runs(int(noted["pid"])):
+        state = "gone without a word"
+    elif state == "failed":
+        state = f"failed with {noted.get('exit_code')}"
+    return state, []
+
+
+def _slurm_state(job_ids: list[str]) -> str:
+    listed = ",".join(job_ids)
+    queued = said(["squeue", "--noheader", "--states=all", f"--jobs={listed}", "--format=%i %T %r %N"])
+    if queued:
+        return "; ".join(" ".join(line.split()) for line in queued.splitlines())
+    columns = "--format=JobID,State,ExitCode"
+    past = said(["sacct", "--allocations", "--noheader", "--parsable2", "--delimiter= ", f"--jobs={listed}", columns])
+    return "; ".join(past.splitlines()) if past else "not in the queue any more"
+
+
+def said(command: list[str]) -> str:
+    """What a program prints, "" if it is not there or fails; SLURM's clients retry for minutes without their server."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except subprocess.SubprocessError:
+        return ""
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _newest_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """Lines of a history of one kind, the newest first; only the file's end is read."""
+    return (line for line in reversed(list(_lines(path))) if line.get("kind") == kind)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            texts = file.read().splitlines()
+    except OSError:
+        return
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut off at the start of the tail, or while it is being written
+        if isinstance(line, dict):
+            yield line

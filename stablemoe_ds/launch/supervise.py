@@ -1,0 +1,168 @@
+"""A job's command in the foreground: its signals, its end, and whether it is started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from stablemoe_ds.errors import FINISHED, INTERRUPTED, UserError
+from stablemoe_ds.launch.job import Job
+from stablemoe_ds.launch.logs import Tail, set_aside
+from stablemoe_ds.launch.restart import decide
+
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAVE_SECONDS, LEFTOVER_SECONDS, LOOK_SECONDS = 60.0, 5.0, 0.2
+
+
+class Supervisor:
+    """Runs one job until it is finished, is asked to stop, or makes no progress any more."""
+
+    def __init__(self, job: Job) -> None:
+        """job: written already, and one that does not submit."""
+        self.job, self.order = job, job.orders[0]
+        self.folder = job.folders[0]
+        self.logs = Path(job.directory, self.order.logs)
+        self._tail = Tail(self.logs, 0)  # of all attempts: what was shown is not shown again
+        self._requests = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody asked it to stop."""
+        return self._requests > 0
+
+    def run(self) -> int:
+        """Returns the exit status of the last attempt. If it was asked to stop: 0 if all ranks ended well, else 130."""
+        attempt = 0
+        with self._taking_requests():
+            code = self._attempt(attempt)
+            while not self.stopped and self._again(code):
+                set_aside(self.logs, attempt)
+                attempt += 1
+                code = self._attempt(attempt)
+        state = "stopped" if self.stopped else "failed" if code else "finished"
+        note_state(self.folder, state=state, exit_code=code, attempt=attempt)
+        if self.stopped:
+            _say("stopped on request; the same command goes on from the newest checkpoint")
+            return INTERRUPTED if code else FINISHED
+        if code:
+            _say(f"ended with {code}; what each rank said is in {self.logs}")
+        return code
+
+    def _attempt(self, attempt: int) -> int:
+        """Start the command and wait until nothing of it is left."""
+        environment = {**os.environ, **self.job.environment}
+        try:
+            # A session of its own: Ctrl-C reaches this process alone, which knows what the ranks should be sent.
+            process = subprocess.Popen(
+                self.job.command, cwd=self.job.directory, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            raise UserError(
+                f"cannot start {self.job.command[0]}: {error.strerror}; is it installed and on PATH?"
+            ) from error
+        self._process = process
+        if self.stopped:  # a moment ago, when there was nobody to tell
+            process.send_signal(self.job.stop)
+        note_state(self.folder, state="running", pid=process.pid, host=socket.gethostname(), attempt=attempt)
+        with self._showing():
+            code = process.wait()
+        self._clear(process.pid)
+        return code if code >= 0 else 128 - code
+
+    def _again(self, code: int) -> bool:
+        cluster = self.job.cluster
+        if cluster.restarts == 0:
+            return False
+        # Under torchrun every machine notes its own attempt.
+        limit = cluster.restarts * (cluster.nodes if cluster.launcher == "torchrun" else 1)
+        run_dir = Path(self.job.directory, self.order.run.directory)
+        decision = decide(run_dir, code, limit, cluster.world_size)
+        _say(f"{'starting again' if decision.again else 'not starting again'}: {decision.reason}")
+        return decision.again
+
+    def _clear(self, group: int) -> None:
+        """Wait for what the command has left behind, ranks that are still saving say, then end it."""
+        end = time.monotonic() + (SAVE_SECONDS if self.stopped else LEFTOVER_SECONDS)
+        while _alive(group):
+            if time.monotonic() > end:
+                os.killpg(group, signal.SIGKILL)
+                return
+            time.sleep(LOOK_SECONDS)
+
+    @contextmanager
+    def _taking_requests(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._request) for number in REQUESTS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _request(self, _number: int, _frame: FrameType | None) -> None:
+        """First: save and stop. Second: end. Third: at once."""
+        self._requests += 1
+        process = self._process
+        if process is None:
+            return
+        if self._requests == 1 and not self.job.stop_group:
+            if process.poll() is None:
+                process.send_signal(self.job.stop)
+            return
+        number = self.job.stop if self._requests == 1 else signal.SIGTERM if self._requests == 2 else signal.SIGKILL
+        if _alive(process.pid):
+            os.killpg(process.pid, number)
+
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        """Show rank 0 where the command itself does not."""
+        if not self.job.tail:
+            yield
+            return
+        done = threading.Event()
+
+        def show() -> None:
+            over = False
+            while not over:
+                over = done.wait(LOOK_SECONDS)
+                for text in self._tail.new():
+                    sys.stdout.buffer.write(text)
+                    sys.stdout.flush()
+
+        reader = threading.Thread(target=show, daemon=True)
+        reader.start()
+        try:
+            yield
+        finally:
+            done.set()
+            reader.join()
+
+
+def note_state(folder: Path, **state: Any) -> None:
+    """Keep what changes about a launch in ``state.json``, for ``stablemoe status``."""
+    passing = folder / "state.json.new"
+    passing.write_text(json.dumps(state) + "\n", encoding="utf-8")
+    passing.replace(folder / "state.json")
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _say(text: str) -> None:
+    print(f"stablemoe launch: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,168 @@
+"""A job in the foreground: started again while it makes progress, stopped when asked, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.launch.job import Job
+from stablemoe_ds.launch.supervise import Supervisor
+from tests.launch.tools import cluster, one_job
+
+FAILS_AT_FIRST = """
+import pathlib, sys
+count = pathlib.Path("count")
+tries = int(count.read_text()) + 1 if count.exists() else 1
+count.write_text(str(tries))
+print("attempt", tries)
+pathlib.Path("runs/tiny/launch/stamp/logs/rank-0.log").write_text(f"attempt {tries}")
+if tries <= int(sys.argv[1]):
+    sys.exit(int(sys.argv[2]))
+pathlib.Path("ready").rename("runs/tiny/checkpoints")
+"""
+SAVES_WHEN_ASKED = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(0.3)
+    pathlib.Path("saved").write_text(signal.Signals(number).name)
+    sys.exit(0)
+signal.signal(signal.Signals[sys.argv[1]], save)
+pathlib.Path("up").touch()
+time.sleep(60)
+"""
+LAUNCH = """
+import signal, sys
+from stablemoe_ds.launch.supervise import Supervisor
+from tests.launch.test_supervise import job_of
+sys.exit(Supervisor(job_of(*sys.argv[2:], stop=signal.Signals[sys.argv[1]])).run())
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def job_of(program: str, *arguments: str, restarts: int = 3, **settings: Any) -> Job:
+    """A job whose command is a small program instead of a launcher."""
+    job = one_job(cluster(launcher="local", restarts=restarts))
+    return replace(job, command=(sys.executable, "-c", program, *arguments), **settings)
+
+
+def state() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path("runs/tiny/launch/stamp/state.json").read_text())
+    return found
+
+
+def run(job: Job) -> int:
+    job.write()
+    return Supervisor(job).run()
+
+
+def test_failures_are_started_again_until_the_run_is_finished(capfd: pytest.CaptureFixture[str]) -> None:
+    job = job_of(FAILS_AT_FIRST, "2", "3", restarts=3)
+    last = Path("ready/step-000004")
+    last.mkdir(parents=True)
+    manifest = {"files": {}, "progress": {"step": 4}, "run": job.orders[0].run.model_dump(mode="json")}
+    (last / "checkpoint.json").write_text(json.dumps(manifest))
+    assert run(job) == 0
+    assert Path("count").read_text() == "3"
+    said = capfd.readouterr().err
+    assert said.count("starting again: ended with exit code 3; nothing is saved yet") == 2
+    assert "not starting again: the run is finished" in said
+    assert state() == {"state": "finished", "exit_code": 0, "attempt": 2}
+
+
+def test_a_crash_loop_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(job_of(FAILS_AT_FIRST, "99", "3", restarts=2)) == 3
+    assert Path("count").read_text() == "2"
+    assert "2 attempts in a row have added none (limit 2)" in capfd.readouterr().err
+    assert state() == {"state": "failed", "exit_code": 3, "attempt": 1}
+
+
+@pytest.mark.parametrize(("code", "restarts"), [("2", 5), ("3", 0)], ids=["bad input", "no restarts"])
+def test_is_not_started_again(code: str, restarts: int) -> None:
+    assert run(job_of(FAILS_AT_FIRST, "99", code, restarts=restarts)) == int(code)
+    assert Path("count").read_text() == "1"
+
+
+def test_death_by_a_signal_has_a_status() -> None:
+    assert run(job_of("import os; os.kill(os.getpid(), 9)", restarts=0)) == 137
+
+
+def test_logs_of_an_attempt_are_kept() -> None:
+    run(job_of(FAILS_AT_FIRST, "99", "3", restarts=2))
+    logs = Path("runs/tiny/launch/stamp")
+    assert (logs / "logs.attempt-0" / "rank-0.log").read_text() == "attempt 1"
+    assert (logs / "logs" / "rank-0.log").read_text() == "attempt 2"
+
+
+def test_rank_0_is_shown_where_the_command_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    program = "open('runs/tiny/launch/stamp/logs/rank-0.log', 'w').write('from the log')"
+    run(job_of(program, restarts=0, tail=True))
+    assert "from the log" in capfd.readouterr().out
+
+
+def test_a_program_that_is_not_there_is_named() -> None:
+    job = replace(job_of(""), command=("no-such-launcher",))
+    job.write()
+    with pytest.raises(UserError, match=r"cannot start no-such-launcher: .*; is it installed and on PATH"):
+        Supervisor(job).run()
+
+
+def test_what_a_launcher_leaves_behind_is_ended() -> None:
+    child = "import pathlib, os, time; pathlib.Path('child').write_text(str(os.getpid())); time.sleep(99)"
+    parent = (
+        "import pathlib, subprocess, sys, time; "
+        f'subprocess.Popen([sys.executable, "-c", {child!r}])\n'
+        "while not pathlib.Path('child').exists(): time.sleep(0.02)"
+    )
+    run(job_of(parent, restarts=0))
+    pid = int(Path("child").read_text())
+    wait_until(lambda: not alive(pid))
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_request_to_stop_becomes_what_makes_the_ranks_save(sent: str) -> None:
+    for stop in ("SIGUSR1", "SIGTERM"):
+        job_of("").write()
+        launch = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, stop, SAVES_WHEN_ASKED, stop],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        try:
+            wait_until(lambda: Path("up").exists())
+            launch.send_signal(signal.Signals[sent])
+            assert launch.wait(30) == 0
+        finally:
+            launch.kill()
+        assert Path("saved").read_text() == stop
+        assert state()["state"] == "stopped"
+        assert not Path("runs/tiny/launch/attempts.jsonl").exists(), "who is asked to stop does not start again"
+        subprocess.run(["rm", "-r", "saved", "up", "runs"], check=True)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has asked for its status yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
