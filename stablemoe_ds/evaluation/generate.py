@@ -38,7 +38,7 @@ def generate(
     Raises UserError for a prompt or an option that cannot be used, and if the model computes NaN.
     """
     room = model.run_config.data.sequence_length
-    _check(prompts, room, model.vocab_size, max_new_tokens, temperature, top_p)
+    _check(prompts, room, model.vocab_size, max_new_tokens, temperature, top_p, seed)
     if not prompts:
         return []
     device = next(model.parameters()).device
@@ -107,7 +107,9 @@ def choose(logits_BV: Tensor, temperature: float, top_p: float, random: torch.Ge
     """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
-    share_BV = nucleus(torch.softmax(logits_BV.double().cpu() / temperature, dim=-1), top_p)
+    logits_BV = logits_BV.double()
+    below_BV = logits_BV - logits_BV.max(dim=-1, keepdim=True).values  # a tiny temperature must not overflow
+    share_BV = nucleus(torch.softmax(below_BV.cpu() / temperature, dim=-1), top_p)
     return torch.multinomial(share_BV, 1, generator=random)[:, 0].to(logits_BV.device)
 
 
@@ -123,7 +125,13 @@ def nucleus(share_BV: Tensor, top_p: float) -> Tensor:
 
 
 def _check(
-    prompts: Sequence[Sequence[int]], room: int, vocab: int, max_new_tokens: int, temperature: float, top_p: float
+    prompts: Sequence[Sequence[int]],
+    room: int,
+    vocab: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> None:
     """Raise UserError for what :func:`generate` cannot work with."""
     if max_new_tokens < 0:
@@ -132,6 +140,8 @@ def _check(
         raise UserError(f"temperature is {temperature}: expected 0 (always the best id) or more, such as 0.8")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: expected more than 0 and at most 1, such as 0.95")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}: expected 0 to {2**63 - 1}")
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise UserError(f"prompt {number} is empty: give at least one id, such as eos, which starts a new document")

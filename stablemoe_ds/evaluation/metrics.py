@@ -5,8 +5,9 @@ Every line has ``step`` (updates made) and ``kind``:
     train   loss, lr, grad_norm, tokens_per_second, stage, agreement (stage 1), load (max/mean by layer), drop_rate
     valid   perplexity, perplexity_distilled (stage 1), agreement (stage 1), stage, tokens, words
     test    the same, once at the end
-    probe   churn
+    probe   churn, seconds (that recording took)
     switch  agreement, load, least_load, table_sha256
+    fault   what, where: of an update that was dropped, or of a return to an older checkpoint
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from stablemoe_ds.errors import UserError
 
-Kind = Literal["train", "valid", "test", "probe", "switch"]
+Kind = Literal["train", "valid", "test", "probe", "switch", "fault"]
 Line = dict[str, Any]
 
 
@@ -68,6 +70,26 @@ class MetricsLog:
         part = self.path.with_suffix(".part")
         part.write_text("".join(kept), encoding="utf-8")
         os.replace(part, self.path)
+
+
+def training_seconds(lines: Sequence[Line], tokens_per_step: int) -> list[tuple[int, float]]:
+    """(step, seconds spent in updates up to it) of the ``train`` lines; validation and probes are not in it.
+
+    From the logged speeds, so that an interrupted run counts what it has kept and no pause.
+    """
+    seconds, before, series = 0.0, 0, []
+    for line in lines:
+        if line["kind"] == "train" and line.get("tokens_per_second"):
+            seconds += (line["step"] - before) * tokens_per_step / line["tokens_per_second"]
+            before = line["step"]
+            series.append((before, seconds))
+    return series
+
+
+def probe_seconds(lines: Sequence[Line]) -> float | None:
+    """What recording the routing of the probe took in all; None if no line says."""
+    told = [line["seconds"] for line in lines if line["kind"] == "probe" and line.get("seconds") is not None]
+    return sum(told) if told else None
 
 
 def plain(value: Any) -> Any:

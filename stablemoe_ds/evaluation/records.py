@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from stablemoe_ds.errors import UserError
 
+PROBE_IDS = "probe_ids.npy"
+"""File in a run directory with the token ids of the probe, int [P], in the order of the records."""
+
 
 @dataclass(frozen=True)
 class RouteRecords:

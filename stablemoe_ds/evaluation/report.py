@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stablemoe_ds.evaluation.fluctuation import changed_since, churn, fluctuation_curve, last_fluctuation_step
-from stablemoe_ds.evaluation.metrics import Kind, Line, plain
+from stablemoe_ds.evaluation.metrics import Kind, Line, plain, probe_seconds, training_seconds
 from stablemoe_ds.evaluation.records import RouteRecords
 from stablemoe_ds.evaluation.specialisation import IdUse, Piece, describe_experts
 
@@ -25,6 +25,7 @@ def routing_report(
     *,
     name: str,
     steps: int,
+    tokens_per_step: int,
     metrics: Sequence[Line],
     records: RouteRecords | None,
     uses: Sequence[IdUse],
@@ -33,8 +34,8 @@ def routing_report(
 ) -> dict[str, Any]:
     """Everything the project says about one run.
 
-    steps: updates of the whole run. metrics: lines of its ``metrics.jsonl``. records: of its probe tokens.
-    uses: which ids each expert serves, one an MoE layer. piece: an id in readable form.
+    steps, tokens_per_step: updates of the whole run, tokens of each. metrics: lines of its ``metrics.jsonl``.
+    records: of its probe tokens. uses: which ids each expert serves, one an MoE layer. piece: an id in readable form.
     """
     switch = _last(metrics, "switch")
     since = switch["step"] if switch else None
@@ -52,6 +53,7 @@ def routing_report(
         "test_ppl": (_last(metrics, "test") or {}).get("perplexity"),
         "changed_after_switch": changed_since(records, since) if records and since is not None else None,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "probe_share": _probe_share(metrics, tokens_per_step),
         "history": {
             "loss": _series(metrics, "train", "loss"),
             "agreement": _series(metrics, "train", "agreement"),
@@ -71,11 +73,18 @@ def _fluctuation(records: RouteRecords, steps: int, since: int | None) -> dict[s
         "records": len(records.steps),
         "records_after_switch": int((records.steps >= since).sum()) if since is not None else 0,
         "tokens": records.expert_RLP.shape[2],
+        "unserved": (records.expert_RLP[-1] < 0).mean(),
         "exceeds": {
             f"{mark:.0%}": share for mark, share in zip(MARKS, fluctuation_curve(last_LP, steps, MARKS), strict=True)
         },
         "curve": list(zip(fractions, fluctuation_curve(last_LP, steps, list(fractions)), strict=True)),
     }
+
+
+def _probe_share(metrics: Sequence[Line], tokens_per_step: int) -> float | None:
+    """What recording the probe took, as a share of it and the updates together."""
+    probes, updates = probe_seconds(metrics), training_seconds(metrics, tokens_per_step)
+    return probes / (probes + updates[-1][1]) if probes is not None and updates else None
 
 
 def _layer(use: IdUse, piece: Piece, pieces_per_expert: int) -> dict[str, Any]:
@@ -84,8 +93,10 @@ def _layer(use: IdUse, piece: Piece, pieces_per_expert: int) -> dict[str, Any]:
         "load": use.load_N,
         "max_load": use.load_N.max(),
         "least_load": use.least_load,
+        "load_cv": use.load_cv,
         "load_entropy": use.load_entropy,
         "id_decides": use.id_decides,
+        "cohesion_bits": use.cohesion_bits,
         "experts": [asdict(profile) for profile in describe_experts(use, piece, pieces_per_expert)],
     }
 

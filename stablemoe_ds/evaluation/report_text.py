@@ -51,8 +51,11 @@ def _summary(report: dict[str, Any]) -> list[str]:
         lines.append(_row("Last change comes after", marks))
     if report["changed_after_switch"] is not None:
         lines.append(_row("After the switch", _changed(report["changed_after_switch"], report["fluctuation"])))
+    if report["fluctuation"] and report["fluctuation"]["unserved"]:
+        lines.append(_row("Served by no expert", f"{report['fluctuation']['unserved']:.1%} of the probe tokens"))
     if report["tokens_per_second"] is not None:
-        lines.append(_row("Speed", f"{report['tokens_per_second']:,.0f} tokens/s"))
+        probe = f"; {report['probe_share']:.1%} of the time for the probe" if report["probe_share"] is not None else ""
+        lines.append(_row("Speed", f"{report['tokens_per_second']:,.0f} tokens/s{probe}"))
     if switch and switch.get("table_sha256"):
         lines.append(_row("Routing table, sha256", switch["table_sha256"]))
     return lines
@@ -71,7 +74,9 @@ def _layer(layer: dict[str, Any]) -> list[str]:
     lines = [
         f"MoE layer at block {layer['block']}: {len(experts)} experts, the busiest at {layer['max_load']:.2f} times "
         f"the mean; no table goes below {least:.2f}",
-        f"Load entropy {layer['load_entropy']:.3f} of 1. The token id decides {layer['id_decides']:.1%} of the choice.",
+        f"Load entropy {layer['load_entropy']:.3f} of 1, coefficient of variation {layer['load_cv']:.2f}.",
+        f"The token id decides {layer['id_decides']:.1%} of the choice; the ids an expert sees have "
+        f"{layer['cohesion_bits']:.2f} bits.",
         "",
         f"{'expert':>6}  {'load':>5}  {'':10}  {'ids':>7}  {'bits':>5}  commonest pieces",
     ]

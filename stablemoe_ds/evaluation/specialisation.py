@@ -40,6 +40,25 @@ class IdUse:
         return self.served_N * self.expert_count / max(int(self.counts.sum()), 1)
 
     @property
+    def load_cv(self) -> float:
+        """Coefficient of variation of the load: its standard deviation over its mean; 0 if even."""
+        return float(self.load_N.std())
+
+    @property
+    def entropy_N(self) -> NDArray[np.float64]:  # noqa: N802
+        """float64 [N], bits: entropy of the ids each expert sees; 0 where it is always the same one, or none."""
+        served_N = self.served_N
+        of_counts = np.bincount(self.experts, self.counts * np.log2(self.counts), self.expert_count)
+        busy = served_N > 0
+        bits = np.log2(served_N, where=busy, out=np.zeros(len(served_N)))
+        return np.maximum(bits - of_counts / np.maximum(served_N, 1), 0.0)
+
+    @property
+    def cohesion_bits(self) -> float:
+        """Mean of ``entropy_N`` over tokens: what is unknown of the id once the expert is known. Low: cohesive."""
+        return float(self.entropy_N @ self.load_N / self.expert_count)
+
+    @property
     def least_load(self) -> float:
         """The smallest max/mean load that any table could have on these tokens."""
         if not len(self.ids):
@@ -81,8 +100,11 @@ def use_of_pairs(
 ) -> IdUse:
     """From recorded pairs, for routers that have no table: token p, of id ``ids[p]``, went to ``experts[p]``.
 
-    ids, experts: int [P]; a token with several recorded experts stands there once for each, ``top_k`` times in all.
+    ids, experts: int [P]; a token with several recorded experts stands there once for each, ``top_k`` times in all;
+    one that no expert served, with a negative number, is left out.
     """
+    served = experts >= 0
+    ids, experts = ids[served], experts[served]
     keys, counts = np.unique(ids.astype(np.int64) * expert_count + experts, return_counts=True)
     return IdUse(block, keys // expert_count, keys % expert_count, counts.astype(np.int64), expert_count, top_k)
 
@@ -115,7 +137,7 @@ class ExpertProfile:
 def describe_experts(use: IdUse, piece: Piece, top: int = 12) -> list[ExpertProfile]:
     """A profile of each expert, with its ``top`` commonest pieces; of equally common ones the lowest id first."""
     of_id = _sums(use.ids, use.counts)
-    load_N = use.load_N
+    load_N, entropy_N = use.load_N, use.entropy_N
     profiles = []
     for expert in range(use.expert_count):
         mine = use.experts == expert
@@ -125,7 +147,7 @@ def describe_experts(use: IdUse, piece: Piece, top: int = 12) -> list[ExpertProf
             PieceUse(int(i), piece(int(i)), int(n), float(n / of_id[i]))
             for i, n in zip(ids[order], counts[order], strict=True)
         ]
-        profiles.append(ExpertProfile(expert, float(load_N[expert]), len(ids), entropy_bits(counts), pieces))
+        profiles.append(ExpertProfile(expert, float(load_N[expert]), len(ids), float(entropy_N[expert]), pieces))
     return profiles
 
 

@@ -33,6 +33,8 @@ def metrics(tmp_path) -> list[dict]:
     log.append("switch", 40, agreement=0.875, load=[1.5, 1.25], least_load=1.2, table_sha256="cafe" * 16)
     log.append("valid", 100, stage=2, perplexity=30.5)
     log.append("test", 100, stage=2, perplexity=29.75)
+    for step, seconds in ((20, 3.0), (40, 2.0)):
+        log.append("probe", step, churn=None, seconds=seconds)
     return log.read()
 
 
@@ -56,14 +58,20 @@ def uses():
 @pytest.fixture
 def report(tmp_path, uses):
     return routing_report(
-        name="known", steps=100, metrics=metrics(tmp_path), records=records(), uses=uses, piece=PIECES.__getitem__
+        name="known",
+        steps=100,
+        tokens_per_step=1000,
+        metrics=metrics(tmp_path),
+        records=records(),
+        uses=uses,
+        piece=PIECES.__getitem__,
     )
 
 
 @pytest.fixture
 def bare():
     """A dense run that was killed before anything was recorded."""
-    return routing_report(name="bare", steps=100, metrics=[], records=None, uses=[], piece=str)
+    return routing_report(name="bare", steps=100, tokens_per_step=1000, metrics=[], records=None, uses=[], piece=str)
 
 
 def test_report_holds_the_known_numbers(report):
@@ -71,6 +79,8 @@ def test_report_holds_the_known_numbers(report):
     assert report["test_ppl"] == 29.75
     assert report["tokens_per_second"] == 1055.0
     assert report["switch"]["step"] == 40
+    spent = sum(10 * 1000 / (1000 + step) for step in range(10, 110, 10))
+    assert report["probe_share"] == pytest.approx(5 / (5 + spent))
     assert report["changed_after_switch"] == 0.0
     assert report["history"]["churn"] == [[20, 0.25], [40, 0.125], [60, 0.0], [80, 0.0], [100, 0.0]]
     assert report["history"]["agreement"] == [[10, 0.2], [20, 0.4], [30, 0.6], [40, 0.8]]
@@ -100,7 +110,13 @@ def test_report_is_strict_json(report, bare):
 
 def test_a_token_that_moves_after_the_switch_is_reported(tmp_path, uses):
     report = routing_report(
-        name="moves", steps=100, metrics=metrics(tmp_path), records=records(moves_late=True), uses=uses, piece=str
+        name="moves",
+        steps=100,
+        tokens_per_step=1000,
+        metrics=metrics(tmp_path),
+        records=records(moves_late=True),
+        uses=uses,
+        piece=str,
     )
     assert report["changed_after_switch"] == 0.125
     assert report["fluctuation"]["exceeds"] == {"20%": 0.125, "50%": 0.125, "80%": 0.0}
@@ -119,7 +135,7 @@ def test_text_says_it_all_in_a_hundred_columns(report):
         "25.0% at first, 0.0% at last",
         "20% of the run: 0.0%",
         "none of 4 probe tokens in 4 records changed its expert",
-        "1,055 tokens/s",
+        "1,055 tokens/s; 5.0% of the time for the probe",
         "cafe" * 16,
         "MoE layer at block 6: 2 experts, the busiest at 2.00 times the mean; no table goes below 1.00",
         "(serves no token)",

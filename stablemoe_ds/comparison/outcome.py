@@ -1,0 +1,125 @@
+"""What a finished run of a suite has come to: its figures, and the curves of its diagnostics."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablemoe_ds.comparison.suite import SuiteRun
+from stablemoe_ds.config.costs import flops_per_token, parameters
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.evaluation.diagnostics import routing_series
+from stablemoe_ds.evaluation.fluctuation import churn, fluctuation_curve, last_fluctuation_step
+from stablemoe_ds.evaluation.metrics import Line, MetricsLog, probe_seconds, training_seconds
+from stablemoe_ds.evaluation.records import PROBE_IDS, RecordFolder
+from stablemoe_ds.evaluation.report import MARKS
+from stablemoe_ds.launch.restart import newest_saved
+
+FRACTIONS = np.linspace(0, 1, 51)
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run.
+
+    figures: a number by the name of its column; None where there is nothing to measure.
+    curves: (x, y) by name; x is tokens, but seconds for ``perplexity_time`` and a share of the run for ``fluctuation``.
+    expert_bits: float64 [L * N], entropy of the ids each expert sees in the end; empty without experts.
+    """
+
+    label: str
+    seed: int
+    figures: dict[str, float | None]
+    curves: dict[str, Curve]
+    expert_bits: NDArray[np.float64]
+
+
+def outcome_of(finished: SuiteRun) -> Outcome:
+    """Read a finished run. Raises UserError where its history or its records are damaged."""
+    saved = newest_saved(finished.folder)
+    if saved is None:
+        raise UserError(f"{finished.folder}: no complete checkpoint; expected a finished run")
+    run, lines = saved.run, MetricsLog(finished.folder / "metrics.jsonl").read()
+    counts, tokens_per_step = parameters(run), run.schedule.tokens_per_step
+    clock = training_seconds(lines, tokens_per_step)
+    figures: dict[str, float | None] = {
+        "tokens": run.schedule.steps * tokens_per_step,
+        "valid_ppl": _last(lines, "valid", "perplexity"),
+        "test_ppl": _last(lines, "test", "perplexity"),
+        "seconds": clock[-1][1] if clock else None,
+        "probe_seconds": probe_seconds(lines),
+        "active_parameters": counts.active,
+        "total_parameters": counts.total,
+        "flops_per_token": flops_per_token(run),
+        "drop_rate": _mean(value for _, value in _series(lines, "train", "drop_rate")),
+        "agreement": _last(lines, "train", "agreement"),
+    }
+    valid = _alike(lines)
+    steps, seconds = zip(*clock, strict=True) if clock else ((0,), (0.0,))
+    curves: dict[str, Curve] = {
+        "perplexity_tokens": _by_tokens(valid, run),
+        "perplexity_time": [(float(np.interp(step, steps, seconds)), ppl) for step, ppl in valid],
+        "drop_rate": _by_tokens(_series(lines, "train", "drop_rate"), run),
+        "agreement": _by_tokens(_series(lines, "train", "agreement"), run),
+    }
+    of_routing, more_curves, expert_bits = _routing(finished, run)
+    return Outcome(finished.label, finished.seed, figures | of_routing, curves | more_curves, expert_bits)
+
+
+def _routing(
+    finished: SuiteRun, run: RunConfig
+) -> tuple[dict[str, float | None], dict[str, Curve], NDArray[np.float64]]:
+    """Figures of the last record, curves over all of them, bits of each expert; nothing without records."""
+    records = RecordFolder(finished.folder / "probe").load_all()
+    if records is None:
+        return {}, {}, np.empty(0)
+    ids_path = finished.folder / PROBE_IDS
+    try:
+        ids = np.load(ids_path)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read the ids of the probe {ids_path}: {error}; train the run again") from error
+    measured = routing_series(records, ids, run.moe.experts)
+    names = ("load", "load_cv", "unserved", "nmi", "nmi_chance", "cohesion")
+    series_R = {name: getattr(measured, name).mean(1) for name in names}
+    figures: dict[str, float | None] = {name: float(series[-1]) for name, series in series_R.items()}
+    curves = {name: _by_tokens(zip(records.steps, series, strict=True), run) for name, series in series_R.items()}
+    moved = churn(records)
+    curves["churn"] = _by_tokens(zip(records.steps[1:], moved, strict=True), run)
+    figures["churn"] = float(moved[-1]) if len(moved) else None
+    last_LP = last_fluctuation_step(records)
+    exceeding = fluctuation_curve(last_LP, run.schedule.steps, MARKS)
+    figures |= {f"exceeds_{mark * 100:.0f}": float(share) for mark, share in zip(MARKS, exceeding, strict=True)}
+    shares = fluctuation_curve(last_LP, run.schedule.steps, list(FRACTIONS))
+    curves["fluctuation"] = list(zip(FRACTIONS.tolist(), shares.tolist(), strict=True))
+    return figures, curves, measured.expert_bits[-1].reshape(-1)
+
+
+def _series(lines: Sequence[Line], kind: str, key: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]
+
+
+def _alike(lines: Sequence[Line]) -> list[tuple[int, float]]:
+    """Validation perplexities that are of the same tokens: those before the end are often of a part of the text."""
+    valid = [line for line in lines if line["kind"] == "valid"]
+    usual = statistics.mode(line["tokens"] for line in valid) if valid else 0
+    return _series([line for line in valid if line["tokens"] == usual], "valid", "perplexity")
+
+
+def _last(lines: Sequence[Line], kind: str, key: str) -> float | None:
+    series = _series(lines, kind, key)
+    return series[-1][1] if series else None
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.fmean(found) if found else None
+
+
+def _by_tokens(series: Iterable[tuple[int, float]], run: RunConfig) -> Curve:
+    return [(float(step * run.schedule.tokens_per_step), float(value)) for step, value in series]
