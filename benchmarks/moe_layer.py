@@ -89,7 +89,7 @@ def routes_of(shape: Shape, ids: Tensor) -> Tensor:
 def build_ours(shape: Shape, dtype: torch.dtype) -> MoELayer:
     """Our layer in one process, its second weights drawn so that experts differ and do something."""
     distilled = DistilledRouter("word", VOCAB, shape.experts, dim=50, layers=1, width=1, heads=1, positions=1)
-    router = StableMoERouter(shape.hidden_size, shape.experts, 1, distilled, normalize=False)
+    router = StableMoERouter(shape.hidden_size, shape.experts, 1, normalize=False, distilled=distilled)
     kind = ExpertShape(shape.hidden_size, shape.ffn_hidden_size, 1, "relu", "layernorm", 1e-5, bias=True)
     layer = MoELayer(router, kind, LayerPlacement(1, 0, None, lambda counts: counts), block=1, index=0)
     with torch.no_grad():

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from stablemoe_ds.errors import UserError
+from stablemoe_ds.errors import RunError, UserError
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 2 bad input, 130 interrupted."""
+    """Run a command and exit: 0 done, 2 bad input, 130 interrupted; 1 and 3 when a run breaks (launch/restart.py)."""
     arguments = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter shows its code instead
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = arguments.call(arguments)
     except UserError as error:
         sys.stdout.flush()
         print(_error_text(error), file=sys.stderr, flush=True)
         code = 2
+    except RunError as fault:
+        sys.stdout.flush()
+        print(f"stablemoe: error: {fault}", file=sys.stderr, flush=True)
+        _leave_at_once(fault.exit_code)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
@@ -31,6 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 0
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End the process and the readers it has started; threads and libraries might wait for ranks that are gone."""
+    import multiprocessing
+
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def _error_text(error: UserError) -> str:
@@ -85,6 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--output", type=Path, help="write the table as a safetensors file of its own")
     table.add_argument("--json", action="store_true")
 
+    _checkpoint_commands(commands)
+
     config = commands.add_parser("config", help="what a run will do and what it costs").add_subparsers(
         required=True, metavar="check|show"
     )
@@ -97,9 +116,52 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--world-size", type=int, help="processes; default: the fewest the run can have")
         sub.add_argument("--json", action="store_true")
 
-    doctor = _add(commands, "doctor", "what this machine has, and what would fail", _doctor)
+    _launch_commands(commands)
+
+    compare = _add(
+        commands, "compare", "train a suite of variants and seeds, and hold them against each other", _compare
+    )
+    compare.add_argument("suite", metavar="SUITE.yaml")
+    compare.add_argument("--only", nargs="+", metavar="VARIANT", help="train these variants only")
+    how = compare.add_mutually_exclusive_group()
+    how.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, sharing the cores (default 1)")
+    how.add_argument("--cluster", metavar="CLUSTER.yaml", help="train there, as `stablemoe launch` does")
+    how.add_argument("--report", action="store_true", help="train nothing: tables and pictures of what is finished")
+    compare.add_argument("--dry-run", action="store_true", help="print what would be run, one line a run")
+
+    doctor = _add(commands, "doctor", "what this machine or a cluster has, and what would fail", _doctor)
+    doctor.add_argument("--cluster", metavar="CLUSTER.yaml", help="start a probe on every rank, as launch would a run")
+    doctor.add_argument(
+        "--wait", type=float, default=10.0, metavar="MINUTES", help="time the probe may be queued (default 10; slurm)"
+    )
     doctor.add_argument("--json", action="store_true")
     return parser
+
+
+def _launch_commands(commands: Any) -> None:
+    from stablemoe_ds.launch.commands import add_commands
+
+    add_commands(commands, _add)
+
+
+def _checkpoint_commands(commands: Any) -> None:
+    checkpoint = commands.add_parser("checkpoint", help="what is in a checkpoint, and whether it is sound")
+    subs = checkpoint.add_subparsers(required=True, metavar="show|verify|convert")
+    for name, text, call in (
+        ("show", "what a checkpoint is: step, model, files", _checkpoint_show),
+        ("verify", "read every byte and hold it against the manifest", _checkpoint_verify),
+        (
+            "convert",
+            "begin a run from another model's checkpoint: dense to experts, more or fewer",
+            _checkpoint_convert,
+        ),
+    ):
+        sub = _add(subs, name, text, call)
+        sub.add_argument("checkpoint", help="checkpoint or run directory")
+        if name == "convert":
+            words, text = ("RUN.yaml", "key=value"), "the run that is to begin from it, and settings laid over it"
+            sub.add_argument("--to", required=True, nargs="+", metavar=words, help=text)
+        sub.add_argument("--json", action="store_true")
 
 
 def _add(commands: Any, name: str, text: str, call: Command) -> argparse.ArgumentParser:
@@ -160,6 +222,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(arguments.tokenizer)
+    _settle()
     info = prepare(arguments.files, tokenizer, arguments.output, arguments.workers, arguments.documents)
     print(f"wrote {info.prefix}.bin/.idx: {info.documents:,} documents, {info.tokens:,} tokens, {info.words:,} words")
     return 0
@@ -168,18 +231,22 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.config.load import load_run
     from stablemoe_ds.config.rules import check
+    from stablemoe_ds.launch.signals import StopRequest
 
     run = load_run(arguments.run, arguments.overrides)
     check(run)
-    _settle()
-    from stablemoe_ds.training.groups import start_world, stop_world
-    from stablemoe_ds.training.trainer import train
+    stop = StopRequest()
+    with stop.on(signal.SIGUSR1):  # schedulers send it when time is short, which may be while the libraries load
+        _settle()
+        from stablemoe_ds.training.groups import start_world, stop_world
+        from stablemoe_ds.training.trainer import train
 
-    world = start_world(run.parallel.timeout_minutes)
-    try:
-        train(run, world)
-    finally:
-        stop_world()
+        world = start_world(run.parallel.timeout_minutes)
+        try:
+            train(run, world, stop)
+        finally:
+            if not isinstance(sys.exception(), RunError):  # the others may have gone without a word
+                stop_world()
     return 0
 
 
@@ -257,6 +324,34 @@ def _routing_table(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoint_show(arguments: argparse.Namespace) -> int:
+    _settle()
+    from stablemoe_ds.training.checkpoint_commands import show
+
+    _tell(*show(arguments.checkpoint), arguments.json)
+    return 0
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> int:
+    _settle()
+    from stablemoe_ds.training.checkpoint_commands import verify
+
+    _tell(*verify(arguments.checkpoint), arguments.json)
+    return 0
+
+
+def _checkpoint_convert(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.config.load import load_run
+
+    file, *overrides = arguments.to
+    target = load_run(file, overrides)
+    _settle()
+    from stablemoe_ds.training.checkpoint_commands import convert_to
+
+    _tell(*convert_to(arguments.checkpoint, target), arguments.json)
+    return 0
+
+
 def _config_check(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.config.load import load_run
     from stablemoe_ds.config.report import render, report, smallest_world
@@ -284,10 +379,37 @@ def _config_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
-    from stablemoe_ds.launch.doctor import examine, render
+def _compare(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.comparison.suite import load_suite
 
-    findings = examine()
+    suite = load_suite(arguments.suite)
+    runs = suite.runs if arguments.only is None else suite.only(arguments.only)
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs: got {arguments.jobs}: expected at least 1")
+    if arguments.cluster:
+        from stablemoe_ds.comparison.cluster import launch_all
+
+        return launch_all(runs, arguments.cluster, arguments.dry_run)
+    if arguments.dry_run:
+        print("\n".join(run.command for run in runs))
+        return 0
+    from stablemoe_ds.comparison.compare import compare, report
+
+    return report(suite) if arguments.report else compare(suite, runs, arguments.jobs)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.launch.findings import render
+
+    if arguments.cluster:
+        from stablemoe_ds.launch.cluster import load_cluster
+        from stablemoe_ds.launch.cluster_doctor import examine_cluster
+
+        findings = examine_cluster(load_cluster(arguments.cluster), arguments.wait)
+    else:
+        from stablemoe_ds.launch.doctor import examine
+
+        findings = examine()
     _tell([finding.as_dict() for finding in findings], render(findings), arguments.json)
     return 0 if all(finding.verdict != "fail" for finding in findings) else 1
 

@@ -1,4 +1,7 @@
-"""The error a person at the keyboard can do something about."""
+"""The errors that end a command with one line instead of a traceback."""
+
+FINISHED, OWN_FAULT, BAD_INPUT, CLUSTER_FAULT, INTERRUPTED = 0, 1, 2, 3, 130
+"""What ``stablemoe train`` exits with; ``stablemoe_ds.launch.restart`` says what each means."""
 
 
 class UserError(Exception):
@@ -6,3 +9,14 @@ class UserError(Exception):
 
     The message says what was found, where, what was expected and what to do.
     """
+
+
+class RunError(Exception):
+    """A run that cannot go on although its input is good: a lost peer, no memory, a broken reader.
+
+    exit_code: what the process ends with, OWN_FAULT or CLUSTER_FAULT.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -22,8 +22,9 @@ HEIGHT = {
     "export": 5,
     "launch": 5,
     "training": 6,
-    "cli": 7,
-    "__main__": 8,
+    "comparison": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 """A room imports from lower ones and from itself; rooms of one height do not know each other."""
 EVERYWHERE = {"errors", "files", "libraries"}
@@ -113,7 +114,8 @@ def loaded_by(module: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "config.load", "config.rules", "config.report", "launch.doctor", "routing.table"]
+    "module",
+    ["cli", "config.load", "config.rules", "config.report", "launch.doctor", "routing.table", "comparison.suite"],
 )
 def test_answers_without_torch(module: str) -> None:
     loaded = loaded_by(f"stablemoe_ds.{module}")

@@ -84,6 +84,7 @@ class Order:
 
     @property
     def command(self) -> list[str]:
+        """What every rank runs."""
         return [*self.program, self.given]
 
     @cached_property

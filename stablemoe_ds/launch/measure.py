@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -58,8 +59,8 @@ def speeds(device: torch.device) -> list[Speed]:
         rows = torch.zeros(size, mib * MIB // 4 // size, device=device)
         arrived = torch.empty_like(rows)
         share = rows.nbytes * (size - 1) / size  # what has to leave a rank at least
-        reducing = _seconds(lambda rows=rows: dist.all_reduce(rows), device)  # type: ignore[misc]
-        exchanging = _seconds(lambda to=arrived, rows=rows: dist.all_to_all_single(to, rows), device)  # type: ignore[misc]
+        reducing = _seconds(partial(dist.all_reduce, rows), device)
+        exchanging = _seconds(partial(dist.all_to_all_single, arrived, rows), device)
         found.append(Speed("all-reduce", backend, mib, 2 * share / reducing / 1e9))
         found.append(Speed("all-to-all", backend, mib, share / exchanging / 1e9))
     return found

@@ -105,7 +105,7 @@ def _read(path: Path) -> Report | None:
 
 
 def _checks(folder: Path) -> list[Callable[[], Iterator[Finding]]]:
-    gpus = [] if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else [installation.torch_build, machine.gpus]
+    gpus = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else [installation.torch_build, machine.gpus]
     return [
         installation.pinned_packages,
         installation.sentencepiece,

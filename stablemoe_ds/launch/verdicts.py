@@ -33,7 +33,7 @@ class Probed:
     """All that is known after a probe.
 
     hosts: names of the nodes, as far as the launcher has them. problem: what the launcher says if it did not end well.
-    last_words: of each rank that has a log, its last line. logs: where they are.
+    last_words: of each rank that has a log, the line that tells most. logs: where they are.
     """
 
     cluster: ClusterConfig
@@ -70,12 +70,12 @@ def ranks(probed: Probed) -> Iterator[Finding]:
         yield Finding("ranks", "fail", found, "ranks are not told their number: another MPI, or a container that "
                       "drops variables?")  # fmt: skip
         return
-    nodes = list(_silent(probed))
+    nodes = list(_silent(probed)) if reports else [("all nodes", list(range(cluster.world_size)))]
     if not nodes:
         yield Finding("ranks", "ok", f"{len(reports)} on {_nodes(probed)} have reported")
     for node, silent in nodes:
         words = next((probed.last_words[rank] for rank in silent if rank in probed.last_words), "")
-        found = f"{node}: no report of rank {_span(silent)}" + (f"; its log ends: {words}" if words else "")
+        found = f"{node}: no report of {_span(silent)}" + (f"; a log says: {words}" if words else "")
         yield Finding("ranks", "fail", found, _reach(probed))
 
 
@@ -243,7 +243,7 @@ def _names(reports: Iterable[Report]) -> str:
 
 
 def _span(numbers: list[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {numbers[0]} to {numbers[-1]}"
 
 
 def _short(host: str) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stablemoe_ds.config.schema import Source
+from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.evaluation.perplexity import Evaluation, evaluate, word_perplexity
@@ -73,10 +74,20 @@ def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], 
 
 
 def continue_prompts(path: str, prompts: Sequence[str], **options: Any) -> list[str]:
-    """Continuations of prompts, as text; ``options`` go to ``generate``."""
+    """Continuations of prompts, as text; ``options`` go to ``generate``. An empty prompt starts a new document.
+
+    Raises UserError for a prompt that is no text or longer than the model.
+    """
     with opened(path) as session:
         tokenizer = session.tokenizer
-        ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+        ids = [_ids(tokenizer, number, prompt) for number, prompt in enumerate(prompts, 1)]
         new = generate(session.model, ids, session.routing, eos_id=tokenizer.eos_id, **options)
     # A model may have more ids than its tokenizer; those spell nothing.
     return [tokenizer.decode([i for i in part if i < tokenizer.vocab_size]) for part in new]
+
+
+def _ids(tokenizer: Tokenizer, number: int, prompt: str) -> list[int]:
+    try:
+        return tokenizer.encode(prompt) or [tokenizer.eos_id]
+    except UserError as error:
+        raise UserError(f"prompt {number}: {error}") from error

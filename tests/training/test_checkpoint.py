@@ -1,8 +1,7 @@
-"""A checkpoint that is not what it should be is refused in one line; nothing in it is ever executed."""
+"""A checkpoint that is not what it should be is refused in one line; which are kept; nothing in it is executed."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import stablemoe_ds
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.training.checkpoint_files import publish, read_manifest, saved_checkpoints, write_manifest
 from tests.training.runs import (
     STEPS,
     TinyData,
@@ -35,10 +35,12 @@ def checkpoint(finished: RunConfig, tmp_path: Path) -> Path:
 
 
 def _edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """A manifest as another version of this program might have written it."""
+
     def damage(folder: Path) -> None:
-        manifest = json.loads((folder / "checkpoint.json").read_text())
+        manifest = read_manifest(folder)
         change(manifest)
-        (folder / "checkpoint.json").write_text(json.dumps(manifest))
+        write_manifest(folder, manifest)
 
     return damage
 
@@ -48,12 +50,18 @@ def _cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
+def _flip(folder: Path) -> None:
+    file = folder / "checkpoint.json"
+    file.write_bytes(file.read_bytes().replace(b'"step": 12', b'"step": 13'))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "file missing": (lambda folder: (folder / "moments-0000.safetensors").unlink(), "moments-0000.* is missing"),
     "file cut": (_cut, r"weights-0000.safetensors has \d+ bytes, expected \d+"),
     "manifest of another format": (_edit(lambda m: m.update(format="other-3")), "format 'other-3', this version reads"),
     "manifest of another program": (lambda folder: (folder / "checkpoint.json").write_text("[1, 2]"), "cannot read"),
     "manifest cut": (lambda folder: (folder / "checkpoint.json").write_text('{"format": '), "cannot read"),
+    "manifest changed": (_flip, "checkpoint.json does not have the digest it names"),
     "manifest without a key": (_edit(lambda m: m.pop("tokenizer")), "tokenizer"),
     "settings unknown here": (_edit(lambda m: m["run"].update(flavour="sour")), "flavour: unknown key"),
     "progress unknown here": (_edit(lambda m: m["progress"].update(epoch=3)), "epoch"),
@@ -77,7 +85,7 @@ def test_latest_names_a_missing_directory(finished: RunConfig, tmp_path: Path) -
     from stablemoe_ds.training.checkpoint import Checkpoint
 
     copy = restarted(finished, tmp_path / "run", 77)
-    with pytest.raises(UserError, match="step-000077") as told:
+    with pytest.raises(UserError, match=r"step-000077.*the newest sound one beside it is .*step-000012") as told:
         Checkpoint.open(copy.directory)
     assert "\n" not in str(told.value)
 
@@ -100,7 +108,7 @@ def _poison(run: RunConfig, step: int) -> None:
 def test_nan_in_weights_stops_a_resume(finished: RunConfig, tmp_path: Path) -> None:
     run = restarted(finished, tmp_path / "run", 9)
     _poison(run, 9)
-    answer = command("train", run_file(run, tmp_path / "run.yaml"))
+    answer = command("train", run_file(run, tmp_path / "run.yaml"), "checkpoint.verify=size")
     assert answer.code == 2
     assert re.search(r"step-000009: embedding\S+ \(weight\) holds NaN or infinity; use an older", answer.err)
     assert len(answer.err.strip().splitlines()) == 1
@@ -134,6 +142,17 @@ def test_a_later_checkpoint_left_over_does_not_push_the_newest_out(data: TinyDat
     train_run(run)
     assert checkpoint_of(run, STEPS).is_dir()
     assert (left_over.parent / "latest").read_text() == f"step-{STEPS:06d}"
+
+
+def test_an_incomplete_checkpoint_does_not_count(finished: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(checkpoint_of(finished, STEPS).parent, folder)
+    (folder / "step-000009" / "weights-0000.safetensors").unlink()
+    part = folder / ".step-000015.part"
+    shutil.copytree(folder / f"step-{STEPS:06d}", part)
+    publish(part, folder / "step-000015", keep=3)
+    assert [path.name for path in saved_checkpoints(tmp_path)] == ["step-000015", f"step-{STEPS:06d}", "step-000006"]
+    assert not list(folder.glob(".step-*"))
 
 
 def test_nothing_is_unpickled() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from stablemoe_ds.config.schema import RunConfig
-from tests.distributed.launch import run_distributed
 from tests.training.runs import (
     STEPS,
     SWITCH,
@@ -102,42 +101,3 @@ def test_report_of_a_finished_run(finished: RunConfig) -> None:
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
     assert checkpoint_of(finished, STEPS).samefile(folder / "checkpoints" / (folder / "checkpoints/latest").read_text())
-
-
-def _break_after(run: RunConfig, updates: int) -> str:
-    """What a rank does: train, with one weight that turns NaN after so many updates; returns the error."""
-    import torch
-
-    from stablemoe_ds.errors import UserError
-    from stablemoe_ds.training.groups import start_world, stop_world
-    from stablemoe_ds.training.trainer import Trainer
-
-    trainer = Trainer(run, start_world(timeout_minutes=1.0))
-    update, made = trainer.engine.update, []
-
-    def update_and_break() -> float:
-        norm = update()
-        made.append(norm)
-        if len(made) == updates:
-            with torch.no_grad():
-                trainer.model.embedding.word_embeddings.weight[:] = torch.nan
-        return norm
-
-    trainer.engine.update = update_and_break  # type: ignore[method-assign]
-    with pytest.raises(UserError) as told:
-        trainer.fit()
-    stop_world()
-    assert len(made) == updates
-    return str(told.value)
-
-
-@pytest.mark.parametrize("every", [2, 0])
-def test_nan_stops_the_run(every: int, data: TinyData, tmp_path: Path) -> None:
-    run = small_run(data, tmp_path / "run", checkpoint={"every": every, "keep": 9})
-    (told,) = run_distributed(1, _break_after, run, 5)
-    assert told.startswith("update 6: the loss is nan; newest good checkpoint: ")
-    assert "\n" not in told
-    checkpoints = sorted(path.name for path in Path(run.directory).glob("checkpoints/step-*"))
-    assert checkpoints == (["step-000002", "step-000004"] if every else [])
-    assert f"newest good checkpoint: {checkpoint_of(run, 4) if every else 'none'}." in told
-    assert max(line["step"] for line in history(run)) == 5

@@ -1,0 +1,185 @@
+"""How long an update waits for a checkpoint: our saver, blocking and in the background, against torch.save.
+
+    python -m benchmarks.checkpoint [--quick] [--json] [--output FILE] [--rounds N] [--folder DIR]
+
+One process, an engine with ZeRO 1. All ways run in turn, round after round, over the same 12 bytes a parameter; each
+figure is the median over rounds.
+
+    raw copy     each tensor copied once into host memory that is there already: the least an update can wait for
+    background   what our saver makes the update wait for; a thread writes, flushes, reads back, compares, hashes
+    blocking     our saver, waited for to the end
+    torch.save   the same tensors, with a flush to the disk and nothing checked
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stablemoe_ds.libraries import settle_libraries
+
+settle_libraries()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from stablemoe_ds.config.batch import batch_plan  # noqa: E402
+from stablemoe_ds.config.schema import RunConfig  # noqa: E402
+from stablemoe_ds.model.gpt import StableMoEGPT  # noqa: E402
+from stablemoe_ds.training.checkpoint import Progress  # noqa: E402
+from stablemoe_ds.training.checkpoint_files import flush  # noqa: E402
+from stablemoe_ds.training.engine import Engine  # noqa: E402
+from stablemoe_ds.training.groups import Groups, start_world, stop_world  # noqa: E402
+from stablemoe_ds.training.masters import MOMENTS, WEIGHT, Masters  # noqa: E402
+from stablemoe_ds.training.saver import Saved, Saver  # noqa: E402
+
+SIZES = {"small": (128, 4, 8), "large": (256, 6, 8)}
+"""Hidden size, blocks, experts."""
+
+
+def run_of(name: str, folder: Path) -> RunConfig:
+    """A model of this size with an MoE layer behind every second block."""
+    hidden, layers, experts = SIZES[name]
+    return RunConfig.model_validate(
+        {
+            "name": name,
+            "run_dir": str(folder / name),
+            "model": {
+                "layers": layers,
+                "hidden_size": hidden,
+                "heads": 8,
+                "ffn_hidden_size": 4 * hidden,
+                "vocab_size": 8192,
+            },
+            "moe": {"layers": list(range(2, layers + 1, 2)), "experts": experts},
+            "data": {"sequence_length": 128},
+            "optimizer": {"lr": 1e-3},
+            "schedule": {"steps": 100, "tokens_per_step": 128},
+            "checkpoint": {"keep": 1},
+        }
+    )
+
+
+def build(run: RunConfig, groups: Groups) -> Engine:
+    engine = Engine(run, batch_plan(run, 1), groups, StableMoEGPT(run, run.model.vocab_size or 0, groups.placement))
+    Masters(engine.deepspeed).prepare(engine.model.parameters(), 1)
+    return engine
+
+
+class Ways:
+    """The four ways to bring the state of an engine to safety. Each returns the seconds an update waits for it."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        masters, keys = Masters(engine.deepspeed), (WEIGHT, *MOMENTS)
+        named = list(engine.model.named_parameters())
+        self.live = {f"{name}/{key}": masters.view(p, key) for name, p in named for key in keys}
+        self.bytes = sum(value.nbytes for value in self.live.values())
+        self._host: dict[str, Tensor] = {}
+        self._file, self._device, self._step = folder / "torch.pt", engine.groups.world.device, 0
+        self._saver = Saver(engine, "", self._refuse_failure)
+
+    def raw_copy(self) -> float:
+        for name, value in self.live.items():
+            if name not in self._host:
+                self._host[name] = torch.empty(value.shape, pin_memory=value.is_cuda)
+        began = self._now()
+        for name, value in self.live.items():
+            self._host[name].copy_(value, non_blocking=True)
+        return self._now() - began
+
+    def background(self) -> float:
+        began = self._now()
+        self._step += 1
+        self._saver.begin(Progress(self._step), None)
+        waited = self._now() - began
+        self._saver.finish()
+        return waited
+
+    def blocking(self) -> float:
+        began = self._now()
+        self.background()
+        return self._now() - began
+
+    def torch_save(self) -> float:
+        began = self._now()
+        torch.save(self.live, self._file)
+        flush(self._file)
+        return self._now() - began
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @staticmethod
+    def _refuse_failure(saved: Saved) -> None:
+        if saved.error is not None:
+            raise saved.error
+
+
+def measure(name: str, groups: Groups, folder: Path, rounds: int) -> dict[str, Any]:
+    """Median seconds of each way, and the ratio of waiting in the background to the raw copy, round by round."""
+    ways = Ways(build(run_of(name, folder), groups), folder)
+    named: dict[str, Callable[[], float]] = {
+        "raw copy": ways.raw_copy,
+        "background": ways.background,
+        "blocking": ways.blocking,
+        "torch.save": ways.torch_save,
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in named}
+    for number in range(rounds + 1):
+        for way, save in named.items():
+            took = save()
+            if number:  # the first round allocates
+                seconds[way].append(took)
+    ratios = [a / b for a, b in zip(seconds["background"], seconds["raw copy"], strict=True)]
+    return {
+        "size": name,
+        "bytes": ways.bytes,
+        "seconds": {way: statistics.median(values) for way, values in seconds.items()},
+        "fastest": {way: min(values) for way, values in seconds.items()},
+        "background_to_raw_copy": statistics.median(ratios),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]["seconds"])
+    lines = ["| model | MB | " + " | ".join(f"{name}, ms" for name in names) + " | background / raw copy |"]
+    lines.append("|---" * (len(names) + 3) + "|")
+    for row in rows:
+        times = " | ".join(f"{1000 * row['seconds'][name]:.1f}" for name in names)
+        lines.append(f"| {row['size']} | {row['bytes'] / 1e6:.0f} | {times} | {row['background_to_raw_copy']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the small model only")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--output", type=Path, help="write the JSON here, too")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    world = start_world()
+    groups = Groups(world, tensor=1, expert=1)
+    names = ["small"] if arguments.quick else list(SIZES)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        rows = [measure(name, groups, Path(folder), arguments.rounds) for name in names]
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    result = {"torch": torch.__version__, "device": device, "rows": rows}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result) if arguments.json else table(rows))
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Checkpoints as folders on a disk: what is in them, whether it is sound, and how one takes its place.
+
+    <run_dir>/checkpoints/step-000120/
+        checkpoint.json              the manifest: what the checkpoint is, size and sha256 of each file, its own digest
+        weights-0000.safetensors     fp32 master weights; one file for each rank that wrote
+        moments-0000.safetensors     Adam's moments, named <tensor>/exp_avg and <tensor>/exp_avg_sq
+        routing_table.safetensors    from stage 2 on, if the distilled router is a table
+    <run_dir>/checkpoints/latest     name of the newest complete one
+
+A folder is made as ``.step-000120.part`` and renamed when all in it is on the disk and has been read back; ``latest``
+moves after that. Where a checkpoint of the same step is replaced, it waits as ``.step-000120.old`` for its successor.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stablemoe_ds.errors import UserError
+
+FORMAT = "stablemoe-checkpoint-1"
+MANIFEST = "checkpoint.json"
+LATEST = "latest"
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was written: another one may still be."""
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """Replace a file: whoever reads it finds the old text or the new one, after a power failure, too."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text)
+    flush(beside)
+    beside.replace(path)
+    flush(path.parent)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_at_once(folder / MANIFEST, json.dumps({**manifest, "digest": _digest(manifest)}, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What :func:`write_manifest` wrote. Raises DamagedError if it is not, UserError if it is of another format."""
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+        found = manifest["format"]
+        digest = manifest.pop("digest", None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"cannot read {file}: {error!r}") from error
+    if digest is not None and digest != _digest(manifest):
+        raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} does not have the digest it names")
+    if found != FORMAT:
+        raise UserError(f"{folder} has format {found!r}, this version reads {FORMAT!r}")
+    return dict(manifest)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise DamagedError if a file of a checkpoint is missing or cut short."""
+    for name, size in manifest["files"].items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, expected {size}"
+            raise DamagedError(f"checkpoint {folder} is damaged: {name} {state}")
+
+
+def check_hashes(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """Raise DamagedError if a byte of these files is not what was written. Reads them: about 1.5 GB/s with SHA-NI."""
+    for name in names:
+        wanted = manifest.get("sha256", {}).get(name)
+        try:
+            found = sha256_of(folder / name)
+        except OSError as error:
+            raise DamagedError(f"checkpoint {folder} is damaged: {name}: {error.strerror}") from error
+        if wanted not in (None, found):
+            raise DamagedError(
+                f"checkpoint {folder} is damaged: {name} has sha256 {found[:12]}, expected {wanted[:12]}: "
+                "its content has changed since it was written"
+            )
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether manifest and all files are there in full size."""
+    try:
+        check_sizes(folder, read_manifest(folder))
+    except (UserError, KeyError):
+        return False
+    return True
+
+
+def part_of(final: Path) -> Path:
+    """Where a checkpoint is made before it takes its place."""
+    return final.with_name(f".{final.name}.part")
+
+
+def publish(part: Path, final: Path, keep: int) -> None:
+    """Move a finished folder to its place, then ``latest``, then delete all but the ``keep`` newest complete ones.
+
+    However this is cut short, :func:`saved_checkpoints` begins with a complete checkpoint, if there was one.
+    """
+    folder, old = final.parent, _old_of(final)
+    flush(part)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    part.rename(final)
+    flush(folder)
+    write_at_once(folder / LATEST, final.name)
+    _prune(folder, final, keep)
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Delete what is neither ``newest`` nor among the ``keep - 1`` complete ones before it."""
+    others = sorted((p for p in folder.glob("step-*") if p != newest), key=lambda path: path.stat().st_mtime)
+    # By time, not by step: a run that was set back writes lower steps than the ones it has abandoned.
+    complete = [path for path in others if is_complete(path)]
+    kept = complete[len(complete) - (keep - 1) :] if keep > 1 else []
+    for path in others:
+        if path not in kept:
+            path.rename(_old_of(path))  # a half-deleted folder never looks like a checkpoint
+    for left_over in [*folder.glob(".step-*.old"), *folder.glob(".step-*.part")]:
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _old_of(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def saved_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Checkpoints of a run directory: the one ``latest`` names, then the others from the newest on.
+
+    Each may be damaged; the first may be missing, if ``latest`` names one that is gone.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    found = sorted(folder.glob("step-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    try:
+        latest = folder / (folder / LATEST).read_text().strip()
+    except OSError:
+        return [path for path in found if is_complete(path)]
+    if not latest.exists() and _old_of(latest).exists():
+        latest = _old_of(latest)  # its successor was about to take its place
+    return [latest, *(path for path in found if path != latest)]
+
+
+def newest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run directory, None if it has none."""
+    return next(iter(saved_checkpoints(run_dir)), None)

@@ -1,0 +1,113 @@
+"""Ranks of a run as processes of their own that may break: ``stablemoe train`` in each, with a fault in one of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 60.0
+Fault = Callable[[], None]
+"""Prepared in a rank before its training begins. A function of a module, so that it can be sent there."""
+
+
+def _rank(log: Path, environment: dict[str, str], argv: list[str], fault: Fault | None) -> None:
+    os.setsid()  # so that whatever this rank starts can be found
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(out, number)
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # for readers, as in a process that a launcher has started
+    import torch
+
+    from stablemoe_ds.cli import main
+
+    torch.set_num_threads(1)
+    if fault is not None:
+        fault()
+    main(argv)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, by rank."""
+
+    processes: list[BaseProcess]
+    logs: list[Path]
+
+    def wait(self, *ranks: int) -> None:
+        """Until these ranks (all, if none are named) have ended."""
+        for rank in ranks or range(len(self.processes)):
+            self.processes[rank].join(PATIENCE)
+            assert self.processes[rank].exitcode is not None, f"rank {rank} goes on:\n{self.said(rank)}"
+
+    @property
+    def codes(self) -> list[int | None]:
+        return [process.exitcode for process in self.processes]
+
+    def said(self, rank: int) -> str:
+        return self.logs[rank].read_text(errors="replace")
+
+    def error(self, rank: int) -> str:
+        """The line a rank ended with."""
+        (line,) = (line for line in self.said(rank).splitlines() if line.startswith("stablemoe"))
+        return line
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def left_over(self) -> list[int]:
+        """Processes of these ranks' sessions that still run."""
+        sessions = {process.pid for process in self.processes}
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            if int(session) in sessions and state != "Z":
+                found.append(int(entry.name))
+        return found
+
+
+@contextmanager
+def started(
+    folder: Path, argvs: list[list[str]], faults: dict[int, Fault], **environment: dict[int, str]
+) -> Iterator[Ranks]:
+    """One rank for each list of arguments. environment: variables by rank, laid over what a launcher would set."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stablemoe_ds.training.trainer", "tests.training.ranks"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    logs = [folder / f"rank-{rank}.txt" for rank in range(len(argvs))]
+    processes: list[BaseProcess] = []
+    for rank, argv in enumerate(argvs):
+        named: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(argvs), "MASTER_PORT": port}
+        named |= {"MASTER_ADDR": "127.0.0.1", **{name: by[rank] for name, by in environment.items() if rank in by}}
+        arguments = (logs[rank], {name: str(value) for name, value in named.items()}, argv, faults.get(rank))
+        processes.append(context.Process(target=_rank, args=arguments))
+    for process in processes:
+        process.start()
+    ranks = Ranks(processes, logs)
+    try:
+        yield ranks
+        end = time.monotonic() + 5
+        while ranks.left_over() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert ranks.left_over() == []
+    finally:
+        for pid in ranks.left_over():
+            os.kill(pid, signal.SIGKILL)
+        for process in processes:
+            process.join()
