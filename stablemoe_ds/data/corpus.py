@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import struct
+import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablemoe_ds.config.schema import Source
+from stablemoe_ds.data.index import TYPES, check_index, check_size
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.files import open_file
 
 FORMAT = "stablemoe-corpus-1"
-INDEX_HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, number type, sequences, document boundaries: the head of Megatron's ``.idx``."""
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
+CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -53,37 +54,79 @@ class PreparedInfo:
     tokenizer: str
     sha256: str
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that no corpus has."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "str" and not isinstance(value, str):
+                raise ValueError(f"{field.name} is {value!r:.40}, expected text")
+            if field.type == "int" and (type(value) is not int or value < 0):
+                raise ValueError(f"{field.name} is {value!r:.40}, expected an integer of at least 0")
+        if self.dtype not in TYPES:
+            raise ValueError(f"dtype is {self.dtype!r:.40}, expected {' or '.join(TYPES)}")
+        if not 0 < self.documents <= self.tokens:
+            raise ValueError(f"{self.documents} documents cannot have {self.tokens} tokens")
+
     def path(self, ending: str) -> Path:
         """One of the corpus's files, e.g. ``path("bin")``."""
         return corpus_file(self.prefix, ending)
 
     def token_counts(self) -> NDArray[np.int64]:
         """How often each id occurs: int64 [V]. Raises UserError if the file is missing or damaged."""
+        path = self.path("counts.npy")
         try:
-            counts = np.load(self.path("counts.npy"))
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"cannot read token counts of corpus {self.prefix}: {error}; prepare it again") from error
-        if counts.shape != (self.vocab_size,) or counts.dtype != np.int64 or counts.sum() != self.tokens:
-            raise UserError(f"{self.path('counts.npy')} does not belong to corpus {self.prefix}; prepare it again")
+            with open_file(path) as file:
+                counts = np.lib.format.read_array(file)
+        except (OSError, ValueError, MemoryError, tokenize.TokenError) as error:
+            raise UserError(f"cannot read token counts {path}: {one_line(error)}; prepare the corpus again") from error
+        if counts.shape != (self.vocab_size,) or counts.dtype != np.int64:
+            raise UserError(f"{path} does not belong to corpus {self.prefix}; prepare it again")
+        if counts.min() < 0 or counts.sum() != self.tokens:
+            raise UserError(f"{path} does not belong to corpus {self.prefix} or is damaged; prepare it again")
         return counts
 
     def stream(self) -> NDArray[Any]:
         """All ids in order, mapped from disk: ``dtype`` [tokens]."""
         return np.memmap(self.path("bin"), dtype=self.dtype, mode="r")
 
+    def verify(self, tokens: int | None = None) -> None:
+        """Read the first ``tokens`` ids, or all: they must be in the vocabulary, and all together those prepared.
+
+        Takes a second or two for each gigabyte. Raises UserError.
+        """
+        path, digest, itemsize = self.path("bin"), hashlib.sha256(), np.dtype(self.dtype).itemsize
+        left = (self.tokens if tokens is None else min(tokens, self.tokens)) * itemsize
+        try:
+            with open_file(path) as file:
+                while chunk := file.read(min(CHUNK, left)):
+                    left -= len(chunk)
+                    digest.update(chunk)
+                    ids = np.frombuffer(chunk, self.dtype, len(chunk) // itemsize)
+                    if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                        raise UserError(
+                            f"{path} holds ids outside 0..{self.vocab_size - 1}: damaged, or of another tokenizer; "
+                            "prepare it again"
+                        )
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; prepare it again") from error
+        if left or (tokens is None and digest.hexdigest() != self.sha256):
+            raise UserError(f"{path} is damaged: its ids are not those that were prepared; prepare it again")
+
     def save(self, path: Path) -> None:
         """Write the fields as JSON; the prefix is not among them, so that a corpus can be moved."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "prefix"}
-        path.write_text(json.dumps({"format": FORMAT, **fields}, indent=2) + "\n")
+        path.write_text(json.dumps({"format": FORMAT, **fields, "seal": _seal(fields)}, indent=2) + "\n")
 
     @classmethod
     def read(cls, prefix: str | Path, tokenizer: Tokenizer | None = None) -> PreparedInfo:
         """Read and check a corpus.
 
+        All but the ids themselves is checked here; :meth:`verify` reads those.
         Raises UserError if a file is missing, damaged or cut short, or if another tokenizer made the ids.
         """
         info = cls._parse(str(prefix))
-        info._check_sizes()
+        check_index(info.path("idx"), info.documents, info.tokens, info.dtype)
+        check_size(info.path("bin"), info.tokens * np.dtype(info.dtype).itemsize)
         if tokenizer is not None and tokenizer.fingerprint != info.tokenizer:
             raise UserError(
                 f"corpus {prefix} was made by tokenizer {info.tokenizer[:12]}, but {tokenizer.path} is "
@@ -95,40 +138,32 @@ class PreparedInfo:
     def _parse(cls, prefix: str) -> PreparedInfo:
         path = corpus_file(prefix, "json")
         try:
-            fields = json.loads(path.read_text())
+            with open_file(path) as file:
+                fields = json.load(file)
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
+            if fields.pop("seal", None) not in (None, _seal(fields)):  # one written by hand may have none
+                raise ValueError("damaged, its seal is broken")
             return cls(prefix=prefix, **fields)
         except FileNotFoundError as error:
             raise UserError(
                 f"no prepared corpus at {prefix}: {path} does not exist; give the path of the .bin/.idx pair without "
                 "its ending, or make it with 'stablemoe data prepare'"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read corpus description {path}: {error}; prepare the corpus again") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"cannot read corpus description {path}: {one_line(error)}; prepare the corpus again"
+            ) from error
 
-    def _check_sizes(self) -> None:
-        """Compare .bin and .idx with what the description and the head of .idx promise."""
-        index, ids = self.path("idx"), self.path("bin")
-        try:
-            with index.open("rb") as file:
-                magic, _, _, sequences, boundaries = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
-            found = {index: index.stat().st_size, ids: ids.stat().st_size}
-        except struct.error as error:
-            raise UserError(f"{index} is cut short: it has no complete head; prepare the corpus again") from error
-        except OSError as error:
-            raise UserError(f"corpus {self.prefix} is incomplete: {error}; prepare it again") from error
-        if magic != INDEX_MAGIC or sequences != self.documents:
-            raise UserError(f"{index} does not belong to corpus {self.prefix}; prepare it again")
-        expected = {
-            index: INDEX_HEADER.size + sequences * (4 + 8) + boundaries * 8,
-            ids: self.tokens * np.dtype(self.dtype).itemsize,
-        }
-        for path, size in expected.items():
-            if found[path] != size:
-                raise UserError(
-                    f"{path} has {found[path]} bytes, expected {size}: cut short or replaced; prepare it again"
-                )
+
+def _seal(fields: dict[str, Any]) -> str:
+    """Digest of a description, whatever the order and layout of its fields."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """What a library has to say, on one line."""
+    return " ".join(str(error).split())
 
 
 def corpus_file(prefix: str | Path, ending: str) -> Path:

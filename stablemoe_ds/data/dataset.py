@@ -7,38 +7,20 @@ float ``loss_mask`` [S], 0 at padding. These are the names of megatron-core's ``
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
-import json
-import logging
-import math
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
 from torch.utils.data import Dataset, Subset
 
 from stablemoe_ds.config.schema import Source
-from stablemoe_ds.data.corpus import PreparedInfo, read_sources
+from stablemoe_ds.data.corpus import read_sources
+from stablemoe_ds.data.sample_index import Item, Recipe, blend
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
-
-Item = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _NoPads:
-    """What ``GPTDataset`` asks of a tokenizer. Prepared text holds no padding, so no id of it may pass for one."""
-
-    unique_identifiers: str
-    vocab_size: int
-    eod: int = -2
-    pad: int = -1
 
 
 def build_train_dataset(
@@ -57,7 +39,8 @@ def build_train_dataset(
     ``samples`` and ``seed``, so a run that is to be continued exactly keeps all four.
 
     Call on every rank: the first one computes the index and writes it under ``cache_dir``, the others wait and read
-    it, so the directory must be visible to all of them.
+    it, so the directory must be visible to all of them. The first one also reads the corpora through, once as long as
+    their files do not change, to see that the ids are those that were prepared.
     Raises UserError for a corpus that is missing, damaged, of another tokenizer, or shorter than one sequence.
     """
     infos = read_sources(sources, tokenizer)
@@ -67,68 +50,8 @@ def build_train_dataset(
                 f"corpus {info.prefix} has {info.tokens} tokens, but a sequence of {sequence_length} needs "
                 f"{sequence_length + 1}: use more text, or data.sequence_length={max(1, info.tokens - 1)} at most"
             )
-    contents = [(info.sha256, info.documents, source.weight) for info, source in zip(infos, sources, strict=True)]
-    key = hashlib.sha256(json.dumps([contents, sequence_length, samples, seed]).encode()).hexdigest()[:16]
-    cache = Path(cache_dir) / key
-    weights = [source.weight for source in sources]
-    try:
-        if not cache.exists() and (not distributed.is_initialized() or distributed.get_rank() == 0):
-            _write_cache(cache, infos, weights, sequence_length, samples, seed)
-    finally:
-        if distributed.is_initialized():
-            distributed.barrier()
-    if not cache.exists():
-        raise UserError(
-            f"no sample index at {cache}: the first rank wrote it elsewhere; every rank must see that directory"
-        )
-    return Subset(_blend(cache, infos, weights, sequence_length, samples, seed), range(samples))
-
-
-def _write_cache(cache: Path, *what: Any) -> None:
-    """Let megatron-core write its index files into a directory that appears when they are complete."""
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".index-") as folder:
-            part = Path(folder, "index")
-            _blend(part, *what)
-            part.replace(cache)
-    except OSError as error:
-        if not cache.exists():  # else another run with the same data was faster
-            raise UserError(f"cannot write the sample index {cache}: {error}") from error
-
-
-def _blend(
-    cache: Path, infos: list[PreparedInfo], weights: list[float], sequence_length: int, samples: int, seed: int
-) -> Dataset[Item]:
-    """Megatron-core's datasets for these corpora, with the index files in ``cache`` (read if there, else written)."""
-    from megatron.core.datasets.blended_dataset import BlendedDataset
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.datasets.utils import Split
-
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        blend=([info.prefix for info in infos], None),
-        split="1,0,0",
-        path_to_cache=str(cache),
-        tokenizer=_NoPads(infos[0].tokenizer, infos[0].vocab_size),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    parts = []
-    for info, weight in zip(infos, weights, strict=True):
-        documents = np.arange(info.documents, dtype=np.int32)
-        # The blend follows the weights to within a sample for each corpus, so this is enough of each.
-        share = min(samples, math.ceil(samples * weight / sum(weights)) + len(infos))
-        parts.append(GPTDataset(IndexedDataset(info.prefix), info.prefix, documents, share, Split.train, config))
-    if len(parts) == 1:
-        return parts[0]
-    # Without a cache every rank computes the interleaving, which is quick; with one, torch.distributed must be up.
-    logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
-    return BlendedDataset(parts, weights, samples, replace(config, path_to_cache=None))
+    recipe = Recipe(infos, [source.weight for source in sources], sequence_length, samples, seed)
+    return Subset(blend(recipe, Path(cache_dir)), range(samples))
 
 
 class EvalDataset(Dataset[Item]):
@@ -138,7 +61,8 @@ class EvalDataset(Dataset[Item]):
     sources are ignored. ``tokens`` is how many predictions count. ``words`` is how many words they spell, or
     None when ``max_tokens`` leaves out a part of the text, whose words were not counted apart.
 
-    max_tokens: bound on ``tokens``; the text is taken from the start.
+    max_tokens: bound on ``tokens``; the text is taken from the start. Without it the corpora are read through first, to
+    see that the ids are those that were prepared; otherwise only that those to be read are in the vocabulary.
     Raises UserError for a corpus that is missing, damaged, of another tokenizer, or has nothing to predict.
     """
 
@@ -159,6 +83,8 @@ class EvalDataset(Dataset[Item]):
         before = [0, *itertools.accumulate(available)][:-1]
         bound = sum(available) if max_tokens is None else max_tokens
         self._scored = [max(0, min(n, bound - start)) for n, start in zip(available, before, strict=True)]
+        for info, scored, all_of_it in zip(infos, self._scored, available, strict=True):
+            info.verify(None if scored == all_of_it else scored + 1)
         self._ends = list(itertools.accumulate(-(-n // sequence_length) for n in self._scored))
         self.tokens = sum(self._scored)
         self.words = sum(info.words for info in infos) if self.tokens == sum(available) else None

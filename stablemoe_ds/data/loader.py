@@ -136,9 +136,9 @@ def _end_workers(steps: Any) -> None:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which launchers send to all processes, to the trainer, which saves and then ends us."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Leave requests to stop, which launchers send to all processes, to the trainer, which saves and then ends us."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,11 @@ def check_files(files: Sequence[Path | str]) -> list[Path]:
         raise UserError("no text file was named: expected at least one")
     for path in paths:
         if not path.is_file():
-            what = "is a directory: name the files in it" if path.is_dir() else "does not exist"
+            what = "does not exist"
+            if path.is_dir():
+                what = "is a directory: name the files in it"
+            elif path.exists():
+                what = "is a pipe or a device, which cannot be read twice: write the text to a file"
             raise UserError(f"text file {path} {what}")
         if not os.access(path, os.R_OK):
             raise UserError(f"text file {path} may not be read by this user")
@@ -54,8 +58,11 @@ def check_files(files: Sequence[Path | str]) -> list[Path]:
 
 
 def text_size(path: Path) -> int:
-    """Bytes of text in a file; compressed text is taken to be four times its size on disk."""
-    return path.stat().st_size * (4 if _compressed(path) else 1)
+    """Bytes of text in a file; compressed text is taken to be four times its size on disk. Raises UserError."""
+    try:
+        return path.stat().st_size * (4 if _compressed(path) else 1)
+    except OSError as error:
+        raise UserError(f"cannot read text file {path}: {error}") from error
 
 
 def _compressed(path: Path) -> bool:
@@ -100,7 +107,7 @@ def plan_spans(files: Sequence[Path], documents: Documents, size: int) -> list[S
         if documents == "file" or _compressed(path):
             spans.append(Span(path))
             continue
-        length, start = path.stat().st_size, 0
+        length, start = text_size(path), 0
         with open_text(path) as file:
             while start < length:
                 end = _next_document(file, start + size, length, documents)
@@ -140,6 +147,8 @@ def _lines(file: BinaryIO, span: Span) -> Iterator[bytes]:
         position += len(line)
         if span.end is not None and position >= span.end:
             return
+    if span.end is not None:
+        raise UserError(f"text file {span.path} became shorter while it was read: start again when nobody writes to it")
 
 
 def _cut(lines: Iterator[bytes], documents: Documents) -> Iterator[bytes]:

@@ -19,6 +19,7 @@ import sentencepiece
 
 from stablemoe_ds.data.text import check_files, decode, open_text, text_size, warn_invalid
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.files import open_file
 
 LINE_CHARACTERS = 4096
 """Longer lines reach the trainer in several pieces, which it would otherwise drop."""
@@ -38,16 +39,19 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            model = self.path.read_bytes()
+            with open_file(path) as file:
+                model = file.read()
         except OSError as error:
             raise UserError(f"cannot read tokenizer {path}: {error.strerror}") from error
         if not model:
             raise UserError(f"tokenizer {path} is empty: expected a sentencepiece model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model, num_threads=1)
-        except RuntimeError as error:
+            self.vocab_size: int = self._model.vocab_size()
+            for token in range(self.vocab_size):  # the library takes any bytes for a piece, and fails when it is read
+                self._model.id_to_piece(token)
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is no sentencepiece model, or damaged: {_reason(error)}") from error
-        self.vocab_size: int = self._model.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.eos_id: int = self._model.eos_id()
         if self.eos_id < 0:
@@ -61,7 +65,9 @@ class Tokenizer:
         try:
             raw = text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"text is not valid Unicode at character {error.start}: {error.reason}") from error
+            raise UserError(
+                f"text is not valid Unicode at character {error.start}: not UTF-8, or half a surrogate pair"
+            ) from error
         ids: list[int] = []
         # The sign sentencepiece uses for a space would come back as one; its bytes come back as themselves.
         for number, part in enumerate(raw.split(SPACE)):
@@ -98,6 +104,8 @@ def train_tokenizer(
     sample_bytes: from a larger corpus every n-th line is taken, as memory grows with the text.
     Raises UserError for unreadable or empty text and for a vocabulary the text cannot fill.
     """
+    if not 8 <= vocab_size < 2**31:
+        raise UserError(f"vocabulary of {vocab_size} cannot be learned: expected a size such as 8000")
     paths = check_files(files)
     output = Path(output)
     lines = _training_lines(paths, stride=max(1, -(-sum(map(text_size, paths)) // sample_bytes)))
@@ -168,7 +176,7 @@ def _names(paths: Sequence[Path]) -> str:
     return f"{paths[0]}" + (f" and {len(paths) - 1} more files" if len(paths) > 1 else "")
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
