@@ -1,5 +1,7 @@
 # make demo     install, then train a two-stage model on this machine's own Python source
 # make test     install, then run the whole suite
+# make test-cluster  on a cluster that it brings up: SLURM, hosts that fail; Debian and root, see tests/cluster/install.sh
+# make test-image  build the container image and let docker/smoke.sh work in it; root, buildah and mmdebstrap
 # make lint     ruff, format, mypy, and whether docs/configuration.md is what the schema says
 # make bench    time the MoE layer against the dense layer of equal FLOPs and DeepSpeed's own
 # make format   let ruff write the format
@@ -22,7 +24,7 @@ REFERENCE := $(BIN)/python -m stablemoe_ds.config.reference
 # Launchers start what they find on PATH: it has to be what .venv holds.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint bench format install
+.PHONY: demo test test-cluster test-image lint bench format install
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -30,6 +32,13 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: install
+	sh tests/cluster/install.sh
+	$(BIN)/python -m pytest tests/cluster -rs --timeout 600 $(ARGS)
+
+test-image: install
+	$(BIN)/python -m pytest tests/docker/image -rs $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

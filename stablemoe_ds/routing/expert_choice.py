@@ -41,8 +41,7 @@ class ExpertChoiceRouter(CentroidRouter):
         if self.training:
             takes = math.ceil(int(tokens.real_T.sum()) * self.top_k / self.experts)
             taken = seen_TN.topk(max(takes, 1), dim=0)
-            chosen_TN = torch.zeros_like(tokens.real_T)[:, None].repeat(1, self.experts).scatter(0, taken.indices, True)
-            chosen_TN &= tokens.real_T[:, None]
+            chosen_TN = torch.zeros_like(seen_TN, dtype=torch.bool).scatter(0, taken.indices, True)
             # Without a real token nothing is taken, and there is nothing to learn from it.
             threshold_N = torch.where(taken.values[-1] >= 0, taken.values[-1], threshold_N)
         else:

@@ -1,0 +1,97 @@
+"""A tiny run and a cluster file, `stablemoe launch` on the two, and what has to have come out of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stablemoe_ds.config.schema import RunConfig
+from tests.cluster.hosts import Host, wait_until
+from tests.cluster.slurm import Slurm
+from tests.training.runs import TinyData, history, run_file, small_run
+
+STEPS, SWITCH, EVERY = 100, 80, 20
+TIMEOUT_SECONDS = 12.0
+START_SECONDS = 120.0
+"""From a start to the first update: libraries are imported, on however busy a machine."""
+STABLEMOE = [sys.executable, "-m", "stablemoe_ds"]
+
+
+def two_rank_run(data: TinyData, folder: Path) -> RunConfig:
+    """A few seconds of training on two ranks that cannot do without each other: each holds half of the experts."""
+    return small_run(
+        data,
+        folder,
+        parallel={"expert": 2, "timeout_minutes": TIMEOUT_SECONDS / 60},
+        schedule={"steps": STEPS},
+        stages={"at_step": SWITCH},
+        checkpoint={"every": EVERY},
+        logging={"probe_every": STEPS},
+    )
+
+
+@dataclass
+class Rehearsal:
+    """One run on one cluster. ``folder`` takes both files, the run directory and what `launch` prints."""
+
+    run: RunConfig
+    cluster: dict[str, Any]
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "cluster.yaml").write_text(yaml.safe_dump({"device": "cpu", "nodes": 2, **self.cluster}))
+        run_file(self.run, self.folder / "run.yaml")
+
+    def command(self, *more: str) -> list[str]:
+        """`stablemoe launch`; further runs and options may follow."""
+        return [
+            *STABLEMOE,
+            "launch",
+            "--cluster",
+            str(self.folder / "cluster.yaml"),
+            str(self.folder / "run.yaml"),
+            *more,
+        ]
+
+    def start(self, host: Host, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """`stablemoe launch` in the foreground of a host."""
+        return host.start(*self.command(), log=self.folder / f"{host.name}.txt", environment=environment)
+
+    def submit(self, slurm: Slurm, *more_runs: str) -> list[str]:
+        """`stablemoe launch --submit`; returns the job ids."""
+        return slurm.login.run(*self.command(*more_runs, "--submit")).split()
+
+    def steps(self) -> list[int]:
+        """Updates in the history, in the order written."""
+        file = Path(self.run.directory) / "metrics.jsonl"
+        return [line["step"] for line in history(self.run, "train")] if file.exists() else []
+
+    def wait_for_update(self, step: int, seconds: float = START_SECONDS) -> None:
+        wait_until(f"update {step}", lambda: step in self.steps(), seconds, self.evidence)
+
+    def wait_for_evidence(self, text: str, seconds: float) -> None:
+        wait_until(text, lambda: text in self.evidence(), seconds, self.evidence)
+
+    def saved(self) -> int:
+        """The update that the newest checkpoint was made after."""
+        return int((Path(self.run.directory) / "checkpoints" / "latest").read_text().removeprefix("step-"))
+
+    def continued(self) -> int:
+        """The update after which the latest attempt went on."""
+        found = re.findall(r"continuing after update (\d+)", self.evidence())
+        assert found, self.evidence()
+        return max(map(int, found))
+
+    def evidence(self) -> str:
+        """All that was printed by `launch`, the batch script and the ranks."""
+        files = [*self.folder.glob("*.txt"), *sorted(Path(self.run.directory).glob("launch/**/*"))]
+        read = [path for path in files if path.is_file() and path.suffix not in (".yaml", ".json", ".sh")]
+        return "\n".join(f"--- {path}\n{path.read_text(errors='replace')}" for path in read)
