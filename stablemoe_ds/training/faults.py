@@ -62,7 +62,8 @@ def naming_faults(world: World, run_dir: str, place: Place) -> Iterator[None]:
         yield
     except UserError as error:
         line = _last_line(error) if _WORKER in str(error) else str(error)  # a reader's comes wrapped in a traceback
-        _leave_word(mine, f"rank {world.rank} {place}: {line}", error)
+        if world.size > 1:  # alone there is nobody to read it, and bad input is refused before anything is written
+            _leave_word(mine, f"rank {world.rank} {place}: {line}", error)
         raise UserError(line) from error
     except Exception as error:
         what, code = _describe(error)

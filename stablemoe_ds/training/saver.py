@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,8 +74,10 @@ class Saver:
         self._engine, self._world, self._tokenizer, self._tell = engine, engine.groups.world, tokenizer, tell
         self._run_dir = Path(engine.run.directory)
         self._snapshot = Snapshot(engine)
-        self._thread: threading.Thread | None = None
-        self._outcome: Saved | None = None
+        # One thread for all saves: an update would have to wait for a new one to be scheduled.
+        self._writer = ThreadPoolExecutor(1, "saver")
+        self._pending: Future[Saved] | None = None
+        self._last: Saved | None = None
         self._breaking = threading.Event()
 
     def begin(self, progress: Progress, table: RoutingTable | None) -> None:
@@ -86,38 +89,36 @@ class Saver:
         final = self._run_dir / "checkpoints" / f"step-{progress.step:06d}"
         obstacle = self._prepare(part_of(final))
         if obstacle is not None:
-            self._outcome = Saved(progress.step, final, obstacle)
-            self._tell(self._outcome)
+            self._last = Saved(progress.step, final, obstacle)
+            self._tell(self._last)
             return
         weights, moments = self._snapshot.take()
         if self._world.is_main:
             job = _Job(progress.step, final, weights, moments, table, self._manifest(progress))
         else:
             job = _Job(progress.step, final, weights, moments, None, {})
-        self._thread = threading.Thread(target=self._work, args=(job,), name="saver", daemon=True)
-        self._thread.start()
+        self._pending = self._writer.submit(self._work, job)
 
     def poll(self) -> None:
         """Tell the outcome if a save has ended. Does not wait."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._pending is not None and self._pending.done():
             self._collect()
 
     def finish(self) -> Saved | None:
         """Wait for the save that is under way; the outcome of the last one, the same on all ranks. Collective."""
         self._collect()
-        return self._from_main(self._outcome)
+        return self._from_main(self._last)
 
     def close(self) -> None:
         """Let the save that is under way come to its end, as far as it can in a run that may be breaking."""
         self._breaking.set()
         self._collect()
+        self._writer.shutdown()
 
     def _collect(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            if self._outcome is not None:
-                self._tell(self._outcome)
+        if self._pending is not None:
+            self._last, self._pending = self._pending.result(), None
+            self._tell(self._last)
 
     def _prepare(self, part: Path) -> OSError | None:
         """Make the folder to write into, on rank 0; what keeps it from being made is known to all ranks."""
@@ -153,7 +154,7 @@ class Saver:
             "run": engine.run.model_dump(mode="json"),
         }
 
-    def _work(self, job: _Job) -> None:
+    def _work(self, job: _Job) -> Saved:
         """The thread: write this rank's share; on rank 0 make it a checkpoint when all have written theirs."""
         part = part_of(job.final)
         try:
@@ -165,14 +166,14 @@ class Saver:
                 publish(part, job.final, self._engine.run.checkpoint.keep)
                 if job.table is not None:
                     _copy(job.final / TABLE, self._run_dir / TABLE)
-            self._outcome = Saved(job.step, job.final)
+            return Saved(job.step, job.final)
         except Exception as error:
             known = error if isinstance(error, OSError) else OSError(0, f"{type(error).__name__}: {error}", str(part))
-            self._outcome = Saved(job.step, job.final, known)
             if self._world.is_main:
                 shutil.rmtree(part, ignore_errors=True)
             else:
                 _give_up(part, self._world.rank, known)
+            return Saved(job.step, job.final, known)
 
     def _receipts(self, part: Path) -> list[dict[str, Any]]:
         """The receipts of all ranks, deleted. Raises OSError if a rank has failed or stays silent."""
