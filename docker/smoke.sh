@@ -70,7 +70,7 @@ build() {
   esac
 }
 
-# What containers leave in /work lies in a volume; buildah keeps it in its one container.
+# What containers leave in /workspace lies in a volume; buildah keeps it in its one container.
 prepare() {
   if [[ "$engine" == buildah ]]; then
     buildah from --name "$NAME" "$image" >/dev/null
@@ -78,7 +78,7 @@ prepare() {
     read -ra entrypoint <<<"$entrypoint"
   else
     "$engine" volume create "$NAME" >/dev/null
-    options=(--volume "$NAME:/work" "${run_options[@]}")
+    options=(--volume "$NAME:/workspace" "${run_options[@]}")
   fi
 }
 
@@ -94,7 +94,7 @@ start() {
   if [[ "$engine" == buildah ]]; then
     # It shares the process ids of this machine, so its init process can be told to stop from here.
     buildah run --isolation chroot "${run_options[@]}" "$NAME" -- \
-      bash -c 'echo $$ >/work/pid; exec "$@" &>/work/log' - "${entrypoint[@]}" "$@" &
+      bash -c 'echo $$ >/workspace/pid; exec "$@" &>/workspace/log' - "${entrypoint[@]}" "$@" &
     started=$!
   else
     "$engine" run --detach --name "$NAME" "${options[@]}" "$image" "$@"
