@@ -3,7 +3,7 @@
 # make test-cluster  on a cluster that it brings up: SLURM, hosts that fail; Debian and root, see tests/cluster/install.sh
 # make test-image  build the container image and let docker/smoke.sh work in it; root, buildah and mmdebstrap
 # make lint     ruff, format, mypy, and whether docs/configuration.md is what the schema says
-# make bench    time the MoE layer against the dense layer of equal FLOPs and DeepSpeed's own
+# make bench    time the MoE layer against the dense layer of equal FLOPs and DeepSpeed's own, and saving against torch.save
 # make format   let ruff write the format
 #
 # Needs Python 3.11 or newer, nothing else: no compiler, no MPI library. The first target that runs makes .venv.
@@ -49,6 +49,7 @@ lint: install
 
 bench: install
 	$(BIN)/python -m benchmarks.moe_layer --output benchmarks/results/moe_layer.json $(ARGS)
+	$(BIN)/python -m benchmarks.checkpoint --output benchmarks/results/checkpoint.json $(ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -91,6 +91,7 @@ def save_here(engine: Any, progress: Any, tokenizer: str = "", table: Any = None
     saver = Saver(engine, tokenizer, lambda saved: None)
     saver.begin(progress, table)
     saved = saver.finish()
+    saver.close()
     assert saved is not None
     if saved.error:
         raise saved.error

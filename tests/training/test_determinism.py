@@ -27,7 +27,7 @@ def test_two_runs_of_one_seed_are_equal_to_the_bit(case: str, data: TinyData, tm
 
 
 def test_another_seed_is_another_run(data: TinyData, tmp_path: Path) -> None:
-    one, other = (small_run(data, tmp_path / str(seed), seed=seed) for seed in (1, 2))
+    one, other = (small_run(data, tmp_path / str(seed)).model_copy(update={"seed": seed}) for seed in (1, 2))
     for run in (one, other):
         train_run(run)
     assert differing(*(tensors_of(checkpoint_of(run, STEPS)) for run in (one, other)))
