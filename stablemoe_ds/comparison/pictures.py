@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablemoe_ds.comparison.outcome import Curve, Outcome
-from stablemoe_ds.errors import UserError
-from stablemoe_ds.evaluation.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, VERMILLION
+from stablemoe_ds.evaluation.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, VERMILLION, save_figure
 
 COLORS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY, "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
@@ -210,12 +209,5 @@ def _draw_experts(shown: Group, looks: dict[str, dict[str, Any]]) -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write picture {path}: {error}") from error
-    finally:
-        plt.close(figure)
+    save_figure(figure, path)
     return path

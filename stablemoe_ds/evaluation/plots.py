@@ -54,12 +54,19 @@ def draw(report: dict[str, Any], path: str | Path) -> None:
             else:
                 axis.set_axis_off()
                 axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=GREY)
-        try:
-            figure.savefig(path, format="png")
-        except OSError as error:
-            raise UserError(f"cannot write picture {path}: {error}") from error
-        finally:
-            plt.close(figure)
+        save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure as PNG and close it. Raises UserError if it cannot be written."""
+    import matplotlib.pyplot as plt
+
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"cannot write picture {path}: {error}") from error
+    finally:
+        plt.close(figure)
 
 
 def _draw_loss(axis: Any, report: dict[str, Any]) -> None:
