@@ -86,6 +86,9 @@ def _moe(run: RunConfig) -> Iterator[str]:
         reason = f"expected block numbers from 1 to model.layers {run.model.layers}"
         inside = [block for block in moe.layers if block <= run.model.layers] or [run.model.layers]
         yield _breach("moe.layers", moe.layers, reason, show(inside))
+    if moe.capacity_factor is not None and run.parallel.dispatch_parts > 1:
+        reason = "with moe.capacity_factor an expert's share is of the tokens of a whole micro-batch"
+        yield _breach("parallel.dispatch_parts", run.parallel.dispatch_parts, reason, 1)
     if not moe.facts.routed and expert > 1:
         yield _breach("parallel.expert", expert, f"router '{moe.router}' has no experts to spread", 1)
     elif moe.facts.routed and moe.experts % expert:

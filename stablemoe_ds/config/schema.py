@@ -248,6 +248,9 @@ class ParallelConfig(Section):
     micro_batch: PositiveInt | None = Field(
         None, description="sequences a rank handles at once; null: the whole share of the rank in one go"
     )
+    dispatch_parts: PositiveInt = Field(
+        1, description="parts that the tokens of an MoE layer are cut into: one travels while experts serve another"
+    )
     recompute: bool = Field(False, description="recompute activations of each block in the backward pass")
     timeout_minutes: float = Field(10.0, gt=0, description="how long a collective may wait before the run stops")
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stablemoe_ds.moe.experts import Experts, ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
+from stablemoe_ds.moe.segments import Segments
 from stablemoe_ds.routing.routes import RoutingPass
 
 
@@ -76,5 +77,5 @@ class DenseStack(MegatronModule):
 
     def forward(self, hidden_states: Tensor, context: RoutingPass, **_: Any) -> tuple[Tensor, RoutingPass]:
         rows = hidden_states.flatten(0, 1)
-        added = _call(self.recompute and self.training, self.stack, rows, [rows.shape[0]])
+        added = _call(self.recompute and self.training, self.stack, rows, Segments.whole(rows.shape[0], rows.device))
         return hidden_states + added.view_as(hidden_states), context

@@ -29,7 +29,7 @@ from stablemoe_ds.model.initialize import initialize_parameters
 from stablemoe_ds.model.parts import CachedSelfAttention, DeviceRotaryEmbedding, Norm, SdpaAttention
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
-from stablemoe_ds.moe.plan import DispatchPlan
+from stablemoe_ds.moe.plan import LayerPlan
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_routing
@@ -123,7 +123,7 @@ class StableMoEGPT(GPTModel):
         batch: Batch,
         fixed_LTK: Tensor | None = None,
         draw: int = 0,
-        plans: Sequence[DispatchPlan] | None = None,
+        plans: Sequence[LayerPlan] | None = None,
     ) -> ForwardOutput:
         """Loss of one micro-batch.
 
@@ -233,6 +233,7 @@ def build_moe_layer(run: RunConfig, vocab_size: int, placement: LayerPlacement, 
         index=index,
         shared=expert_shape(m, *shared_stack(run)) if moe.shared_experts else None,
         capacity_factor=moe.capacity_factor,
+        parts=run.parallel.dispatch_parts,
     )
 
 

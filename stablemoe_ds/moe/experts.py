@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stablemoe_ds.moe.grouped import grouped_linear, grouped_scale
+from stablemoe_ds.moe.grouped import can_group, serve_at_once
+from stablemoe_ds.moe.loop import serve_in_turn
+from stablemoe_ds.moe.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ExpertShape:
 
 
 class ExpertSublayer(nn.Module):
-    """x + W2 act(W1 norm(x) + b1) + b2, with weights stacked over E experts.
+    """W2 act(W1 norm(x) + b1) + b2, what is added to the stream, with weights stacked over E experts.
 
     w1: [E, F, D], or [E, 2F, D] for swiglu (gate half first). w2: [E, D, F].
     """
@@ -43,20 +44,23 @@ class ExpertSublayer(nn.Module):
         self.w2 = nn.Parameter(torch.zeros(experts, d, f))
         self.b2 = nn.Parameter(torch.zeros(experts, d)) if shape.bias else None
 
-    def forward(self, x_RD: Tensor, splits: Sequence[int]) -> Tensor:
-        width = x_RD.shape[-1:]
-        if self.shape.norm == "layernorm":
-            normed = F.layer_norm(x_RD, width, eps=self.shape.norm_epsilon)
-        else:
-            normed = F.rms_norm(x_RD, width, eps=self.shape.norm_epsilon)
-        normed = grouped_scale(normed, self.norm_weight, self.norm_bias, splits)
-        inner = grouped_linear(normed, self.w1, self.b1, splits)
-        if self.shape.activation == "swiglu":
-            gate, value = inner.chunk(2, dim=-1)
-            inner = F.silu(gate) * value
-        else:
-            inner = F.relu(inner) if self.shape.activation == "relu" else F.gelu(inner)
-        return x_RD + grouped_linear(inner, self.w2, self.b2, splits)
+    def forward(self, x_RD: Tensor, segments: Segments) -> Tensor:
+        """What the sublayer adds to rows sorted by expert: [R, D]."""
+        width, epsilon = x_RD.shape[-1:], self.shape.norm_epsilon
+        norm = F.layer_norm if self.shape.norm == "layernorm" else F.rms_norm
+        normed = norm(x_RD, width, eps=epsilon)
+        serve = serve_at_once if can_group(normed, self.w1) else serve_in_turn
+        return serve(
+            normed,
+            self.norm_weight,
+            self.norm_bias,
+            self.w1,
+            self.b1,
+            self.w2,
+            self.b2,
+            self.shape.activation,
+            segments,
+        )
 
 
 class Experts(nn.Module):
@@ -66,9 +70,10 @@ class Experts(nn.Module):
         super().__init__()
         self.sublayers = nn.ModuleList(ExpertSublayer(shape, experts) for _ in range(shape.sublayers))
 
-    def forward(self, x_RD: Tensor, splits: Sequence[int]) -> Tensor:
-        """What each expert *adds* to its rows: stack(x) - x, [R, D]. Rows sorted by expert, ``splits`` rows each."""
-        y_RD = x_RD
-        for sublayer in self.sublayers:
-            y_RD = sublayer(y_RD, splits)
-        return y_RD - x_RD
+    def forward(self, x_RD: Tensor, segments: Segments) -> Tensor:
+        """What each expert *adds* to its rows: stack(x) - x, [R, D]. Rows sorted by expert."""
+        first, *others = self.sublayers
+        added_RD = first(x_RD, segments)
+        for sublayer in others:
+            added_RD = added_RD + sublayer(x_RD + added_RD, segments)
+        return added_RD

@@ -1,93 +1,85 @@
-"""Products of rows with one of several stacked weights, for rows already sorted by expert.
-
-Indexing a stacked parameter (``weight[e]``) costs a full-size zero gradient per expert in autograd; these
-functions write each expert's gradient straight into its slice instead.
-
-Suffixes: R rows sorted by expert, E experts of this rank, I and O inner and outer widths.
-"""
+"""A sublayer of all experts at once, by grouped matrix products: for GPUs, where an expert alone is too little work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from stablemoe_ds.moe.segments import Segments
 
-def _segments(splits: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    start = 0
-    for expert, rows in enumerate(splits):
-        yield expert, slice(start, start + rows)
-        start += rows
+ALIGNED = 8
+"""bf16 numbers in 16 bytes: the kernels want every row to begin at a multiple of that."""
 
 
-class _GroupedLinear(Function):
+def can_group(x_RD: Tensor, w1_EFD: Tensor) -> bool:
+    """Whether torch has a kernel that takes these without asking the device for the sizes: bf16, Ampere or newer."""
+    rows, width = x_RD.shape
+    fits = x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and rows > 0
+    aligned = width % ALIGNED == 0 and w1_EFD.shape[1] % (2 * ALIGNED) == 0
+    return fits and aligned and torch.cuda.get_device_capability(x_RD.device) >= (8, 0)
+
+
+def segment_sums(rows_RI: Tensor, ends_E: Tensor) -> Tensor:
+    """[R, I] -> [E, I]: sum over each expert's rows, as a product with ones: deterministic, accumulated in fp32."""
+    ones = rows_RI.new_ones(rows_RI.shape[0], ALIGNED)
+    return F.grouped_mm(rows_RI.t(), ones, offs=ends_E)[..., 0]
+
+
+class _Product(Function):
+    """Each row times the transposed weight of its expert."""
+
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, splits: Sequence[int]) -> Tensor:
-        out_RO = x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
-        for e, rows in _segments(splits):
-            if b_EO is None:
-                torch.mm(x_RI[rows], w_EOI[e].t(), out=out_RO[rows])
-            else:
-                torch.addmm(b_EO[e], x_RI[rows], w_EOI[e].t(), out=out_RO[rows])
-        ctx.save_for_backward(x_RI, w_EOI)
-        ctx.splits, ctx.has_bias = splits, b_EO is not None
-        return out_RO
+    def forward(ctx: Any, x_RI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RI, w_EOI, ends_E)
+        return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_RI, w_EOI = ctx.saved_tensors
+        x_RI, w_EOI, ends_E = ctx.saved_tensors
         grad_RO = grads[0].contiguous()
-        grad_x = torch.empty_like(x_RI) if ctx.needs_input_grad[0] else None
-        grad_w = torch.empty_like(w_EOI)
-        grad_b = w_EOI.new_empty(w_EOI.shape[:2]) if ctx.has_bias else None
-        for e, rows in _segments(ctx.splits):
-            if grad_x is not None:
-                torch.mm(grad_RO[rows], w_EOI[e], out=grad_x[rows])
-            # A product over zero rows is zero, so an expert without tokens needs no case of its own.
-            torch.mm(grad_RO[rows].t(), x_RI[rows], out=grad_w[e])
-            if grad_b is not None:
-                torch.sum(grad_RO[rows], dim=0, out=grad_b[e])
-        return grad_x, grad_w, grad_b, None
+        return F.grouped_mm(grad_RO, w_EOI, offs=ends_E), F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E), None
 
 
-def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, splits: Sequence[int]) -> Tensor:
-    """Rows of expert e times ``w_EOI[e].T`` plus ``b_EO[e]``: [R, O].
+class _Spread(Function):
+    """Each row gets its expert's values."""
 
-    splits: rows of each expert, a host list that sums to R. Every weight gets a gradient, zero where no row came.
-    """
-    return _GroupedLinear.apply(x_RI, w_EOI, b_EO, splits)
-
-
-class _GroupedScale(Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, scale_EI: Tensor, shift_EI: Tensor | None, splits: Sequence[int]) -> Tensor:
-        out_RI = torch.empty_like(x_RI)
-        for e, rows in _segments(splits):
-            torch.mul(x_RI[rows], scale_EI[e], out=out_RI[rows])
-            if shift_EI is not None:
-                out_RI[rows] += shift_EI[e]
-        ctx.save_for_backward(x_RI, scale_EI)
-        ctx.splits, ctx.has_shift = splits, shift_EI is not None
-        return out_RI
+    def forward(ctx: Any, values_EI: Tensor, owner_R: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        return values_EI.index_select(0, owner_R)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_RI, scale_EI = ctx.saved_tensors
-        grad_RI = grads[0]
-        grad_x = torch.empty_like(x_RI)
-        grad_scale = torch.empty_like(scale_EI)
-        grad_shift = torch.empty_like(scale_EI) if ctx.has_shift else None
-        for e, rows in _segments(ctx.splits):
-            torch.mul(grad_RI[rows], scale_EI[e], out=grad_x[rows])
-            torch.sum(grad_RI[rows] * x_RI[rows], dim=0, out=grad_scale[e])
-            if grad_shift is not None:
-                torch.sum(grad_RI[rows], dim=0, out=grad_shift[e])
-        return grad_x, grad_scale, grad_shift, None
+        (ends_E,) = ctx.saved_tensors
+        return segment_sums(grads[0].contiguous(), ends_E), None, None
 
 
-def grouped_scale(x_RI: Tensor, scale_EI: Tensor, shift_EI: Tensor | None, splits: Sequence[int]) -> Tensor:
-    """Rows of expert e times ``scale_EI[e]`` plus ``shift_EI[e]``: the affine part of a per-expert norm."""
-    return _GroupedScale.apply(x_RI, scale_EI, shift_EI, splits)
+def serve_at_once(
+    x_RD: Tensor,
+    scale_ED: Tensor,
+    shift_ED: Tensor | None,
+    w1_EFD: Tensor,
+    b1_EF: Tensor | None,
+    w2_EDF: Tensor,
+    b2_ED: Tensor | None,
+    activation: str,
+    segments: Segments,
+) -> Tensor:
+    """What :func:`stablemoe_ds.moe.loop.serve_in_turn` computes, with the same arguments; at least one row."""
+    ends_E, owner_R = segments.ends_E, segments.owners()
+
+    def plus(rows_RI: Tensor, values_EI: Tensor | None) -> Tensor:
+        return rows_RI if values_EI is None else rows_RI + _Spread.apply(values_EI, owner_R, ends_E)
+
+    scaled = plus(x_RD * _Spread.apply(scale_ED, owner_R, ends_E), shift_ED)
+    inner = plus(_Product.apply(scaled, w1_EFD, ends_E), b1_EF)
+    if activation == "swiglu":
+        gate, value = inner.chunk(2, dim=-1)
+        inner = F.silu(gate) * value
+    else:
+        inner = F.relu(inner) if activation == "relu" else F.gelu(inner)
+    return plus(_Product.apply(inner, w2_EDF, ends_E), b2_ED)

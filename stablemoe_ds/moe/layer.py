@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from stablemoe_ds.moe.capacity import kept_rows
 from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
 from stablemoe_ds.moe.experts import Experts, ExpertShape
-from stablemoe_ds.moe.plan import DispatchPlan, plan_dispatch
+from stablemoe_ds.moe.plan import DispatchPlan, LayerPlan, cut, plan_dispatch
+from stablemoe_ds.moe.segments import Segments
 from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
 from stablemoe_ds.routing.router import Router
 from stablemoe_ds.routing.routes import LayerReport, RoutingPass, SumOverRanks
@@ -49,8 +50,12 @@ class MoELayer(MoE):
         index: int,
         shared: ExpertShape | None = None,
         capacity_factor: float | None = None,
+        parts: int = 1,
     ) -> None:
-        """``block``: number of the block it belongs to, from 1. ``index``: which MoE layer it is, from 0."""
+        """``block``: number of the block it belongs to, from 1. ``index``: which MoE layer it is, from 0.
+
+        parts: into how many parts tokens are cut, so that one travels while experts serve another.
+        """
         nn.Module.__init__(self)  # not MoE.__init__, which builds DeepSpeed's own gate and experts
         ranks = placement.expert_parallel
         if router.experts % ranks:
@@ -59,7 +64,7 @@ class MoELayer(MoE):
         self.expert_group_name = f"ep_size_{ranks}"
         self.enable_expert_tensor_parallelism = False
         self.first_expert = placement.expert_rank * self.num_local_experts
-        self.block, self.index, self.capacity_factor = block, index, capacity_factor
+        self.block, self.index, self.capacity_factor, self.parts = block, index, capacity_factor, parts
         self.placement = placement
         self.router = router
         self.experts = Experts(shape, self.num_local_experts)
@@ -86,8 +91,6 @@ class MoELayer(MoE):
         routes = self.router(hidden_TD, routing.tokens, fixed_TK, self.placement.sum_over_data_ranks)
         plan = None if routing.plans is None else routing.plans[self.index]
         added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, plan, routing.draw)
-        if self.shared is not None:
-            added_TD = added_TD + self.shared(hidden_TD, [hidden_TD.shape[0]])
         unserved = (routing.tokens.real_T & (routes.expert_TK < 0).all(1)).sum()
         report = LayerReport(
             self.block,
@@ -102,25 +105,37 @@ class MoELayer(MoE):
         return (hidden_TD + added_TD).view_as(hidden_SBD), report
 
     def _serve(
-        self, hidden_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, plan: DispatchPlan | None, draw: int
+        self, hidden_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, plan: LayerPlan | None, draw: int
     ) -> tuple[Tensor, Tensor]:
-        """Sum over choices of gate times what the expert adds, [T, D]; and how many rows capacity cut here."""
-        tokens, top_k = expert_TK.shape
-        tensor_group = self.placement.tensor_group
+        """What routed and shared experts add, [T, D]; and how many rows capacity cut here.
+
+        While the tokens of one part travel, the shared experts work, then the routed experts on the part before.
+        """
+        tensor_group, group, parts = self.placement.tensor_group, self.expert_group, self.parts
         share_TD = split_tokens(hidden_TD, tensor_group)
         share_gate_TK = split_tokens(gate_TK, tensor_group)
         if plan is None:
-            plan = plan_dispatch(split_tokens(expert_TK, tensor_group), self.num_experts, self.expert_group)
-        rows_RD = send_tokens(share_TD, plan, top_k, self.expert_group)
-        if self.capacity_factor is not None and self.training:
-            capacity = int(self.capacity_factor * plan.group_total / self.num_experts)
-            kept, splits = kept_rows(plan.expert_splits, capacity, self.first_expert, draw * 1009 + self.index)
-            kept = kept.to(rows_RD.device)
-            served = self.experts(rows_RD.index_select(0, kept), splits)
-            added_RD = torch.zeros_like(rows_RD).index_copy(0, kept, served)
-            dropped = torch.full((), rows_RD.shape[0] - sum(splits), dtype=torch.int64, device=rows_RD.device)
-        else:
-            added_RD = self.experts(rows_RD, plan.expert_splits)
-            dropped = rows_RD.new_zeros((), dtype=torch.int64)
-        added_AD = return_tokens(added_RD, plan, self.expert_group)
-        return join_tokens(combine(added_AD, share_gate_TK, plan), tokens, tensor_group), dropped
+            plan = plan_dispatch(split_tokens(expert_TK, tensor_group), self.num_experts, group, parts)
+        sent = [send_tokens(x_TD, part, group) for x_TD, part in zip(cut(share_TD, parts), plan, strict=True)]
+        shared_TD = None
+        if self.shared is not None:
+            shared_TD = self.shared(hidden_TD, Segments.whole(hidden_TD.shape[0], hidden_TD.device))
+        returned, dropped = [], hidden_TD.new_zeros((), dtype=torch.int64)
+        for arriving, part in zip(sent, plan, strict=True):
+            added_RD, cut_off = self._ask_experts(arriving.wait(), part, draw)
+            returned.append(return_tokens(added_RD, part, group))
+            dropped = dropped + cut_off
+        gates = cut(share_gate_TK, parts)
+        added = [combine(back.wait(), gate, part) for back, gate, part in zip(returned, gates, plan, strict=True)]
+        added_TD = join_tokens(added[0] if parts == 1 else torch.cat(added), hidden_TD.shape[0], tensor_group)
+        return added_TD if shared_TD is None else added_TD + shared_TD, dropped
+
+    def _ask_experts(self, rows_RD: Tensor, plan: DispatchPlan, draw: int) -> tuple[Tensor, int]:
+        """What this rank's experts add to the rows that came, [R, D]; and how many rows exceeded capacity."""
+        if self.capacity_factor is None or not self.training:
+            return self.experts(rows_RD, plan.segments), 0
+        capacity = int(self.capacity_factor * plan.group_total / self.num_experts)
+        kept, sizes = kept_rows(plan.segments.sizes, capacity, self.first_expert, draw * 1009 + self.index)
+        kept = kept.to(rows_RD.device)
+        served = self.experts(rows_RD.index_select(0, kept), Segments.of(sizes, rows_RD.device))
+        return torch.zeros_like(rows_RD).index_copy(0, kept, served), rows_RD.shape[0] - sum(sizes)

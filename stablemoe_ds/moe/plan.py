@@ -10,77 +10,120 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.moe.segments import Segments
 from stablemoe_ds.routing.losses import count_tokens
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Orders and sizes of one layer's dispatch, seen from one rank of the expert-parallel group.
+    """Orders and sizes of one dispatch, seen from one rank of the expert-parallel group.
 
     order_A: int64 [A], the A routed (token, choice) pairs t * K + k, sorted by expert, stable in t.
+    position_TK: int64 [T, K], where each pair stands in ``order_A``; negative where not routed.
     send_splits, recv_splits: rows to and from each rank of the group.
     arrival_R: int64 [R], where each of the R rows sorted by this rank's expert stands among the rows as they
         arrive (by sender, then expert); None without expert parallelism, where they arrive sorted.
-    expert_splits: rows of each of this rank's experts; sums to R.
+    departure_R: int64 [R], its inverse.
+    segments: rows of each of this rank's experts, R in all.
     group_total: routed (token, choice) pairs of all ranks of the group.
     """
 
     order_A: Tensor  # noqa: N815
+    position_TK: Tensor  # noqa: N815
     send_splits: list[int]
     recv_splits: list[int]
     arrival_R: Tensor | None  # noqa: N815
-    expert_splits: list[int]
+    departure_R: Tensor | None  # noqa: N815
+    segments: Segments
     group_total: int
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DispatchPlan:
-        """The same plan with each of its orders changed."""
-        arrival_R = None if self.arrival_R is None else change(self.arrival_R)
-        return replace(self, order_A=change(self.order_A), arrival_R=arrival_R)
+        """The same plan with each of its tensors changed."""
+        return replace(
+            self,
+            order_A=change(self.order_A),
+            position_TK=change(self.position_TK),
+            arrival_R=None if self.arrival_R is None else change(self.arrival_R),
+            departure_R=None if self.departure_R is None else change(self.departure_R),
+            segments=self.segments.map(change),
+        )
 
 
-def plan_dispatch(expert_TK: Tensor, experts: int, group: dist.ProcessGroup | None) -> DispatchPlan:
+LayerPlan = tuple[DispatchPlan, ...]
+"""The dispatches of one MoE layer: one for each part that a micro-batch is cut into, in the order of its tokens."""
+
+
+def plan_dispatch(expert_TK: Tensor, experts: int, group: dist.ProcessGroup | None, parts: int = 1) -> LayerPlan:
     """Plan from routes, exchanging counts with the group. Waits for the device once.
 
     expert_TK: int64 [T, K], negative where not routed. group: expert-parallel group, None for a single rank.
-    Rank r of the group holds experts [r * n, (r + 1) * n), n = experts / group size.
+    Rank r of the group holds experts [r * n, (r + 1) * n), n = experts / group size. parts: see :func:`cut`.
     """
-    counts_N = count_tokens(expert_TK, experts)
+    counts_PN = count_parts(expert_TK, experts, parts)
     if group is None:
-        return plan_from_counts(expert_TK, counts_N[None], 0)
-    counts_RN = counts_N.new_empty(dist.get_world_size(group) * experts)
-    dist.all_gather_into_tensor(counts_RN, counts_N, group=group)
-    return plan_from_counts(expert_TK, counts_RN.view(-1, experts), dist.get_rank(group))
+        return plan_from_counts(expert_TK, counts_PN[None], 0)
+    counts_RPN = counts_PN.new_empty(dist.get_world_size(group), *counts_PN.shape)
+    dist.all_gather_into_tensor(counts_RPN.view(-1), counts_PN.view(-1), group=group)
+    return plan_from_counts(expert_TK, counts_RPN, dist.get_rank(group))
 
 
-def plan_from_counts(expert_TK: Tensor, counts_RN: Tensor, rank: int) -> DispatchPlan:
+def cut(rows: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """[T, ...] in ``parts`` consecutive parts of about equal size, empty ones where there are too few rows."""
+    return rows.tensor_split(parts)
+
+
+def count_parts(expert_TK: Tensor, experts: int, parts: int) -> Tensor:
+    """int64 [P, N]: (token, choice) pairs of each part by expert."""
+    return torch.stack([count_tokens(part, experts) for part in cut(expert_TK, parts)])
+
+
+def plan_from_counts(expert_TK: Tensor, counts_RPN: Tensor, rank: int) -> LayerPlan:
     """Plan once the counts of every rank are known.
 
-    expert_TK: int64 [T, K] of this rank. counts_RN: int64 [ranks, N], (token, choice) pairs of each rank by expert.
+    expert_TK: int64 [T, K] of this rank. counts_RPN: int64 [ranks, P, N], :func:`count_parts` of each rank.
     """
-    ranks = counts_RN.shape[0]
-    counts_RRE = counts_RN.view(ranks, ranks, -1)
-    counts = counts_RRE.tolist()  # [sender][receiver][receiver's expert]; on a GPU the one wait
-    send_splits = [sum(row) for row in counts[rank]]
-    recv = [counts[sender][rank] for sender in range(ranks)]
-    recv_splits = [sum(row) for row in recv]
-    expert_splits = [sum(column) for column in zip(*recv, strict=True)]
+    counts = counts_RPN.transpose(0, 1).tolist()  # on a GPU the one wait
+    parts = cut(expert_TK, len(counts))
+    return tuple(_plan(part, counts_RPN[:, p], counts[p], rank) for p, part in enumerate(parts))
+
+
+def _plan(expert_TK: Tensor, counts_RN: Tensor, counts: list[list[int]], rank: int) -> DispatchPlan:
+    """One dispatch. counts: ``counts_RN`` on the host."""
+    ranks, held = len(counts), len(counts[0]) // len(counts)
+    mine = slice(rank * held, (rank + 1) * held)
+    send_splits = [sum(counts[rank][to * held : (to + 1) * held]) for to in range(ranks)]
+    recv_splits = [sum(sender[mine]) for sender in counts]
+    sizes = [sum(column) for column in zip(*(sender[mine] for sender in counts), strict=True)]
+    received_RE = counts_RN[:, mine]
     # Negative entries sort to the front, where they are cut off.
     order = torch.argsort(expert_TK.reshape(-1), stable=True)
-    arrival = None
+    order_A = order[order.numel() - sum(send_splits) :]
+    position_TK = torch.full_like(order, -1)
+    position_TK[order_A] = torch.arange(order_A.numel(), device=order.device)
+    arrival = departure = None
     if ranks > 1:
         # Rows arrive by (sender, expert); a stable sort by expert groups them and keeps the senders in order.
-        local_expert = torch.arange(len(expert_splits), device=order.device).repeat(ranks)
-        received = counts_RRE[:, rank].reshape(-1)
-        arrived_R = torch.repeat_interleave(local_expert, received, output_size=sum(recv_splits))
+        expert_RE = torch.arange(held, device=order.device).repeat(ranks)
+        arrived_R = torch.repeat_interleave(expert_RE, received_RE.reshape(-1), output_size=sum(recv_splits))
         arrival = torch.argsort(arrived_R, stable=True)
+        departure = inverse(arrival)
     return DispatchPlan(
-        order_A=order[order.numel() - sum(send_splits) :],
+        order_A=order_A,
+        position_TK=position_TK.view_as(expert_TK),
         send_splits=send_splits,
         recv_splits=recv_splits,
         arrival_R=arrival,
-        expert_splits=expert_splits,
-        group_total=sum(sum(map(sum, sender)) for sender in counts),
+        departure_R=departure,
+        segments=Segments(sizes, received_RE.sum(0).cumsum(0, dtype=torch.int32)),
+        group_total=sum(map(sum, counts)),
     )
+
+
+def inverse(permutation: Tensor) -> Tensor:
+    """The permutation that undoes this one."""
+    out = torch.empty_like(permutation)
+    out[permutation] = torch.arange(permutation.numel(), device=permutation.device)
+    return out
 
 
 @dataclass(frozen=True)
@@ -93,7 +136,7 @@ class RoutedBatch:
 
     batch: Batch
     fixed_LTK: Tensor | None = None  # noqa: N815
-    plans: tuple[DispatchPlan, ...] | None = None
+    plans: tuple[LayerPlan, ...] | None = None
 
     def to(self, device: torch.device | str) -> RoutedBatch:
         """The same on another device, copied without waiting where memory is pinned."""
@@ -106,5 +149,5 @@ class RoutedBatch:
     def map(self, change: Callable[[Tensor], Tensor]) -> RoutedBatch:
         """The same with every tensor in it changed."""
         fixed_LTK = None if self.fixed_LTK is None else change(self.fixed_LTK)
-        plans = None if self.plans is None else tuple(plan.map(change) for plan in self.plans)
+        plans = None if self.plans is None else tuple(tuple(part.map(change) for part in layer) for layer in self.plans)
         return RoutedBatch(self.batch.map(change), fixed_LTK, plans)

@@ -74,7 +74,7 @@ class RoutingPass:
     """Travels with one forward call through the blocks: what MoE layers need in, what they report out.
 
     fixed_LTK: int64 [L, T, K], routes known beforehand; None lets each layer's learned router decide.
-    plans: one ``moe.plan.DispatchPlan`` a layer, made from those routes beforehand; None lets each layer make its own.
+    plans: one ``moe.plan.LayerPlan`` a layer, made from those routes beforehand; None lets each layer make its own.
     draw: seed of this call's random decisions (which tokens exceed capacity); equal on all ranks.
     reports: one entry a MoE layer, in the order of the layers.
     """

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stablemoe_ds.config.schema import ParallelConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.moe.plan import RoutedBatch, plan_from_counts
+from stablemoe_ds.moe.plan import RoutedBatch, count_parts, plan_from_counts
 from stablemoe_ds.moe.tensor_split import split_tokens
 from stablemoe_ds.routing.fixed import TableRouting
-from stablemoe_ds.routing.losses import count_tokens
 from stablemoe_ds.routing.routes import NOT_ROUTED
 from stablemoe_ds.routing.table import RoutingTable
 from stablemoe_ds.training.groups import Groups
@@ -41,13 +41,14 @@ class Planner:
     """
 
     def __init__(
-        self, steps: Iterator[list[Batch]], table: RoutingTable, groups: Groups, timeout_minutes: float
+        self, steps: Iterator[list[Batch]], table: RoutingTable, groups: Groups, parallel: ParallelConfig
     ) -> None:
         """Collective. ``steps``: what the loader has still to give, one list of micro-batches an update."""
         self._steps, self._groups, self._experts = steps, groups, table.experts
+        self._parts = parallel.dispatch_parts
         self._routing = TableRouting(table)
         self._tables = [_digest(layer_VK.tobytes()) for layer_VK in table.expert_LVK]
-        self._group = _expert_group_on_cpu(groups, timeout_minutes)
+        self._group = _expert_group_on_cpu(groups, parallel.timeout_minutes)
         self._ready: queue.Queue[list[RoutedBatch] | BaseException | None] = queue.Queue()
         self._state = threading.Condition()
         self._wanted, self._closing = AHEAD, False
@@ -91,13 +92,13 @@ class Planner:
         """All plans of one update with one exchange of counts."""
         routes = [self._routes(batch) for batch in batches]
         shares = [[split_tokens(layer, self._tensor_group) for layer in expert_LTK] for expert_LTK in routes]
-        counts_MLN = torch.stack([torch.stack([count_tokens(e, self._experts) for e in layers]) for layers in shares])
-        counts_RMLN = self._exchange(number, batches, counts_MLN)
+        counted = [torch.stack([count_parts(e, self._experts, self._parts) for e in layers]) for layers in shares]
+        counts_RMLPN = self._exchange(number, batches, torch.stack(counted))
         rank = dist.get_rank(self._group) if self._group is not None else 0
         pin = self._groups.world.device.type == "cuda"
         planned = []
         for m, (batch, expert_LTK) in enumerate(zip(batches, routes, strict=True)):
-            plans = [plan_from_counts(e, counts_RMLN[:, m, layer], rank) for layer, e in enumerate(shares[m])]
+            plans = [plan_from_counts(e, counts_RMLPN[:, m, layer], rank) for layer, e in enumerate(shares[m])]
             routed = RoutedBatch(batch, expert_LTK, tuple(plans))
             planned.append(routed.pin() if pin else routed)
         return planned
@@ -110,41 +111,41 @@ class Planner:
         real_T = batch.real.transpose(0, 1).flatten()
         return torch.where(real_T[None, :, None], self._routing(batch.ids), NOT_ROUTED)
 
-    def _exchange(self, number: int, batches: list[Batch], counts_MLN: Tensor) -> Tensor:
-        """Counts of every rank of the expert-parallel group, int64 [R, M, L, N].
+    def _exchange(self, number: int, batches: list[Batch], counts_MLPN: Tensor) -> Tensor:
+        """Counts of every rank of the expert-parallel group, int64 [R, M, L, P, N].
 
         With them travels what must be equal: how many updates were planned, the routing of each layer, and among
         ranks that share a batch (tensor parallelism) its ids. Raises UserError on every rank if it is not.
         """
         if self._group is None:
-            return counts_MLN[None]
+            return counts_MLPN[None]
         ids = _digest(torch.stack([batch.ids for batch in batches]).numpy().tobytes())
         head = torch.tensor([number, self._groups.data_rank, ids, *self._tables])
-        mine = torch.cat([head, counts_MLN.reshape(-1)])
+        mine = torch.cat([head, counts_MLPN.reshape(-1)])
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(parts, mine, group=self._group)
-        counts_RMLN = torch.stack([part[len(head) :].view_as(counts_MLN) for part in parts])
-        self._compare([part[: len(head)].tolist() for part in parts], counts_RMLN)
-        return counts_RMLN
+        counts_RMLPN = torch.stack([part[len(head) :].view_as(counts_MLPN) for part in parts])
+        self._compare([part[: len(head)].tolist() for part in parts], counts_RMLPN)
+        return counts_RMLPN
 
-    def _compare(self, heads: list[list[int]], counts_RMLN: Tensor) -> None:
+    def _compare(self, heads: list[list[int]], counts_RMLPN: Tensor) -> None:
         """Raise UserError unless all ranks plan the same update alike; ``heads``: what came before their counts."""
         first_of_data_rank: dict[int, tuple[int, int]] = {}
         for rank, (update, data_rank, ids, *tables) in enumerate(heads):
             if update != heads[0][0]:
-                self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_RMLN)
+                self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_RMLPN)
             for layer, (table, expected) in enumerate(zip(tables, heads[0][3:], strict=True)):
                 if table != expected:
                     what = f"route MoE layer {layer + 1} by different tables"
-                    self._refuse(0, rank, what, counts_RMLN[:, :, layer : layer + 1])
+                    self._refuse(0, rank, what, counts_RMLPN[:, :, layer : layer + 1])
             other, expected = first_of_data_rank.setdefault(data_rank, (rank, ids))
             if ids != expected:
-                self._refuse(other, rank, "should have the same batch and have not", counts_RMLN)
+                self._refuse(other, rank, "should have the same batch and have not", counts_RMLPN)
 
-    def _refuse(self, first: int, second: int, what: str, counts_RMLN: Tensor) -> None:
+    def _refuse(self, first: int, second: int, what: str, counts_RMLPN: Tensor) -> None:
         """Raise UserError naming two ranks of the group, and the rows each has to send by MoE layer."""
         names = dist.get_process_group_ranks(self._group)
-        rows = counts_RMLN.sum((1, 3)).tolist()
+        rows = counts_RMLPN.sum((1, 3, 4)).tolist()
         raise UserError(
             f"ranks {names[first]} and {names[second]} {what} ({rows[first]} and {rows[second]} rows to send): "
             "were they started with the same configuration, data and checkpoint?"

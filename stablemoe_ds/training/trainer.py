@@ -163,7 +163,7 @@ class Trainer:
         table = self._table()
         if table is None:
             return ([RoutedBatch(batch) for batch in step] for step in loader)
-        self._planner = Planner(loader, table, self.groups, self.run.parallel.timeout_minutes)
+        self._planner = Planner(loader, table, self.groups, self.run.parallel)
         self._closing.callback(self._planner.close)
         return iter(self._planner)
 

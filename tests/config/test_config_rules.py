@@ -48,6 +48,11 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
         ),
         ("moe.layers=[2,9]", "moe.layers: got [2, 9]: expected block numbers from 1 to model.layers 4", "[2]"),
         ("moe.layers=[7]", "moe.layers: got [7]:", "[4]"),
+        (
+            "moe.capacity_factor=1.0 parallel.dispatch_parts=2",
+            "parallel.dispatch_parts: got 2: with moe.capacity_factor an expert's share is of the tokens",
+            "1",
+        ),
         ("parallel.expert=3", "parallel.expert: got 3: expected a divisor of moe.experts 8", "4"),
         ("DENSE parallel.expert=2", "parallel.expert: got 2: router 'dense' has no experts to spread", "1"),
         (

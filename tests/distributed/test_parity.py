@@ -36,6 +36,7 @@ LAYOUTS: list[tuple[int, str, dict[str, Any]]] = [
     (2, "paper", {"tensor": 2, "expert": 2, "zero": 0}),
     (2, "modern", {"tensor": 2, "expert": 2, "zero": 1, "micro": 4, "recompute": True}),
     (2, "paper, shared", {"tensor": 2, "expert": 2, "zero": 1}),
+    (2, "modern", {"expert": 2, "zero": 1, "micro": 2, "recompute": True, "dispatch_parts": 2}),
     (4, "paper", {"expert": 4, "zero": 1}),
     (4, "modern", {"expert": 2, "zero": 2, "micro": 1}),
     (4, "modern", {"expert": 4, "zero": 0}),

@@ -21,7 +21,7 @@ LAYOUTS = [
     (1, {"expert": 1}),
     (2, {"expert": 2}),
     (2, {"tensor": 2, "expert": 2}),
-    (4, {"expert": 2}),
+    (4, {"expert": 2, "dispatch_parts": 3}),
     (4, {"tensor": 2, "expert": 4}),
 ]
 UPDATES = 5
@@ -30,6 +30,10 @@ UPDATES = 5
 def updates(rank: int, ranks: int) -> list[list[Batch]]:
     """Two micro-batches an update; more updates than are planned ahead."""
     return [[share(batch(10 * update + micro), rank, ranks) for micro in range(2)] for update in range(UPDATES)]
+
+
+def facts(plan: Any) -> dict[str, Any]:
+    return vars(plan) | {"segments": list(plan.segments), "ends": plan.segments.ends_E}
 
 
 def plans_beside_those_of_the_step(run: RunConfig) -> list[tuple[Any, Any]]:
@@ -42,13 +46,13 @@ def plans_beside_those_of_the_step(run: RunConfig) -> list[tuple[Any, Any]]:
     with engine_of(run) as engine:
         groups, layers = engine.groups, engine.model.moe_layers
         table = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2)).table
-        planner = Planner(iter(updates(groups.data_rank, groups.data_size)), table, groups, 1.0)
+        planner = Planner(iter(updates(groups.data_rank, groups.data_size)), table, groups, run.parallel)
         for step in planner:
             for micro in step:
                 for layer, expert_TK, plan in zip(layers, micro.fixed_LTK, micro.plans, strict=True):
                     expert_TK = split_tokens(expert_TK, groups.placement.tensor_group)
-                    own = plan_dispatch(expert_TK, run.moe.experts, layer.expert_group)
-                    pairs.append((vars(plan), vars(own)))
+                    own = plan_dispatch(expert_TK, run.moe.experts, layer.expert_group, layer.parts)
+                    pairs += [(facts(part), facts(other)) for part, other in zip(plan, own, strict=True)]
         planner.close()
     return pairs
 
@@ -56,7 +60,7 @@ def plans_beside_those_of_the_step(run: RunConfig) -> list[tuple[Any, Any]]:
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=str)
 def test_plans_are_those_a_step_would_make(world: int, layout: dict[str, Any]) -> None:
     for pairs in run_distributed(world, plans_beside_those_of_the_step, run_of("modern", zero=1, micro=None, **layout)):
-        assert len(pairs) == UPDATES * 2 * 2
+        assert len(pairs) == UPDATES * 2 * 2 * layout.get("dispatch_parts", 1)
         for planned, own in pairs:
             for name, value in own.items():
                 same = torch.equal(planned[name], value) if isinstance(value, torch.Tensor) else planned[name] == value
@@ -74,7 +78,7 @@ def losses(run: RunConfig, planned: bool) -> list[float]:
         engine.freeze_distilled()
         routing = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2))
         steps = updates(groups.data_rank, groups.data_size)
-        planner = Planner(iter(steps), routing.table, groups, 1.0) if planned else None
+        planner = Planner(iter(steps), routing.table, groups, run.parallel) if planned else None
         for step in planner or ([RoutedBatch(micro) for micro in step] for step in steps):
             engine.set_learning_rate(run.optimizer.lr)
             sums = engine.accumulate(step, routing, 0, False)
@@ -105,7 +109,7 @@ def disagree(run: RunConfig, how: str) -> tuple[str, float]:
         if how == "batch" and odd:
             steps = updates(groups.data_rank, groups.data_size)[1:]
         began = time.perf_counter()
-        planner = Planner(iter(steps), RoutingTable(expert_LVK, 4, (1, 2)), groups, 1.0)
+        planner = Planner(iter(steps), RoutingTable(expert_LVK, 4, (1, 2)), groups, run.parallel)
         try:
             next(iter(planner))
         except UserError as error:
@@ -138,7 +142,7 @@ def stop_early(run: RunConfig) -> int:
     with engine_of(run) as engine:
         groups = engine.groups
         table = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2)).table
-        planner = Planner(iter(updates(groups.data_rank, groups.data_size)), table, groups, 1.0)
+        planner = Planner(iter(updates(groups.data_rank, groups.data_size)), table, groups, run.parallel)
         steps = iter(planner)
         next(steps)
         if groups.world.rank == 1:

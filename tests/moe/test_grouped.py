@@ -1,4 +1,4 @@
-"""Grouped products against one plain product an expert, forward and backward, in float64."""
+"""Sublayers of all experts, by either way, against one plain expression an expert; sums over segments."""
 
 from __future__ import annotations
 
@@ -6,103 +6,107 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from stablemoe_ds.moe.grouped import grouped_linear, grouped_scale
+from stablemoe_ds.moe.grouped import can_group, segment_sums, serve_at_once
+from stablemoe_ds.moe.loop import serve_in_turn
+from stablemoe_ds.moe.segments import Segments
 
-SPLITS = {
+SIZES = {
     "even": [2, 2, 2],
     "uneven": [1, 4, 2],
     "an idle expert": [3, 0, 2],
     "idle ends": [0, 5, 0],
-    "no rows": [0, 0, 0],
     "one expert": [4],
 }
-IN, OUT = 3, 4
+D, INNER = 8, 16
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swiglu": lambda inner: F.silu(inner[:, : inner.shape[1] // 2]) * inner[:, inner.shape[1] // 2 :],
+}
 
 
-def leaf(*shape: int, seed: int) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_()
+def inputs(sizes: list[int], activation: str, bias: bool, dtype: torch.dtype) -> list[Tensor | None]:
+    """Rows, scale, shift, W1, b1, W2, b2 as leaves, of numbers that every dtype can hold."""
+    random, experts = torch.Generator().manual_seed(1), len(sizes)
+    outer = 2 * INNER if activation == "swiglu" else INNER
+    shapes = [(sum(sizes), D), (experts, D), (experts, D), (experts, outer, D), (experts, outer)]
+    shapes += [(experts, D, INNER), (experts, D)]
+    made = [torch.randn(s, generator=random).bfloat16().to(dtype).requires_grad_() for s in shapes]
+    return made if bias else [None if i in (2, 4, 6) else tensor for i, tensor in enumerate(made)]
 
 
-def linear_loop(x: Tensor, w: Tensor, b: Tensor | None, splits: list[int]) -> Tensor:
-    rows = x.split(splits)
-    return torch.cat([rows[e] @ w[e].T + (0 if b is None else b[e]) for e in range(len(splits))])
+def plain(x, scale, shift, w1, b1, w2, b2, activation: str, segments: Segments) -> Tensor:
+    parts = []
+    for e, rows in enumerate(x.split(list(segments.sizes))):
+        scaled = rows * scale[e] + (0 if shift is None else shift[e])
+        inner = ACTIVATIONS[activation](scaled @ w1[e].T + (0 if b1 is None else b1[e]))
+        parts.append(inner @ w2[e].T + (0 if b2 is None else b2[e]))
+    return torch.cat(parts)
 
 
-def scale_loop(x: Tensor, w: Tensor, b: Tensor | None, splits: list[int]) -> Tensor:
-    rows = x.split(splits)
-    return torch.cat([rows[e] * w[e] + (0 if b is None else b[e]) for e in range(len(splits))])
+def outcome(serve: Callable[..., Tensor], sizes: list[int], activation: str, bias: bool, dtype: torch.dtype):
+    """What comes out, and every gradient."""
+    made = inputs(sizes, activation, bias, dtype)
+    out = serve(*made, activation, Segments.of(sizes))
+    # Uneven and not contiguous, as gradients that come from a slice or a transpose are.
+    upstream = torch.arange(2.0 * out.numel(), dtype=torch.float64).view(-1, 2)[:, 0].view(out.shape).sin()
+    (out * upstream.to(dtype)).sum().backward()
+    return [out, *(tensor.grad for tensor in made if tensor is not None)]
 
 
-@pytest.mark.parametrize("splits", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
-    ("fast", "slow", "shape"),
-    [(grouped_linear, linear_loop, (OUT, IN)), (grouped_scale, scale_loop, (IN,))],
-    ids=["linear", "scale"],
+    ("serve", "dtype", "close"),
+    [
+        (serve_in_turn, torch.float64, 1e-12),
+        (serve_at_once, torch.float32, 1e-5),
+        (serve_at_once, torch.bfloat16, 5e-2),
+        (serve_in_turn, torch.bfloat16, 5e-2),
+    ],
+    ids=["loop fp64", "grouped fp32", "grouped bf16", "loop bf16"],
 )
-class TestGrouped:
-    def inputs(self, splits: list[int], bias: bool, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-        experts = len(splits)
-        x, w = leaf(sum(splits), IN, seed=1), leaf(experts, *shape, seed=2)
-        return x, w, leaf(experts, shape[0], seed=3) if bias else None
-
-    def test_equals_a_loop(
-        self,
-        fast: Callable[..., Tensor],
-        slow: Callable[..., Tensor],
-        shape: tuple[int, ...],
-        bias: bool,
-        splits: list[int],
-    ) -> None:
-        sides = []
-        for function in (fast, slow):
-            x, w, b = self.inputs(splits, bias, shape)
-            out = function(x, w, b, splits)
-            # Uneven and not contiguous, as gradients that come from a slice or a transpose are.
-            upstream = torch.arange(2.0 * out.numel(), dtype=torch.float64).view(-1, 2)[:, 0].view(out.shape).sin()
-            (out * upstream).sum().backward()
-            sides.append((out, x.grad, *(p.grad for p in (w, b) if p is not None)))
-        for got, wanted in zip(*sides, strict=True):
-            torch.testing.assert_close(got, wanted)
-
-    def test_gradcheck(
-        self,
-        fast: Callable[..., Tensor],
-        slow: Callable[..., Tensor],
-        shape: tuple[int, ...],
-        bias: bool,
-        splits: list[int],
-    ) -> None:
-        if sum(splits) == 0:
-            x, w, b = self.inputs(splits, bias, shape)
-            fast(x, w, b, splits).sum().backward()
-            assert all(p.grad is not None and not p.grad.any() for p in (w, b) if p is not None)
-        else:
-            assert torch.autograd.gradcheck(lambda *args: fast(*args, splits), self.inputs(splits, bias, shape))
+def test_outputs_and_gradients_are_those_of_plain_experts(serve, dtype, close, activation, bias, sizes):
+    pairs = zip(
+        outcome(serve, sizes, activation, bias, dtype),
+        outcome(plain, sizes, activation, bias, torch.float64),
+        strict=True,
+    )
+    for got, wanted in pairs:
+        assert got.dtype == dtype
+        assert (got.double() - wanted).norm() <= close * wanted.norm()
 
 
 def test_an_idle_expert_gets_a_gradient_of_zero():
     """A gradient on every rank in every step: ZeRO waits for ever for one that never comes."""
-    x, w, b = leaf(3, IN, seed=1), leaf(2, OUT, IN, seed=2), leaf(2, OUT, seed=3)
-    grouped_linear(x, w, b, [3, 0]).sum().backward()
-    assert not w.grad[1].any()
-    assert not b.grad[1].any()
-    assert w.grad[0].any()
+    for serve in (serve_in_turn, serve_at_once):
+        made = inputs([3, 0], "relu", True, torch.float32)
+        serve(*made, "relu", Segments.of([3, 0])).sum().backward()
+        assert all(not tensor.grad[1].any() for tensor in made[1:])
+        assert made[5].grad[0].any()
 
 
-def test_input_without_gradient():
-    x, w = leaf(3, IN, seed=1).detach(), leaf(2, OUT, IN, seed=2)
-    grouped_linear(x, w, None, [1, 2]).sum().backward()
-    torch.testing.assert_close(w.grad[0], x[:1].sum(0).expand(OUT, IN))
+def test_no_rows_at_all():
+    made = inputs([0, 0], "gelu", True, torch.float32)
+    serve_in_turn(*made, "gelu", Segments.of([0, 0])).sum().backward()
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in made)
 
 
-def test_bf16_rows_are_the_product_of_their_expert():
-    x, w, b = (t.detach().bfloat16() for t in (leaf(6, IN, seed=1), leaf(3, OUT, IN, seed=2), leaf(3, OUT, seed=3)))
-    got = grouped_linear(x, w, b, [1, 3, 2])
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        got.double(), linear_loop(x.double(), w.double(), b.double(), [1, 3, 2]), rtol=2e-2, atol=2e-2
-    )
+def test_grouping_is_for_the_gpu():
+    made = inputs([2, 2], "relu", True, torch.bfloat16)
+    assert not can_group(made[0], made[3])
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_segments(sizes):
+    segments = Segments.of(sizes)
+    owners = [e for e, size in enumerate(sizes) for _ in range(size)]
+    assert segments.owners().tolist() == owners
+    assert [e for e, rows in segments for _ in range(rows.start, rows.stop)] == owners
+    rows = torch.randn(sum(sizes), 16)
+    wanted = torch.stack([part.sum(0) for part in rows.split(sizes)])
+    torch.testing.assert_close(segment_sums(rows, segments.ends_E), wanted)

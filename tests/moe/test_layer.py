@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stablemoe_ds.moe.experts import ExpertShape
+from stablemoe_ds.moe.segments import Segments
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.routes import RoutingPass, TokenView
 from stablemoe_ds.routing.stablemoe import StableMoERouter
@@ -18,7 +19,9 @@ S, B, D, N, VOCAB = 6, 4, 8, 4, 20
 SHAPE = ExpertShape(D, 12, 2, "relu", "layernorm", 1e-5, True)
 
 
-def make(top_k: int = 1, shared: bool = False, capacity: float | None = None, fresh: bool = False) -> Any:
+def make(
+    top_k: int = 1, shared: bool = False, capacity: float | None = None, fresh: bool = False, parts: int = 1
+) -> Any:
     from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
 
     torch.manual_seed(3)
@@ -26,7 +29,7 @@ def make(top_k: int = 1, shared: bool = False, capacity: float | None = None, fr
     router = StableMoERouter(D, N, top_k, False, distilled)
     placement = LayerPlacement(1, 0, None, lambda counts: counts)
     beside = ExpertShape(D, 24, 2, "relu", "layernorm", 1e-5, True) if shared else None
-    layer = MoELayer(router, SHAPE, placement, block=2, index=0, shared=beside, capacity_factor=capacity)
+    layer = MoELayer(router, SHAPE, placement, block=2, index=0, shared=beside, capacity_factor=capacity, parts=parts)
     for name, parameter in layer.named_parameters():
         if not (fresh and name.endswith(("w2", "b2"))):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -44,22 +47,23 @@ def dense_reference(layer: Any, hidden_SBD: Tensor, real_T: Tensor, chosen: list
     """Every expert serves every token; a mask then keeps what was chosen."""
     hidden_TD = hidden_SBD.reshape(-1, D)
     scores_TN = hidden_TD @ layer.router.centroids.T
-    stacks = torch.stack([layer.experts(hidden_TD, [len(hidden_TD) * (e == i) for e in range(N)]) for i in range(N)])
+    alone = [Segments.of([len(hidden_TD) * (e == i) for e in range(N)]) for i in range(N)]
+    stacks = torch.stack([layer.experts(hidden_TD, segments) for segments in alone])
     keep_TN = torch.zeros(S * B, N)
     for t in range(S * B):
         best = chosen[t] if chosen else scores_TN[t].argsort(descending=True)[: layer.router.top_k]
         keep_TN[t, best] = float(real_T[t])
     out = hidden_TD + torch.einsum("tn,tn,ntd->td", keep_TN, scores_TN.sigmoid(), stacks)
     if layer.shared is not None:
-        out = out + layer.shared(hidden_TD, [len(hidden_TD)])
+        out = out + layer.shared(hidden_TD, Segments.of([len(hidden_TD)]))
     return out.view_as(hidden_SBD)
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["learned", "known"])
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_output_and_gradients_equal_the_dense_reference(top_k, shared, fixed):
-    layer, (hidden, tokens) = make(top_k, shared), inputs()
+@pytest.mark.parametrize(("top_k", "parts"), [(1, 1), (2, 1), (4, 1), (2, 3)])
+def test_output_and_gradients_equal_the_dense_reference(top_k, parts, shared, fixed):
+    layer, (hidden, tokens) = make(top_k, shared, parts=parts), inputs()
     routes = torch.rand(S * B, N, generator=torch.Generator().manual_seed(6)).argsort(1)[:, :top_k]
     weight = torch.linspace(-1, 1, D)
     sides = []
@@ -104,7 +108,7 @@ def test_padding_passes_unchanged_but_for_the_shared_expert():
         pads = ~tokens.real_T
         wanted = hidden.view(-1, D)[pads]
         if shared:
-            wanted = wanted + layer.shared(wanted, [int(pads.sum())])
+            wanted = wanted + layer.shared(wanted, Segments.of([int(pads.sum())]))
         assert torch.equal(out.view(-1, D)[pads], wanted)
         assert not torch.equal(out.view(-1, D)[~pads], hidden.view(-1, D)[~pads])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stablemoe_ds.moe.dispatch import combine, inverse, return_tokens, send_tokens
-from stablemoe_ds.moe.plan import plan_dispatch
+from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
+from stablemoe_ds.moe.plan import inverse, plan_dispatch
 
 CASES = [
     (seed, tokens, experts, top_k)
@@ -28,10 +28,10 @@ def routes(seed: int, tokens: int, experts: int, top_k: int) -> torch.Tensor:
 @pytest.mark.parametrize(("seed", "tokens", "experts", "top_k"), CASES)
 def test_plan_of_a_single_rank(seed, tokens, experts, top_k):
     expert_TK = routes(seed, tokens, experts, top_k)
-    plan = plan_dispatch(expert_TK, experts, None)
+    (plan,) = plan_dispatch(expert_TK, experts, None)
     pairs = [(e, t, k) for t, row in enumerate(expert_TK.tolist()) for k, e in enumerate(row) if e >= 0]
     assert plan.order_A.tolist() == [t * top_k + k for _, t, k in sorted(pairs)]
-    assert plan.expert_splits == [sum(e == i for e, _, _ in pairs) for i in range(experts)]
+    assert plan.segments.sizes == [sum(e == i for e, _, _ in pairs) for i in range(experts)]
     assert plan.send_splits == plan.recv_splits == [len(pairs)]
     assert plan.group_total == len(pairs)
     assert plan.arrival_R is None
@@ -40,12 +40,12 @@ def test_plan_of_a_single_rank(seed, tokens, experts, top_k):
 @pytest.mark.parametrize(("seed", "tokens", "experts", "top_k"), CASES)
 def test_sent_rows_stand_with_their_expert_and_come_back_weighted(seed, tokens, experts, top_k):
     expert_TK = routes(seed, tokens, experts, top_k)
-    plan = plan_dispatch(expert_TK, experts, None)
+    (plan,) = plan_dispatch(expert_TK, experts, None)
     hidden_TD = torch.randn(tokens, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     gate_TK = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(seed))
-    rows_RD = send_tokens(hidden_TD, plan, top_k, None)
-    owner = torch.repeat_interleave(torch.arange(experts), torch.tensor(plan.expert_splits))
-    back_AD = return_tokens(rows_RD * (owner[:, None] + 1), plan, None)  # expert e multiplies by e + 1
+    rows_RD = send_tokens(hidden_TD, plan, None).wait()
+    owner = plan.segments.owners()
+    back_AD = return_tokens(rows_RD * (owner[:, None] + 1), plan, None).wait()  # expert e multiplies by e + 1
     got = combine(back_AD, gate_TK, plan)
     wanted = torch.zeros_like(hidden_TD)
     for t in range(tokens):
@@ -53,6 +53,37 @@ def test_sent_rows_stand_with_their_expert_and_come_back_weighted(seed, tokens, 
             if e >= 0:
                 wanted[t] += gate_TK[t, k].double() * (e + 1) * hidden_TD[t]
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("seed", "tokens", "experts", "top_k"), CASES)
+def test_gradients_of_sending_and_combining_are_those_of_indexing(seed, tokens, experts, top_k):
+    expert_TK = routes(seed, tokens, experts, top_k)
+    (plan,) = plan_dispatch(expert_TK, experts, None)
+    random = torch.Generator().manual_seed(seed)
+    made = [torch.randn(tokens, 3, dtype=torch.float64, generator=random), torch.rand(tokens, top_k, generator=random)]
+    sides = []
+    for slow in (False, True):
+        hidden_TD, gate_TK = (tensor.clone().requires_grad_() for tensor in made)
+        if slow:
+            rows_AD = hidden_TD[plan.order_A // top_k].sin()
+            weighted_AD = rows_AD * gate_TK.view(-1)[plan.order_A].double()[:, None]
+            out_TD = torch.zeros_like(hidden_TD).index_add(0, plan.order_A // top_k, weighted_AD)
+        else:
+            out_TD = combine(send_tokens(hidden_TD, plan, None).wait().sin(), gate_TK, plan)
+        (out_TD * torch.arange(1.0, 4)).sum().backward()
+        sides.append((out_TD, hidden_TD.grad, gate_TK.grad))
+    for got, wanted in zip(*sides, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_are_planned_like_batches_of_their_own(parts):
+    expert_TK = routes(3, 40, 5, 2)
+    for plan, part_TK in zip(plan_dispatch(expert_TK, 5, None, parts), expert_TK.tensor_split(parts), strict=True):
+        (alone,) = plan_dispatch(part_TK, 5, None)
+        assert torch.equal(plan.order_A, alone.order_A)
+        assert torch.equal(plan.position_TK, alone.position_TK)
+        assert list(plan.segments) == list(alone.segments)
 
 
 @pytest.mark.parametrize("size", [0, 1, 9])
