@@ -125,5 +125,9 @@ def test_differences_leave_out_what_changes_nothing():
     assert list(differences(one, two.model_copy(update={"name": "other"}))) == []
     unknown = one.model_copy(update={"model": one.model.model_copy(update={"vocab_size": None})})
     assert list(differences(unknown, one)) == [], "the tokenizer fills it in"
+    switches = [small_run(DATA, Path("a"), moe={"router": r}, stages={"at_step": 3}) for r in ("switch", "stablemoe")]
+    later = [run.model_copy(update={"stages": run.stages.model_copy(update={"at_step": 4})}) for run in switches]
+    found = [[key for key, _, _ in differences(*pair)] for pair in zip(switches, later, strict=True)]
+    assert found == [[], ["stages.at_step"]], "routers of one stage do not look at it"
     other: RunConfig = small_run(DATA, Path("a"), optimizer={"lr": 0.5})
     assert list(differences(one, other)) == [("optimizer.lr", 1e-3, 0.5)]
