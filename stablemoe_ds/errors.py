@@ -14,7 +14,7 @@ class UserError(Exception):
 class RunError(Exception):
     """A run that cannot go on although its input is good: a lost peer, no memory, a broken reader.
 
-    exit_code: what the process ends with, OWN_FAULT or CLUSTER_FAULT.
+    exit_code: what the process ends with: OWN_FAULT, CLUSTER_FAULT, or BAD_INPUT if it was another rank's.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:

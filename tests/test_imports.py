@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "stablemoe_ds"
 HEIGHT = {
     "config": 0,
+    "checkpoints": 0,
     "data": 1,
     "routing": 2,
     "moe": 3,
@@ -115,7 +116,16 @@ def loaded_by(module: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["cli", "config.load", "config.rules", "config.report", "launch.doctor", "routing.table", "comparison.suite"],
+    [
+        "cli",
+        "config.load",
+        "config.rules",
+        "config.report",
+        "launch.doctor",
+        "routing.table",
+        "comparison.suite",
+        "checkpoints",
+    ],
 )
 def test_answers_without_torch(module: str) -> None:
     loaded = loaded_by(f"stablemoe_ds.{module}")

@@ -18,6 +18,7 @@ set -u
 export OMP_NUM_THREADS=8
 export PYTHONUNBUFFERED=1
 export PYTHONFAULTHANDLER=1
+export TTY_COMPATIBLE=0
 export STABLEMOE_WORLD_SIZE=16
 run_dir=runs/paper-base
 folder=runs/paper-base/launch/20260101-120000-000

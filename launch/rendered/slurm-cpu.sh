@@ -16,6 +16,7 @@ set -u
 export OMP_NUM_THREADS=4
 export PYTHONUNBUFFERED=1
 export PYTHONFAULTHANDLER=1
+export TTY_COMPATIBLE=0
 export DS_ACCELERATOR=cpu
 export CUDA_VISIBLE_DEVICES=''
 run_dir=runs/demo

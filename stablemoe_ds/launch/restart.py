@@ -7,7 +7,7 @@ prints one line with the reason and exits with 0 to start again, 1 to leave it. 
     code    meaning                                                        start again?
     0       finished, or stopped on request with a checkpoint              unless finished
     1       a fault of this process: out of memory, a broken reader        yes
-    2       bad input: configuration, data, checkpoint, launch             never
+    2       bad input of any rank: configuration, data, checkpoint         never
     3       a fault of the cluster: a peer is lost or hangs                yes
     130     interrupted from the keyboard                                  never
     other   killed by a signal, or a launcher's own code                   yes
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from stablemoe_ds.checkpoints import check_sizes, read_manifest, saved_checkpoints
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError
+
+KILLED_BY = {
+    "SIGBUS": "a mapped file was cut short, such as a corpus's .bin, or /dev/shm is full",
+    "SIGKILL": "often for want of memory",
+}
+"""What lies behind a signal that says nothing by itself."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def decide(run_dir: str | Path, exit_code: int, limit: int, world_size: int | No
             first = str(error).splitlines()[0]
             return Decision(False, f"{world_size} processes do not fit the run: {first}")
     where = f"{saved.step} of {saved.run.schedule.steps} updates are saved" if saved else "nothing is saved yet"
-    what = "stopped on request" if exit_code == FINISHED else f"ended with exit code {exit_code}"
+    what = "stopped on request" if exit_code == FINISHED else _ending(exit_code)
     if stale >= limit:
         return Decision(False, f"{what}; {where}, and {stale} attempts in a row have added none (limit {limit})")
     tries = f"; attempts without a newer checkpoint: {stale} of {limit}" if stale else ""
@@ -81,22 +87,24 @@ def decide(run_dir: str | Path, exit_code: int, limit: int, world_size: int | No
 
 def newest_saved(run_dir: str | Path) -> Saved | None:
     """The newest checkpoint of a run directory with all its files; None if there is none."""
-    return next(_complete_checkpoints(Path(run_dir) / "checkpoints"), None)
-
-
-def _complete_checkpoints(folder: Path) -> Iterator[Saved]:
-    """The one that ``latest`` names, then the others from the newest on."""
-    found = sorted(folder.glob("step-*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    if (folder / "latest").is_file():
-        latest = (folder / "latest").read_text().strip()
-        found.sort(key=lambda path: path.name != latest)
-    for path in found:
+    for path in saved_checkpoints(run_dir):
         try:
-            manifest = json.loads((path / "checkpoint.json").read_text())
-            if all((path / name).stat().st_size == size for name, size in manifest["files"].items()):
-                yield Saved(int(manifest["progress"]["step"]), RunConfig.model_validate(manifest["run"]))
-        except (OSError, ValueError, KeyError, TypeError, ValidationError):
-            continue  # not complete, which is all that matters here
+            manifest = read_manifest(path)
+            check_sizes(path, manifest)
+            return Saved(int(manifest["progress"]["step"]), RunConfig.model_validate(manifest["run"]))
+        except (UserError, ValueError, KeyError, TypeError):
+            continue  # not complete, or of another version: nothing to go on from
+    return None
+
+
+def _ending(exit_code: int) -> str:
+    """How an attempt ended: a shell's 128 + n, and Python's -n, are a signal."""
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    if number not in set(signal.Signals):
+        return f"ended with exit code {exit_code}"
+    name = signal.Signals(number).name
+    hint = f" ({KILLED_BY[name]})" if name in KILLED_BY else ""
+    return f"killed by {name}{hint}"
 
 
 def _finished(saved: Saved, run_dir: Path, exit_code: int) -> bool:

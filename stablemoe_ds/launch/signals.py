@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@contextmanager
+def handling(handler: Handler, *signals: signal.Signals) -> Iterator[None]:
+    """Let ``handler`` take these signals; those before it are back afterwards. Main thread only."""
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 class StopRequest:
@@ -14,15 +27,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
 
-    @contextmanager
-    def on(self, *signals: signal.Signals) -> Iterator[None]:
-        """Let these signals ask; the handlers before are back afterwards. Main thread only."""
-        before = {number: signal.signal(number, self._ask) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def on(self, *signals: signal.Signals) -> AbstractContextManager[None]:
+        """Let these signals ask; see :func:`handling`."""
+        return handling(self._ask, *signals)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:  # the second Ctrl-C ends the run at once

@@ -20,6 +20,7 @@ from stablemoe_ds.errors import FINISHED, INTERRUPTED, UserError
 from stablemoe_ds.launch.job import Job
 from stablemoe_ds.launch.logs import Tail, set_aside
 from stablemoe_ds.launch.restart import decide
+from stablemoe_ds.launch.signals import handling
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAVE_SECONDS, LEFTOVER_SECONDS, LOOK_SECONDS = 60.0, 5.0, 0.2
@@ -45,7 +46,7 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit status of the last attempt. If it was asked to stop: 0 if all ranks ended well, else 130."""
         attempt = 0
-        with self._taking_requests():
+        with handling(self._request, *REQUESTS):
             code = self._attempt(attempt)
             while not self.stopped and self._again(code):
                 set_aside(self.logs, attempt)
@@ -100,15 +101,6 @@ class Supervisor:
                 os.killpg(group, signal.SIGKILL)
                 return
             time.sleep(LOOK_SECONDS)
-
-    @contextmanager
-    def _taking_requests(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._request) for number in REQUESTS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _request(self, _number: int, _frame: FrameType | None) -> None:
         """First: save and stop. Second: end. Third: at once."""

@@ -18,6 +18,7 @@ def variables(cluster: ClusterConfig) -> dict[str, str]:
         "OMP_NUM_THREADS": str(cluster.threads_per_process),
         "PYTHONUNBUFFERED": "1",  # so that a log holds what was said before a rank was killed
         "PYTHONFAULTHANDLER": "1",
+        "TTY_COMPATIBLE": "0",  # mpirun gives ranks a terminal, and their logs would hold colour codes
     }
     if len(cluster.world_sizes) == 1:
         found[MEANT_SIZE] = str(cluster.world_size)

@@ -1,7 +1,7 @@
 """Checkpoints keyed by what things are: parameter name and global expert id, never rank or layout.
 
 They load into any data, expert or tensor parallel degree and any ZeRO stage; nothing in them is executed.
-:mod:`.checkpoint_files` has the files, :mod:`.saver` writes them, :mod:`.restore` brings them into a model.
+:mod:`stablemoe_ds.checkpoints` has the files, :mod:`.saver` writes them, :mod:`.restore` brings them into a model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stablemoe_ds.config.complaints import complaints
-from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.errors import UserError
-from stablemoe_ds.routing.table import RoutingTable
-from stablemoe_ds.training.checkpoint_files import (
+from stablemoe_ds.checkpoints import (
     MANIFEST,
     DamagedError,
     check_hashes,
@@ -28,6 +24,10 @@ from stablemoe_ds.training.checkpoint_files import (
     read_manifest,
     saved_checkpoints,
 )
+from stablemoe_ds.config.complaints import complaints
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.routing.table import RoutingTable
 from stablemoe_ds.training.masters import WEIGHT
 
 TABLE = "routing_table.safetensors"

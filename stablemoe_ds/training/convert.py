@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from stablemoe_ds.checkpoints import FORMAT, part_of, publish, saved_checkpoints, write_manifest
 from stablemoe_ds.config.rules import check, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.routing.table import RoutingTable
 from stablemoe_ds.training.checkpoint import Checkpoint, Progress
-from stablemoe_ds.training.checkpoint_files import FORMAT, part_of, publish, saved_checkpoints, write_manifest
 from stablemoe_ds.training.meeting import flat
 from stablemoe_ds.training.regroup import check_replication, merge, merged_table, replicate, replicated_table
 from stablemoe_ds.training.saver import write_share

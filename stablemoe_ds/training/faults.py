@@ -20,12 +20,14 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from stablemoe_ds.errors import CLUSTER_FAULT, OWN_FAULT, RunError, UserError
-from stablemoe_ds.training.checkpoint import newest_checkpoint
+from stablemoe_ds.checkpoints import newest_checkpoint
+from stablemoe_ds.errors import BAD_INPUT, CLUSTER_FAULT, OWN_FAULT, RunError, UserError
 from stablemoe_ds.training.groups import World
 
 LOST = "lost contact"
 """In the line of a rank that noticed only that others are gone."""
+REFUSED = "bad input"
+"""In the word of a rank that ends with a UserError: its peers, started again, would lose it again."""
 REPORT_SECONDS = 2.0
 """How long a rank that has lost contact waits for the others to say what happened to them."""
 NAMED_PEERS = 4
@@ -63,19 +65,26 @@ def naming_faults(world: World, run_dir: str, place: Place) -> Iterator[None]:
     except UserError as error:
         line = _last_line(error) if _WORKER in str(error) else str(error)  # a reader's comes wrapped in a traceback
         if world.size > 1:  # alone there is nobody to read it, and bad input is refused before anything is written
-            _leave_word(mine, f"rank {world.rank} {place}: {line}", error)
+            _leave_word(mine, f"rank {world.rank} {place}: {REFUSED}: {line}", error)
         raise UserError(line) from error
     except Exception as error:
         what, code = _describe(error)
         line = f"rank {world.rank} {place}: {what}"
         story = _leave_word(mine, line, error)
         if what.startswith(LOST):
-            line += f"; {_others(folder, world)}"
+            others = _others(folder, world)
+            line += f"; {others}"
+            code = BAD_INPUT if f": {REFUSED}: " in others else code
         if os.environ.get("STABLEMOE_TRACEBACK") == "1" or what.startswith("error in "):
             print(story, file=sys.stderr, flush=True)
-        newest = newest_checkpoint(run_dir)
-        goes_on = f"goes on after {newest.name}" if newest else "begins anew, nothing is saved yet"
-        raise RunError(f"{line}. Started again, the run {goes_on}. Details: {mine}", code) from error
+        raise RunError(f"{line}. Started again, the run {_outlook(run_dir, code)}. Details: {mine}", code) from error
+
+
+def _outlook(run_dir: str, code: int) -> str:
+    if code == BAD_INPUT:
+        return "fails in the same way"
+    newest = newest_checkpoint(run_dir)
+    return f"goes on after {newest.name}" if newest else "begins anew, nothing is saved yet"
 
 
 def _leave_word(file: Path, line: str, error: Exception) -> str:

@@ -7,6 +7,7 @@ ZeRO 1 and 2 flatten each parameter group and give every data rank one partition
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,23 +17,37 @@ from torch import Tensor, nn
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """The part of a parameter, flattened, whose fp32 state this rank holds.
+
+    held: what Adam works on, a partition of ZeRO's or at ZeRO 0 the parameter itself. at: where the part begins in
+    it. start: where it begins in the parameter. numel: how long it is.
+    """
+
+    held: Tensor
+    at: int
+    start: int
+    numel: int
+
+
 class Masters:
     """Reads and writes fp32 state as tensors shaped like the local parameters."""
 
     def __init__(self, engine: Any) -> None:
         """``engine``: a DeepSpeed engine at ZeRO stage 0, 1 or 2."""
         self._sharded = engine.zero_optimization()
-        self._wrapper = engine.optimizer
-        self._adam: torch.optim.Optimizer = engine.optimizer.optimizer if self._sharded else engine.optimizer
+        wrapper = engine.optimizer
+        self._adam: torch.optim.Optimizer = wrapper.optimizer if self._sharded else wrapper
         # The bf16 optimizer of ZeRO 1 names its partitions differently from the common one.
-        flats = getattr(self._wrapper, "single_partition_of_fp32_groups", None)
-        self._flats: list[Tensor] = flats or getattr(self._wrapper, "fp32_groups_flat_partition", [])
+        flats = getattr(wrapper, "single_partition_of_fp32_groups", None)
+        self._flats: list[Tensor] = flats or getattr(wrapper, "fp32_groups_flat_partition", [])
         self._holders: dict[nn.Parameter, list[int]] = {}
 
     def find_holders(self, parameters: Iterable[nn.Parameter]) -> None:
         """Learn which ranks ZeRO has given a part of each parameter to. Collective, once; for :meth:`holders`."""
         known = list(parameters)
-        mine = [self._sharded and vars(p)["_hp_mapping"] is not None for p in known]
+        mine = [self._sharded and self.stretch(p) is not None for p in known]
         everyone: list[Any] = [mine]
         if self._sharded and dist.get_world_size() > 1:
             everyone = [None] * dist.get_world_size()
@@ -45,36 +60,42 @@ class Masters:
         """Its replicas, by rank in their group, that hold a part of its fp32 state; none at ZeRO 0: all hold all."""
         return self._holders[parameter]
 
-    def view(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """As :meth:`read`, but local and not a copy where it need not be: for a rank that holds all of it."""
+    def stretch(self, parameter: nn.Parameter) -> Stretch | None:
+        """Where this rank keeps the parameter's fp32 state; None if it has no part of it."""
         if not self._sharded:
-            if key == WEIGHT:
-                return parameter.detach().float()
-            state = self._adam.state.get(parameter, {})
-            return state[key] if key in state else torch.zeros_like(parameter, dtype=torch.float32)
-        stretch = self._stretch(parameter, key)
-        if stretch is None or stretch[1].numel() != parameter.numel():
+            return Stretch(parameter, 0, 0, parameter.numel())
+        mapping = vars(parameter)["_hp_mapping"]
+        if mapping is None:
+            return None
+        place = mapping.hp_fragment_address
+        flat = self._flats[mapping.param_group_index]
+        return Stretch(flat, place.start, mapping.lp_fragment_address.start, place.numel)
+
+    def live(self, held: Tensor, key: str) -> Tensor:
+        """float32 [its length]: the weights or a moment of what Adam works on; a view, once Adam has begun."""
+        source = held.detach() if key == WEIGHT else self._adam.state.get(held, {}).get(key)
+        return torch.zeros(held.numel(), device=held.device) if source is None else source.view(-1)
+
+    def view(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """As :meth:`read`, but local and not a copy. Raises ValueError if this rank does not hold all of it."""
+        stretch = self.stretch(parameter)
+        if stretch is None or stretch.numel != parameter.numel():
             raise ValueError("this rank does not hold the whole parameter")
-        return stretch[1].view_as(parameter)
+        return self._part(stretch, key).view_as(parameter)
 
     @property
     def steps(self) -> int:
         """Updates Adam has made."""
-        states = [state for state in self._adam.state.values() if "step" in state]
-        return int(states[0]["step"]) if states else 0
+        return next((int(state["step"]) for state in self._adam.state.values() if "step" in state), 0)
 
     def read(self, parameter: nn.Parameter, key: str) -> Tensor:
         """fp32 tensor shaped like ``parameter``: its master weight or a moment. Collective over its replicas."""
-        if not self._sharded:
-            return self.view(parameter, key).clone()
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        stretch = self._stretch(parameter, key)
+        stretch = self.stretch(parameter)
         if stretch is not None:
-            start, values = stretch
-            whole[start : start + values.numel()] = values
-        replicas = vars(parameter)["_dp_group"]
-        if dist.get_world_size(replicas) > 1:
-            dist.all_reduce(whole, group=replicas)
+            whole[stretch.start : stretch.start + stretch.numel] = self._part(stretch, key)
+        if self._sharded and dist.get_world_size(vars(parameter)["_dp_group"]) > 1:
+            dist.all_reduce(whole, group=vars(parameter)["_dp_group"])
         return whole.view_as(parameter)
 
     @torch.no_grad()
@@ -82,14 +103,9 @@ class Masters:
         """Set a master weight (and the parameter made from it) or a moment. Local; call after :meth:`prepare`."""
         if key == WEIGHT:
             parameter.copy_(value)
-        if not self._sharded:
-            if key != WEIGHT:
-                self._adam.state[parameter][key].copy_(value)
-            return
-        stretch = self._stretch(parameter, key)
+        stretch = self.stretch(parameter)
         if stretch is not None:
-            start, values = stretch
-            values.copy_(value.reshape(-1)[start : start + values.numel()])
+            self._part(stretch, key).copy_(value.reshape(-1)[stretch.start : stretch.start + stretch.numel])
 
     def prepare(self, parameters: Iterable[nn.Parameter], steps: int) -> None:
         """Make Adam's state as it is after ``steps`` updates, with moments still zero."""
@@ -99,14 +115,5 @@ class Masters:
                 **{key: torch.zeros_like(tensor, dtype=torch.float32) for key in MOMENTS},
             }
 
-    def _stretch(self, parameter: nn.Parameter, key: str) -> tuple[int, Tensor] | None:
-        """Where in the flattened parameter this rank's part begins, and a view of it; None if it has no part."""
-        mapping = vars(parameter)["_hp_mapping"]
-        if mapping is None:
-            return None
-        flat = self._flats[mapping.param_group_index]
-        source = flat.detach() if key == WEIGHT else self._adam.state.get(flat, {}).get(key)
-        if source is None:
-            source = torch.zeros_like(flat)
-        place = mapping.hp_fragment_address
-        return mapping.lp_fragment_address.start, source.narrow(0, place.start, place.numel)
+    def _part(self, stretch: Stretch, key: str) -> Tensor:
+        return self.live(stretch.held, key)[stretch.at : stretch.at + stretch.numel]

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stablemoe_ds.checkpoints import DamagedError, check_hashes, saved_checkpoints
 from stablemoe_ds.config.schema import CheckpointConfig
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.model.layout import pieces
 from stablemoe_ds.training.checkpoint import Checkpoint
-from stablemoe_ds.training.checkpoint_files import DamagedError, check_hashes, saved_checkpoints
 from stablemoe_ds.training.engine import Engine
 from stablemoe_ds.training.groups import Groups
 from stablemoe_ds.training.masters import MOMENTS, WEIGHT, Masters

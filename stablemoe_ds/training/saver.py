@@ -26,10 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stablemoe_ds.files import follow_umask
-from stablemoe_ds.routing.table import RoutingTable
-from stablemoe_ds.training.checkpoint import TABLE, Progress, moments_file, weights_file
-from stablemoe_ds.training.checkpoint_files import (
+from stablemoe_ds.checkpoints import (
     FORMAT,
     flush,
     part_of,
@@ -38,6 +35,9 @@ from stablemoe_ds.training.checkpoint_files import (
     write_at_once,
     write_manifest,
 )
+from stablemoe_ds.files import follow_umask
+from stablemoe_ds.routing.table import RoutingTable
+from stablemoe_ds.training.checkpoint import TABLE, Progress, moments_file, weights_file
 from stablemoe_ds.training.engine import Engine
 from stablemoe_ds.training.snapshot import Snapshot
 
@@ -70,10 +70,19 @@ class Saver:
     """One process's part in saving. At most one checkpoint is being written at a time."""
 
     def __init__(self, engine: Engine, tokenizer: str, tell: Callable[[Saved], None]) -> None:
-        """tokenizer: fingerprint for the manifest. tell: called with each outcome, in the thread that calls us."""
-        self._engine, self._world, self._tokenizer, self._tell = engine, engine.groups.world, tokenizer, tell
+        """Set host memory aside. Collective.
+
+        tokenizer: fingerprint for the manifest. tell: called with each outcome, in the thread that calls us.
+        """
+        self._engine, self._world, self._tell = engine, engine.groups.world, tell
         self._run_dir = Path(engine.run.directory)
         self._snapshot = Snapshot(engine)
+        self._described = {
+            "format": FORMAT,
+            "tokenizer": tokenizer,
+            "vocab_size": engine.model.vocab_size,
+            "run": engine.run.model_dump(mode="json"),
+        }
         # One thread for all saves: an update would have to wait for a new one to be scheduled.
         self._writer = ThreadPoolExecutor(1, "saver")
         self._pending: Future[Saved] | None = None
@@ -127,9 +136,7 @@ class Saver:
         obstacle = None
         if self._world.is_main:
             try:
-                if part.exists():
-                    shutil.rmtree(part)
-                part.mkdir(parents=True)
+                _make_anew(part)
             except OSError as error:
                 obstacle = error
         return self._from_main(obstacle)
@@ -142,16 +149,11 @@ class Saver:
         return box[0]
 
     def _manifest(self, progress: Progress) -> dict[str, Any]:
-        engine = self._engine
-        fp16 = engine.run.precision.dtype == "fp16"
-        return {
-            "format": FORMAT,
+        fp16 = self._engine.run.precision.dtype == "fp16"
+        return self._described | {
             "progress": asdict(progress),
             "optimizer_steps": self._snapshot.optimizer_steps,
-            "loss_scale": float(engine.optimizer.loss_scaler.cur_scale) if fp16 else None,
-            "tokenizer": self._tokenizer,
-            "vocab_size": engine.model.vocab_size,
-            "run": engine.run.model_dump(mode="json"),
+            "loss_scale": float(self._engine.optimizer.loss_scaler.cur_scale) if fp16 else None,
         }
 
     def _work(self, job: _Job) -> Saved:
@@ -234,6 +236,17 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         number = re.search(r"\(os error (\d+)\)", str(error))
         reason = str(error).split("I/O error: ")[-1].partition(" (os error")[0]
         raise OSError(int(number[1]) if number else 0, reason, str(path)) from error
+
+
+def _make_anew(folder: Path) -> None:
+    """An empty folder, whatever an earlier attempt has left there."""
+    try:
+        folder.mkdir()
+    except FileNotFoundError:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        shutil.rmtree(folder)
+        folder.mkdir()
 
 
 def _receipt(rank: int) -> str:

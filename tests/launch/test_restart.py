@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from stablemoe_ds.checkpoints import FORMAT, write_manifest
 from stablemoe_ds.launch.restart import decide, newest_saved
 from tests.tiny import tiny_run
 
@@ -22,11 +22,12 @@ def save(run_dir: Path, step: int) -> Path:
     (folder / "weights-0000.safetensors").write_bytes(b"12345678")
     run = tiny_run(schedule={"steps": STEPS, "tokens_per_step": 64}, stages={"at_step": 4})
     manifest = {
+        "format": FORMAT,
         "files": {"weights-0000.safetensors": 8},
         "progress": {"step": step},
         "run": run.model_dump(mode="json"),
     }
-    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     (run_dir / "checkpoints" / "latest").write_text(folder.name)
     return folder
 
@@ -83,6 +84,29 @@ def test_falling_back_to_an_older_checkpoint_is_no_progress(tmp_path: Path) -> N
     assert not decide(tmp_path, 137, limit=1).again
 
 
+def test_a_checkpoint_that_waits_for_its_successor_counts(tmp_path: Path) -> None:
+    """As a run leaves it that is killed while it writes a step again."""
+    folder = save(tmp_path, 10)
+    folder.rename(folder.with_name(f".{folder.name}.old"))
+    saved = newest_saved(tmp_path)
+    assert saved is not None
+    assert saved.step == 10
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (3, "ended with exit code 3;"),
+        (143, "killed by SIGTERM;"),
+        (-9, "killed by SIGKILL (often for want of memory);"),
+        (135, "killed by SIGBUS (a mapped file was cut short"),
+        (255, "ended with exit code 255;"),
+    ],
+)
+def test_an_ending_is_put_in_words(code: int, said: str, tmp_path: Path) -> None:
+    assert decide(tmp_path, code, limit=3).reason.startswith(said)
+
+
 def test_another_world_size_must_fit_the_run(tmp_path: Path) -> None:
     save(tmp_path, 10)
     assert decide(tmp_path, 3, limit=3, world_size=2).again
@@ -101,7 +125,7 @@ def test_half_a_line_in_the_attempts_is_passed_over(tmp_path: Path) -> None:
 def test_as_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stablemoe_ds.launch.restart", str(tmp_path), "--limit", "1", "--exit-code"]
     save(tmp_path, 10)
-    for code, status, beginning in ((-9, 0, "start again: ended"), (-9, 1, "do not start again: ended")):
+    for code, status, beginning in ((-9, 0, "start again: killed"), (-9, 1, "do not start again: killed")):
         answer = subprocess.run([*command, str(code)], capture_output=True, text=True, check=False)
         assert (answer.returncode, answer.stderr) == (status, "")
         assert answer.stdout.startswith(beginning)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from stablemoe_ds.checkpoints import FORMAT, write_manifest
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.job import Job
 from stablemoe_ds.launch.supervise import Supervisor
@@ -74,8 +75,8 @@ def test_failures_are_started_again_until_the_run_is_finished(capfd: pytest.Capt
     job = job_of(FAILS_AT_FIRST, "2", "3", restarts=3)
     last = Path("ready/step-000004")
     last.mkdir(parents=True)
-    manifest = {"files": {}, "progress": {"step": 4}, "run": job.orders[0].run.model_dump(mode="json")}
-    (last / "checkpoint.json").write_text(json.dumps(manifest))
+    saved_run = job.orders[0].run.model_dump(mode="json")
+    write_manifest(last, {"format": FORMAT, "files": {}, "progress": {"step": 4}, "run": saved_run})
     assert run(job) == 0
     assert Path("count").read_text() == "3"
     said = capfd.readouterr().err

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 from tests.distributed.cases import batch
-from tests.distributed.worker import engine_of, share
+from tests.distributed.worker import engine_of, set_weights, share
 from tests.training.runs import save_here
 
 UPDATES: list[Batch] = [batch(seed) for seed in (1, 2)]
@@ -46,6 +47,13 @@ def move_here(run: RunConfig, source: Path) -> float:
         table = checkpoint.table()
         save_here(engine, checkpoint.progress, table=table)
         return _next_loss(engine, TableRouting(table) if table else None)
+
+
+def place_here(run: RunConfig, weights: dict[str, Tensor]) -> float:
+    """Put weights in place without a checkpoint, and say the loss of the third update."""
+    with engine_of(run) as engine:
+        set_weights(engine, weights)
+        return _next_loss(engine, None)
 
 
 def loss_here(run: RunConfig, source: Path) -> float:

@@ -139,8 +139,8 @@ class Kills:
 
 def kill_here(run: RunConfig, tries: int, seed: int) -> Kills:
     """Fork a process that saves over and over, kill it at a random moment, and see what it has left; many times."""
+    from stablemoe_ds.checkpoints import newest_checkpoint
     from stablemoe_ds.training.checkpoint import check_everything
-    from stablemoe_ds.training.checkpoint_files import newest_checkpoint
 
     kills, moments = Kills(), random.Random(seed)
     with engine_of(run) as engine:

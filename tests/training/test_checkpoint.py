@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stablemoe_ds
+from stablemoe_ds.checkpoints import publish, read_manifest, saved_checkpoints, write_manifest
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.training.checkpoint_files import publish, read_manifest, saved_checkpoints, write_manifest
+from tests.training.ranks import started
 from tests.training.runs import (
     STEPS,
     TinyData,
@@ -97,21 +98,34 @@ def test_nothing_to_open(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-def _poison(run: RunConfig, step: int) -> None:
-    """Put one NaN into the weights of a checkpoint; its size stays what it was."""
+def _poison(run: RunConfig, step: int, part: str) -> None:
+    """Put one NaN into the first weight whose name has this part; the file's size stays what it was."""
     file = checkpoint_of(run, step) / "weights-0000.safetensors"
     tensors = load_file(file)
-    tensors["embedding.word_embeddings.weight"][5, 5] = torch.nan
+    tensors[next(name for name in tensors if part in name)].view(-1)[-1] = torch.nan
     save_file(tensors, file)
 
 
 def test_nan_in_weights_stops_a_resume(finished: RunConfig, tmp_path: Path) -> None:
     run = restarted(finished, tmp_path / "run", 9)
-    _poison(run, 9)
+    _poison(run, 9, "embedding.word_embeddings")
     answer = command("train", run_file(run, tmp_path / "run.yaml"), "checkpoint.verify=size")
     assert answer.code == 2
     assert re.search(r"step-000009: embedding\S+ \(weight\) holds NaN or infinity; use an older", answer.err)
     assert len(answer.err.strip().splitlines()) == 1
+
+
+@pytest.mark.distributed
+def test_what_one_rank_refuses_no_rank_tries_again(finished: RunConfig, tmp_path: Path) -> None:
+    parallel = finished.parallel.model_copy(update={"expert": 2, "timeout_minutes": 0.2})
+    run = restarted(finished, tmp_path / "run", 9).model_copy(update={"parallel": parallel})
+    _poison(run, 9, ".experts.3.")  # read by the rank that has expert 3, alone
+    argv = ["train", run_file(run, tmp_path / "run.yaml"), "checkpoint.verify=size"]
+    with started(tmp_path, [argv, argv], {}) as ranks:
+        ranks.wait()
+        assert re.search(r"\.experts\.3\.\S+ \(weight\) holds NaN", ranks.error(1))
+        assert re.search(r"lost contact .*; the cause is: rank 1 .*: bad input: .*holds NaN", ranks.error(0))
+        assert ranks.codes == [2, 2]
 
 
 def test_another_tokenizer_stops_a_resume(finished: RunConfig, tmp_path: Path) -> None:

@@ -1,4 +1,10 @@
-"""A checkpoint belongs to no layout: it moves between processes, parallel degrees, ZeRO stages and precisions."""
+"""A checkpoint belongs to no layout: it moves between processes, parallel degrees, ZeRO stages and precisions.
+
+The loss after a move is held against that of the layout that saved, where both compute alike. A step in bf16 is
+another function of the same master weights than one in fp32, and one of 2 tensor ranks, which rounds partial sums to
+8 bits, than one of a single rank. There it is held against the new layout's own loss, with the saved weights put in
+place by hand.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ import pytest
 
 from tests.distributed.cases import run_of
 from tests.distributed.launch import run_distributed
-from tests.training.moves import move_here, train_here
+from tests.training.moves import move_here, place_here, train_here
 from tests.training.runs import (
     TinyData,
     checkpoint_of,
@@ -32,6 +38,8 @@ LAYOUTS: dict[str, Layout] = {
     "data 2, ZeRO 0": (2, {"zero": 0}),
     "data 2, ZeRO 2": (2, {"zero": 2}),
     "data 2, bf16, ZeRO 2": (2, {"zero": 2, "dtype": "bf16"}),
+    "expert 2, bf16, ZeRO 1": (2, {"expert": 2, "zero": 1, "dtype": "bf16"}),
+    "tensor 2, bf16, ZeRO 2": (2, {"tensor": 2, "zero": 2, "dtype": "bf16"}),
     "expert 2, ZeRO 1": (2, {"expert": 2, "zero": 1}),
     "tensor 2, ZeRO 1": (2, {"tensor": 2, "zero": 1}),
     "tensor 2, expert 2, ZeRO 2": (2, {"tensor": 2, "expert": 2, "zero": 2}),
@@ -57,6 +65,8 @@ MOVES = [
     ("data 2, tensor 2, expert 4, ZeRO 1", "1 process, ZeRO 0"),
     ("data 2, tensor 2, expert 4, ZeRO 1", "expert 2, ZeRO 1"),
     ("1 process, bf16", "data 2, bf16, ZeRO 2"),
+    ("data 2, bf16, ZeRO 2", "expert 2, bf16, ZeRO 1"),
+    ("expert 2, bf16, ZeRO 1", "tensor 2, bf16, ZeRO 2"),
     ("1 process, bf16", "1 process, ZeRO 1"),
     ("tensor 2, ZeRO 1", "1 process, bf16"),
 ]
@@ -65,8 +75,8 @@ CASES = [
     ("expert 2, ZeRO 1", "1 process, ZeRO 0", BUFFER),
     ("1 process, ZeRO 0", "tensor 2, expert 2, ZeRO 2", BUFFER),
 ]
-BF16_LOSS = 2e-2
-"""A bf16 number has 8 bits: losses of about 4 agree to two decimals."""
+EQUAL = 1e-6
+"""Losses are of about 4, so this is two units in the last place of a float32."""
 
 Trained = Callable[[str, str], tuple[Path, float]]
 
@@ -85,6 +95,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return train
 
 
+def computes_alike(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two layouts round alike but for the order of fp32 sums."""
+    if "bf16" not in (old.get("dtype"), new.get("dtype")):
+        return True
+    return all(old.get(key) == new.get(key) for key in ("dtype", "tensor"))
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("old", "new", "router"), CASES)
 def test_a_move_changes_neither_weights_nor_moments_nor_the_next_loss(
@@ -95,11 +112,12 @@ def test_a_move_changes_neither_weights_nor_moments_nor_the_next_loss(
     run = run_of(SHAPE[router], {"router": router}, **layout).model_copy(update={"run_dir": str(tmp_path)})
     losses = run_distributed(ranks, move_here, run, source)
     saved = tensors_of(source)
+    if not computes_alike(LAYOUTS[old][1], layout):
+        (loss, *_) = run_distributed(ranks, place_here, run, saved)
     assert all(value.any() for name, value in saved.items() if "exp_avg" in name and ".experts.0." in name)
     assert any("bias_N" in name and value.any() for name, value in saved.items()) == (router == BUFFER)
     assert differing(tensors_of(checkpoint_of(run, 2)), saved) == []
-    bf16 = "bf16" in (LAYOUTS[old][1].get("dtype"), layout.get("dtype"))
-    assert losses == [pytest.approx(loss, abs=BF16_LOSS if bf16 else 1e-6)] * ranks
+    assert losses == [pytest.approx(loss, abs=EQUAL)] * ranks
 
 
 @pytest.mark.distributed
