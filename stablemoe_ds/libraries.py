@@ -9,6 +9,9 @@ import warnings
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's ``mallopt``."""
+SHAPES_KEPT = 8192
+"""Matrix products that oneDNN remembers. An expert's row count changes with every batch, and a product of a new shape is
+compiled first: with oneDNN's own limit of 1024, 64 experts in bf16 compile without end, at twice the time."""
 
 
 def keep_freed_memory() -> None:
@@ -37,6 +40,7 @@ def settle_libraries() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(SHAPES_KEPT))
         keep_freed_memory()
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     # Workers of a loader and launched ranks start anew, so the module patterns are given again in each.
