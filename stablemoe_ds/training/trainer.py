@@ -252,12 +252,12 @@ class Trainer:
         if self.progress.stage == 2 or not self.schedule.due(self.progress.step, self.observer.history):
             return False
         step, moe = self.progress.step, self.run.moe
-        before = None
+        frozen, before = self.model.frozen_routing(self.token_counts, self.fingerprint), None
         if not moe.facts.fixed:
-            self._validate(self.valid)
+            self._validate(self.valid, distilled=frozen)
             before = self.observer.routing_state(step, None, record=False)
         self.engine.freeze_distilled()
-        self.routing = self.model.frozen_routing(self.token_counts, self.fingerprint)
+        self.routing = frozen
         self.progress = replace(self.progress, stage=2, switched_at=step)
         after = self.observer.routing_state(step, self.routing)
         table, least = self._table(), least_load(self.token_counts, moe.experts, moe.top_k)
@@ -271,9 +271,9 @@ class Trainer:
             return True
         switch = {"agreement": agreement, "load": load, "least_load": least, "table_sha256": sha256}
         self.observer.log("switch", step, switch)
-        frozen = f"table {table.sha256[:12]}" if table else f"{moe.distilled.kind} routers"
+        what = f"table {table.sha256[:12]}" if table else f"{moe.distilled.kind} routers"
         self.say(
-            f"stage 2 begins with update {step + 1}: routing frozen into {frozen}; agreement {agreement:.1%}, "
+            f"stage 2 begins with update {step + 1}: routing frozen into {what}; agreement {agreement:.1%}, "
             f"max/mean load {load:.2f} (token frequencies allow {least:.2f})",
             "bold green",
         )
@@ -284,10 +284,12 @@ class Trainer:
     def _table(self) -> RoutingTable | None:
         return self.routing.table if isinstance(self.routing, TableRouting) else None
 
-    def _validate(self, data: EvalSet | None, kind: Any = "valid") -> None:
-        """In stage 1 with the learned router and, if a switch is to come, with what it would freeze now."""
-        distilled = None
-        if self.progress.stage == 1 and two_stages(self.run):
+    def _validate(self, data: EvalSet | None, kind: Any = "valid", distilled: FixedRouting | None = None) -> None:
+        """In stage 1 with the learned router and, if a switch is to come, with what it would freeze now.
+
+        distilled: that, where it is made already.
+        """
+        if distilled is None and self.progress.stage == 1 and two_stages(self.run):
             distilled = self.model.frozen_routing(self.token_counts, self.fingerprint)
         self.observer.validate(self.progress.step, data, self.routing, distilled, kind)
 
