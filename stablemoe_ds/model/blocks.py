@@ -7,6 +7,7 @@ which a decoder-only model leaves free. MoE layers read routes from it and appen
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stablemoe_ds.errors import UserError
 from stablemoe_ds.moe.experts import Experts, ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.segments import Segments
@@ -29,16 +31,38 @@ def _call(recompute: bool, function: Callable[..., Any], *args: Any, **kwargs: A
     return function(*args, **kwargs)
 
 
-class DenseBlock(TransformerLayer):
-    """megatron-core's transformer layer, optionally recomputed in the backward pass."""
+_compiled_layer = torch.compile(TransformerLayer.forward)
+"""One function for all blocks: parameters are its arguments, so blocks of one shape share what was compiled."""
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+
+@cache
+def require_compiler() -> None:
+    """Raise UserError, now and not in the first update, if ``torch.compile`` does not work on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except Exception as error:  # of the compiler, of Triton, or of torch: what it is does not matter
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"parallel.compile: torch.compile does not work on this machine ({reason}). It needs a C++ compiler "
+            "(g++, or the one that CXX names), on a GPU Triton and Python's header files too; "
+            "nearest that works: parallel.compile false"
+        ) from error
+
+
+class DenseBlock(TransformerLayer):
+    """megatron-core's transformer layer, optionally compiled, and recomputed in the backward pass."""
+
+    def __init__(self, *args: Any, recompute: bool = False, compiled: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.recompute = recompute
+        self.recompute, self.compiled = recompute, compiled
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, RoutingPass | None]:
         routing = kwargs.pop("context", None)
-        output, _ = _call(self.recompute and self.training, super().forward, hidden_states, **kwargs)
+        # Not with a key-value cache: it grows with every call, and each length would be compiled anew.
+        compiled = self.compiled and kwargs.get("inference_context") is None
+        layer = _compiled_layer if compiled else TransformerLayer.forward
+        output, _ = _call(self.recompute and self.training, layer, self, hidden_states, **kwargs)
         return output, routing
 
 

@@ -24,9 +24,9 @@ from stablemoe_ds.config.costs import shared_stack
 from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import ModelConfig, RunConfig
 from stablemoe_ds.data.batch import Batch
-from stablemoe_ds.model.blocks import DenseBlock, DenseStack, MoEBlock
+from stablemoe_ds.model.blocks import DenseBlock, DenseStack, MoEBlock, require_compiler
 from stablemoe_ds.model.initialize import initialize_parameters
-from stablemoe_ds.model.parts import CachedSelfAttention, DeviceRotaryEmbedding, Norm, SdpaAttention
+from stablemoe_ds.model.parts import CachedSelfAttention, DeviceRotaryEmbedding, Norm, RowLinear, SdpaAttention
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
 from stablemoe_ds.moe.plan import LayerPlan
@@ -60,9 +60,12 @@ class StableMoEGPT(GPTModel):
     def __init__(self, run: RunConfig, vocab_size: int, placement: LayerPlacement) -> None:
         """Build on the CPU in fp32, initialised from ``run.seed`` alone: equal under every parallel layout.
 
-        Needs megatron-core's process groups (``training.groups``).
+        Needs megatron-core's process groups (``training.groups``). Raises UserError if the run is to be compiled and
+        this machine cannot.
         """
         m = run.model
+        if run.parallel.compile:
+            require_compiler()
         specs = block_specs(run, vocab_size, placement)
         config = transformer_config(run, len(specs))
         super().__init__(
@@ -196,11 +199,13 @@ def block_specs(run: RunConfig, vocab_size: int, placement: LayerPlacement) -> l
     """Layer specs of the whole stack: each transformer block, and the MoE layer after or inside it."""
     moe, recompute = run.moe, run.parallel.recompute
     dense = get_gpt_layer_local_spec(normalization="RMSNorm" if run.model.norm == "rmsnorm" else None)
-    dense.module, dense.params = DenseBlock, {**dense.params, "recompute": recompute}
+    dense.module = DenseBlock
+    dense.params = {**dense.params, "recompute": recompute, "compiled": run.parallel.compile}
     parts = dense.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     parts.self_attention.module = CachedSelfAttention
     parts.self_attention.submodules.core_attention = SdpaAttention
+    parts.self_attention.submodules.linear_proj = parts.mlp.submodules.linear_fc2 = RowLinear
     attention_only = copy.deepcopy(dense)
     attention_only.submodules.pre_mlp_layernorm = attention_only.submodules.mlp = IdentityOp
     attention_only.submodules.mlp_bda = IdentityFuncOp

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
@@ -49,6 +50,16 @@ class CachedSelfAttention(SelfAttention):
     def _allocate_memory(self, length: int, batch: int, dim: int, dtype: torch.dtype) -> Tensor:
         weight = self.linear_proj.weight
         return torch.empty(length, batch, self.num_query_groups_per_partition, dim, dtype=dtype, device=weight.device)
+
+
+class RowLinear(RowParallelLinear):
+    """megatron-core's row-parallel linear layer, computing with the tensor-parallel group it was built with.
+
+    megatron-core looks the group up anew in every call, with a warning that cuts a compiled graph in two.
+    """
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super()._forward_impl(input, weight, *args, **{**kwargs, "tp_group": self.tp_group})
 
 
 class Norm:

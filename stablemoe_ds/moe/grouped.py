@@ -16,11 +16,11 @@ ALIGNED = 8
 
 
 def can_group(x_RD: Tensor, w1_EFD: Tensor) -> bool:
-    """Whether torch has a kernel that takes these without asking the device for the sizes: bf16, Ampere or newer."""
+    """Whether torch has a kernel that takes these without asking the device for the sizes: bf16, Hopper or Blackwell."""
     rows, width = x_RD.shape
     fits = x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and rows > 0
     aligned = width % ALIGNED == 0 and w1_EFD.shape[1] % (2 * ALIGNED) == 0
-    return fits and aligned and torch.cuda.get_device_capability(x_RD.device) >= (8, 0)
+    return fits and aligned and torch.cuda.get_device_capability(x_RD.device)[0] in (9, 10)
 
 
 def segment_sums(rows_RI: Tensor, ends_E: Tensor) -> Tensor:

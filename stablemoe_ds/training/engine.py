@@ -186,6 +186,8 @@ class Engine:
         """Let routers learn what they do not learn by gradient, from what an update has seen."""
         device = self.groups.world.device
         for number, (layer, counts) in enumerate(zip(self.model.moe_layers, sums.counts_LN, strict=True)):
+            if not any(layer.router.buffers()):
+                continue  # without state there is nothing to learn; copying the counts would wait for the device
             statistic_N = torch.tensor(sums.statistics_LN[number], device=device) if sums.statistics_LN else None
             layer.router.after_update(torch.tensor(counts, dtype=torch.float32, device=device), statistic_N)
 
@@ -222,7 +224,7 @@ class Engine:
                 aux["distill"],
                 *counted,
                 sum(agree, zero) / max(1, len(agree) // len(outputs)),
-                torch.tensor(float(stop), device=counted.device),
+                torch.full((), float(stop), device=counted.device),
                 sum((layer.unserved for layer in layers), zero),
             ]
         ).double()

@@ -62,7 +62,7 @@ class Session:
 
 def for_world(run: RunConfig, world_size: int) -> RunConfig:
     """The run laid out for looking: as trained if the processes allow it, else one process's worth of parallelism."""
-    parallel = run.parallel
+    parallel = run.parallel.model_copy(update={"compile": False})  # a look is over before compiling has paid
     if world_size % parallel.tensor or world_size % parallel.expert:
         parallel = parallel.model_copy(update={"tensor": 1, "expert": 1})
     sequences = run.schedule.tokens_per_step // run.data.sequence_length

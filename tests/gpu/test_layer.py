@@ -1,0 +1,80 @@
+"""The MoE layer on the GPU against the same layer on the CPU, forward and backward, in both stages.
+
+On the CPU experts are served one after another, on a GPU in bf16 all at once where there is a kernel for it,
+so that this also compares the two ways.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stablemoe_ds.routing.routes import LayerReport, RoutingPass, TokenView
+from stablemoe_ds.training.groups import Groups
+from tests.gpu.cases import (
+    CLOSE,
+    DTYPES,
+    LENGTH,
+    SEQUENCES,
+    SHAPES,
+    assert_close,
+    build,
+    gradients,
+    some_batch,
+    table_of,
+)
+from tests.tiny import VOCAB
+
+
+def serve(
+    groups: Groups, device: str, dtype: torch.dtype, shape: str, fixed_LTK: Tensor | None, real_T: Tensor
+) -> tuple[dict[str, Tensor], LayerReport]:
+    """The first MoE layer's output and every gradient, for the same random hidden states on every device."""
+    layer = build(groups, device, dtype, **SHAPES[shape]).moe_layers[0]
+    random = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(LENGTH, SEQUENCES, 32, generator=random).to(device, dtype) for _ in range(2))
+    hidden.requires_grad_()
+    fixed = None if fixed_LTK is None else fixed_LTK.to(device)
+    tokens = TokenView(some_batch().ids.to(device), real_T.to(device))
+    out, report = layer(hidden, RoutingPass(tokens, fixed))
+    ((out * weight).sum() + sum(report.loss_sums.values())).backward()
+    assert hidden.grad is not None
+    return {"output": out.detach(), "hidden": hidden.grad, **gradients(layer)}, report
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stage", [1, 2], ids=["stage 1", "stage 2"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gpu_is_cpu(groups: Groups, shape: str, stage: int, dtype: torch.dtype) -> None:
+    batch = some_batch()
+    routing = table_of(build(groups, "cpu", torch.float32, **SHAPES[shape]))
+    fixed_LTK, real_T = routing(batch.ids) if stage == 2 else None, batch.real.t().flatten()
+    wanted, cpu = serve(groups, "cpu", dtype, shape, fixed_LTK, real_T)
+    got, gpu = serve(groups, "cuda", dtype, shape, fixed_LTK, real_T)
+    assert torch.equal(gpu.expert_TK.cpu(), cpu.expert_TK)
+    assert got["output"].dtype == dtype
+    assert got["output"].is_cuda
+    assert_close(got, wanted, CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_expert_without_tokens_gets_a_gradient_of_zero(groups: Groups, dtype: torch.dtype) -> None:
+    fixed_LTK = torch.tensor([0, 1, 3]).repeat(LENGTH * SEQUENCES)[: LENGTH * SEQUENCES].view(1, -1, 1)  # never 2
+    got, report = serve(groups, "cuda", dtype, "paper", fixed_LTK, torch.ones(LENGTH * SEQUENCES, dtype=torch.bool))
+    assert report.served_N.tolist()[2] == 0
+    experts = {name: grad for name, grad in got.items() if name.startswith("experts.")}
+    assert experts
+    for name, grad in experts.items():
+        assert not grad[2].any(), name
+        assert torch.isfinite(grad).all(), name
+        assert grad[0].any(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_but_padding(groups: Groups, dtype: torch.dtype) -> None:
+    fixed_LTK = torch.randint(4, (1, LENGTH * SEQUENCES, 1), generator=torch.Generator().manual_seed(VOCAB))
+    got, report = serve(groups, "cuda", dtype, "modern", fixed_LTK, torch.zeros(LENGTH * SEQUENCES, dtype=torch.bool))
+    assert not report.served_N.any()
+    assert all(torch.isfinite(value).all() for value in got.values())
+    assert not any(grad.any() for name, grad in got.items() if name.startswith("experts."))
