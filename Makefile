@@ -3,7 +3,7 @@
 # make test-cluster  on a cluster that it brings up: SLURM, hosts that fail; Debian and root, see tests/cluster/install.sh
 # make test-image  build the container image and let docker/smoke.sh work in it; root, buildah and mmdebstrap
 # make lint     ruff, format, mypy, and whether docs/configuration.md is what the schema says
-# make bench    time the MoE layer against the dense layer of equal FLOPs and DeepSpeed's own, and saving against torch.save
+# make bench    layer, training step, data, generation, start and saving, each against its peers (benchmarks/README.md)
 # make format   let ruff write the format
 #
 # Needs Python 3.11 or newer, nothing else: no compiler, no MPI library. The first target that runs makes .venv.
@@ -48,8 +48,9 @@ lint: install
 	  || { echo "docs/configuration.md is not current: run '$(REFERENCE) > docs/configuration.md'" >&2; exit 1; }
 
 bench: install
-	$(BIN)/python -m benchmarks.moe_layer --output benchmarks/results/moe_layer.json $(ARGS)
-	$(BIN)/python -m benchmarks.checkpoint --output benchmarks/results/checkpoint.json $(ARGS)
+	for name in moe_layer overlap step data generation startup checkpoint; do \
+	  $(BIN)/python -m benchmarks.$$name --output benchmarks/results/$$name.json $(ARGS) || exit 1; \
+	done
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,5 @@
 """How long an update waits for a checkpoint: our saver, blocking and in the background, against torch.save.
 
-    python -m benchmarks.checkpoint [--quick] [--json] [--output FILE] [--rounds N] [--folder DIR]
-
 One process, an engine with ZeRO 1. All ways run in turn, round after round, over the same 12 bytes a parameter; each
 figure is the median over rounds.
 
@@ -13,32 +11,24 @@ figure is the median over rounds.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stablemoe_ds.libraries import settle_libraries
+import torch
+from torch import Tensor
 
-settle_libraries()
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from stablemoe_ds.config.batch import batch_plan  # noqa: E402
-from stablemoe_ds.config.schema import RunConfig  # noqa: E402
-from stablemoe_ds.model.gpt import StableMoEGPT  # noqa: E402
-from stablemoe_ds.training.checkpoint import Progress  # noqa: E402
-from stablemoe_ds.training.checkpoint_files import flush  # noqa: E402
-from stablemoe_ds.training.engine import Engine  # noqa: E402
-from stablemoe_ds.training.groups import Groups, start_world, stop_world  # noqa: E402
-from stablemoe_ds.training.masters import MOMENTS, WEIGHT, Masters  # noqa: E402
-from stablemoe_ds.training.saver import Saved, Saver  # noqa: E402
+from benchmarks.common import clock, markdown, medians, parser, publish, ratios, take_turns
+from stablemoe_ds.checkpoints import flush
+from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.training.checkpoint import Progress
+from stablemoe_ds.training.engine import Engine
+from stablemoe_ds.training.groups import Groups, start_world, stop_world
+from stablemoe_ds.training.masters import MOMENTS, WEIGHT, Masters
+from stablemoe_ds.training.saver import Saved, Saver
 
 SIZES = {"small": (128, 4, 8), "large": (256, 6, 8)}
 """Hidden size, blocks, experts."""
@@ -114,9 +104,7 @@ class Ways:
         return self._now() - began
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return clock(self._device)
 
     @staticmethod
     def _refuse_failure(saved: Saved) -> None:
@@ -133,51 +121,35 @@ def measure(name: str, groups: Groups, folder: Path, rounds: int) -> dict[str, A
         "blocking": ways.blocking,
         "torch.save": ways.torch_save,
     }
-    seconds: dict[str, list[float]] = {way: [] for way in named}
-    for number in range(rounds + 1):
-        for way, save in named.items():
-            took = save()
-            if number:  # the first round allocates
-                seconds[way].append(took)
-    ratios = [a / b for a, b in zip(seconds["background"], seconds["raw copy"], strict=True)]
+    seconds = take_turns(named, rounds)
     return {
         "size": name,
         "bytes": ways.bytes,
-        "seconds": {way: statistics.median(values) for way, values in seconds.items()},
+        "seconds": medians(seconds),
         "fastest": {way: min(values) for way, values in seconds.items()},
-        "background_to_raw_copy": statistics.median(ratios),
+        "background_to_raw_copy": ratios(seconds, "raw copy")["background"],
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0]["seconds"])
-    lines = ["| model | MB | " + " | ".join(f"{name}, ms" for name in names) + " | background / raw copy |"]
-    lines.append("|---" * (len(names) + 3) + "|")
+    body = []
     for row in rows:
-        times = " | ".join(f"{1000 * row['seconds'][name]:.1f}" for name in names)
-        lines.append(f"| {row['size']} | {row['bytes'] / 1e6:.0f} | {times} | {row['background_to_raw_copy']:.2f} |")
-    return "\n".join(lines)
+        times = [f"{1000 * row['seconds'][name]:.1f}" for name in names]
+        body.append([row["size"], f"{row['bytes'] / 1e6:.0f}", *times, f"{row['background_to_raw_copy']:.2f}"])
+    return markdown(["model", "MB", *(f"{name}, ms" for name in names), "background / raw copy"], body)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the small model only")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=Path, help="write the JSON here, too")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
-    arguments = parser.parse_args()
+    options = parser(__doc__, rounds=7)
+    options.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
+    arguments = options.parse_args()
     torch.set_num_threads(1)
-    world = start_world()
-    groups = Groups(world, tensor=1, expert=1)
+    groups = Groups(start_world(), tensor=1, expert=1)
     names = ["small"] if arguments.quick else list(SIZES)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rows = [measure(name, groups, Path(folder), arguments.rounds) for name in names]
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    result = {"torch": torch.__version__, "device": device, "rows": rows}
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if arguments.json else table(rows))
+    publish(arguments, __doc__, {"rows": rows}, table(rows))
     stop_world()
 
 

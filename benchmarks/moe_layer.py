@@ -1,80 +1,61 @@
-"""The MoE layer against the dense layer of equal FLOPs and against DeepSpeed's own, forward and backward.
+"""The MoE layer, forward and backward, relative to the dense layer of equal FLOPs.
 
-    python -m benchmarks.moe_layer [--quick] [--json] [--output FILE]
+Top-1, one process, on a CPU one thread. All layers take turns, round after round; a figure is the median over rounds
+of a layer's time over the dense layer's in the same round. Before a shape is timed, our layer's outputs are held
+against each token's expert computed by itself. Stage 2 is planned beforehand, as it is in training.
 
-All layers of a shape run in turn, round after round, in one process; what is reported is the median over rounds of
-each layer's time divided by the dense layer's time in the same round, so that a machine whose speed drifts does not
-decide the comparison. Before a shape is timed, our layer is checked against each token's expert computed by itself.
+Our layer follows given routes in stage 2, uniform or as skewed as Zipf's law has token ids, and routes by itself in
+stage 1. The others route by their own gates, whose load on these random states is about uniform. BASE is one rank of
+its own layout, one expert a rank, without the exchange. DeepSpeed's einsum path has masks of [tokens, experts,
+capacity] and is left out where they are large.
+
+Peak memory is what forward and backward take beside weights and their gradients, relative to the dense layer.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from stablemoe_ds.libraries import settle_libraries
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-settle_libraries()
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from deepspeed.moe.layer import MoE  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from stablemoe_ds.moe.experts import Experts, ExpertShape  # noqa: E402
-from stablemoe_ds.moe.layer import LayerPlacement, MoELayer  # noqa: E402
-from stablemoe_ds.moe.plan import plan_dispatch  # noqa: E402
-from stablemoe_ds.routing.distilled import DistilledRouter  # noqa: E402
-from stablemoe_ds.routing.routes import RoutingPass, TokenView  # noqa: E402
-from stablemoe_ds.routing.stablemoe import StableMoERouter  # noqa: E402
-from stablemoe_ds.training.groups import Groups, start_world, stop_world  # noqa: E402
+from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
+from benchmarks.memory import peak_bytes
+from benchmarks.peers import BaseStyleLayer, DeepSpeedLayer, EinsumLayer, Ffn, MegatronLayer, Residual, Shape
+from stablemoe_ds.moe.experts import ExpertShape
+from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
+from stablemoe_ds.moe.plan import plan_dispatch
+from stablemoe_ds.routing.distilled import DistilledRouter
+from stablemoe_ds.routing.routes import RoutingPass, TokenView
+from stablemoe_ds.routing.stablemoe import StableMoERouter
+from stablemoe_ds.training.groups import Groups, start_world, stop_world
 
 VOCAB = 8192
-
-
-@dataclass(frozen=True)
-class Shape:
-    """tokens T, width d, inner width f, experts N; load: uniform, or skewed as Zipf's law has token ids."""
-
-    tokens: int
-    hidden_size: int
-    ffn_hidden_size: int
-    experts: int
-    load: str
-    dtype: str
-
-    @property
-    def name(self) -> str:
-        return f"T={self.tokens} d={self.hidden_size} N={self.experts} {self.load} {self.dtype}"
-
-
-SHAPES = [
-    Shape(tokens, d, 4 * d, experts, load, dtype)
-    for tokens, d in ((4096, 256), (4096, 512), (8192, 256))
-    for experts in (8, 32)
-    for load in ("uniform", "skewed")
-    for dtype in ("fp32", "bf16")
+CPU_SIZES = [
+    (2048, 256, 8),
+    (4096, 256, 8),
+    (4096, 256, 32),
+    (4096, 512, 8),
+    (4096, 1024, 8),
+    (8192, 256, 32),
+    (8192, 256, 128),
+    (16384, 256, 8),
+    (16384, 256, 64),
 ]
-QUICK = [shape for shape in SHAPES if shape.tokens == 4096 and shape.hidden_size == 256 and shape.experts == 8]
+GPU_SIZES = [(16384, 2048, 8), (8192, 1024, 16), (16384, 1024, 64), (32768, 2048, 16)]
+EINSUM_TOKENS = 4096
 
 
-class Ffn(nn.Module):
-    """W2 relu(W1 LN(x)): what DeepSpeed's layer is given as an expert, and the dense bound."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(shape.hidden_size)
-        self.up = nn.Linear(shape.hidden_size, shape.ffn_hidden_size)
-        self.down = nn.Linear(shape.ffn_hidden_size, shape.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(self.norm(x))))
+def shapes(quick: bool, on_gpu: bool) -> list[Shape]:
+    sizes = GPU_SIZES if on_gpu else CPU_SIZES
+    dtypes = ("bf16",) if on_gpu else ("fp32", "bf16")
+    if quick:
+        sizes = sizes[1:2]
+    return [Shape(t, d, 4 * d, n, load, k) for t, d, n in sizes for load in ("uniform", "skewed") for k in dtypes]
 
 
 def routes_of(shape: Shape, ids: Tensor) -> Tensor:
@@ -86,126 +67,141 @@ def routes_of(shape: Shape, ids: Tensor) -> Tensor:
     return table[ids.flatten()][:, None]
 
 
-def build_ours(shape: Shape, dtype: torch.dtype) -> MoELayer:
+class Ours(nn.Module):
     """Our layer in one process, its second weights drawn so that experts differ and do something."""
-    distilled = DistilledRouter("word", VOCAB, shape.experts, dim=50, layers=1, width=1, heads=1, positions=1)
-    router = StableMoERouter(shape.hidden_size, shape.experts, 1, normalize=False, distilled=distilled)
-    kind = ExpertShape(shape.hidden_size, shape.ffn_hidden_size, 1, "relu", "layernorm", 1e-5, bias=True)
-    layer = MoELayer(router, kind, LayerPlacement(1, 0, None, lambda counts: counts), block=1, index=0)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.02)
-    return layer.to(dtype).train()
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        distilled = DistilledRouter("word", VOCAB, shape.experts, dim=50, layers=1, width=1, heads=1, positions=1)
+        router = StableMoERouter(shape.hidden_size, shape.experts, 1, normalize=False, distilled=distilled)
+        kind = ExpertShape(shape.hidden_size, shape.ffn_hidden_size, 1, "relu", "layernorm", 1e-5, bias=True)
+        self.layer = MoELayer(router, kind, LayerPlacement(1, 0, None, lambda counts: counts), block=1, index=0)
+        with torch.no_grad():
+            for parameter in self.layer.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.02)
+        self.to(shape.torch_dtype)
+
+    def check(self, hidden: Tensor, expert_T: Tensor, out: Tensor) -> None:
+        """Raise unless a few tokens' outputs are h + gate * expert(h), computed token by token in fp32."""
+        w, (centroids, *_) = dict(self.layer.experts.sublayers[0].named_parameters()), self.layer.router.parameters()
+        for t in range(0, hidden.shape[0], hidden.shape[0] // 8):
+            h, e = hidden[t, 0].float(), int(expert_T[t])
+            gate = torch.sigmoid(centroids[e] @ h)
+            inner = F.layer_norm(h, h.shape) * w["norm_weight"][e].float() + w["norm_bias"][e].float()
+            inner = F.relu(w["w1"][e].float() @ inner + w["b1"][e].float())
+            wanted = h + gate * (w["w2"][e].float() @ inner + w["b2"][e].float())
+            error = (out[t, 0].float() - wanted).norm() / wanted.norm()
+            if not error < 2e-2:
+                raise AssertionError(f"token {t}: relative error {error:.3g}")
 
 
-def check(layer: MoELayer, hidden: Tensor, expert_T: Tensor, out: Tensor) -> None:
-    """Raise unless a few tokens' outputs are h + gate * expert(h), computed token by token in fp32."""
-    experts: Experts = layer.experts
-    sub = experts.sublayers[0]
-    for t in range(0, hidden.shape[0], hidden.shape[0] // 8):
-        h, e = hidden[t, 0].float(), int(expert_T[t])
-        gate = torch.sigmoid(layer.router.centroids[e] @ h)
-        inner = F.layer_norm(h, h.shape) * sub.norm_weight[e].float() + sub.norm_bias[e].float()
-        inner = F.relu(sub.w1[e].float() @ inner + sub.b1[e].float())
-        wanted = h + gate * (sub.w2[e].float() @ inner + sub.b2[e].float())
-        error = (out[t, 0].float() - wanted).norm() / wanted.norm()
-        if not error < 2e-2:
-            raise AssertionError(f"token {t}: relative error {error:.3g}")
+class Stage(nn.Module):
+    """Our layer as it runs in one of the two stages."""
+
+    def __init__(self, ours: Ours, tokens: TokenView, expert_TK: Tensor | None) -> None:
+        """expert_TK: the routes of stage 2."""
+        super().__init__()
+        self.ours, self.tokens = ours, tokens
+        self.fixed_LTK = None if expert_TK is None else expert_TK[None]
+        self.plans = None if expert_TK is None else [plan_dispatch(expert_TK, ours.layer.num_experts, None)]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out, report = self.ours.layer(hidden, RoutingPass(self.tokens, self.fixed_LTK, plans=self.plans))
+        for loss in report.loss_sums.values():
+            out = out + (loss / hidden.shape[0]).to(out.dtype)
+        return out
 
 
-def contestants(shape: Shape) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Functions from hidden states [T, 1, d] to an output of the same shape, by name; 'dense' is the bound."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[shape.dtype]
+def contestants(shape: Shape, device: torch.device) -> dict[str, nn.Module]:
+    """Layers of hidden states [T, 1, d] by name; 'dense' is the bound."""
     torch.manual_seed(0)
     rank = torch.arange(1, VOCAB + 1).float()
     ids = torch.multinomial(1 / rank, shape.tokens, replacement=True, generator=torch.Generator().manual_seed(1))[None]
-    expert_TK = routes_of(shape, ids)
-    tokens = TokenView(ids, torch.ones(shape.tokens, dtype=torch.bool))
-    ours, dense = build_ours(shape, dtype), Ffn(shape).to(dtype)
-    plan = plan_dispatch(expert_TK, shape.experts, None)
-    peers = {
-        "deepspeed dropless": MoE(shape.hidden_size, Ffn(shape), shape.experts, drop_tokens=False, use_rts=False),
-        "deepspeed capacity 2": MoE(shape.hidden_size, Ffn(shape), shape.experts, capacity_factor=2.0),
+    expert_TK = routes_of(shape, ids).to(device)
+    tokens = TokenView(ids.to(device), torch.ones(shape.tokens, dtype=torch.bool, device=device))
+    ours = Ours(shape).to(device)
+    found = {
+        "dense": Residual(Ffn(shape).to(shape.torch_dtype)),
+        "stage 2": Stage(ours, tokens, expert_TK),
+        "stage 1": Stage(ours, tokens, None),
+        "BASE": BaseStyleLayer(shape),
+        "megatron allgather": MegatronLayer(shape, "allgather"),
+        "megatron alltoall": MegatronLayer(shape, "alltoall"),
+        "deepspeed dropless": DeepSpeedLayer(shape, drop_tokens=False),
+        "deepspeed capacity 2": DeepSpeedLayer(shape, capacity_factor=2.0),
     }
-    for peer in peers.values():
-        peer.set_deepspeed_parallelism()
-        peer.to(dtype).train()
-        peer.deepspeed_moe.gate.wg.float()
-
-    def stage1(hidden: Tensor) -> Tensor:
-        out, report = ours(hidden, RoutingPass(tokens, None))
-        return out + sum(report.loss_sums.values()).to(out.dtype) / shape.tokens  # type: ignore[union-attr]
-
-    def stage2(hidden: Tensor) -> Tensor:
-        return ours(hidden, RoutingPass(tokens, expert_TK[None], plans=[plan]))[0]
-
-    def peer_of(layer: MoE) -> Callable[[Tensor], Tensor]:
-        def run(hidden: Tensor) -> Tensor:
-            out, auxiliary, _ = layer(hidden)
-            return hidden + out + auxiliary.to(out.dtype)
-
-        return run
-
-    hidden = sample(shape)
-    check(ours, hidden, expert_TK[:, 0], stage2(hidden))
-    named = {"dense": lambda hidden: hidden + dense(hidden), "stage 2": stage2, "stage 1": stage1}
-    return {**named, **{name: peer_of(layer) for name, layer in peers.items()}}
+    if shape.tokens <= EINSUM_TOKENS and shape.hidden_size <= 512:
+        found["deepspeed einsum"] = EinsumLayer(shape, drop_tokens=False)
+    found = {name: layer.to(device).train() for name, layer in found.items()}
+    hidden = sample(shape, device)
+    ours.check(hidden, expert_TK[:, 0], found["stage 2"](hidden))
+    return found
 
 
-def sample(shape: Shape) -> Tensor:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[shape.dtype]
+def sample(shape: Shape, device: torch.device) -> Tensor:
     hidden = torch.randn(shape.tokens, 1, shape.hidden_size, generator=torch.Generator().manual_seed(2))
-    return hidden.to(dtype).requires_grad_()
+    return hidden.to(device, shape.torch_dtype).requires_grad_()
 
 
-def measure(shape: Shape, rounds: int) -> dict[str, Any]:
-    """Median seconds, and median ratio to the dense layer of the same round, of each contestant."""
-    functions, hidden = contestants(shape), sample(shape)
+def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Median seconds, median ratio to the dense layer of the same round, and peak memory, of each contestant."""
+    layers, hidden = contestants(shape, device), sample(shape, device)
     weight = torch.randn_like(hidden)
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            (function(hidden) * weight).sum().backward()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-    ratios = {n: [a / b for a, b in zip(values, seconds["dense"], strict=True)] for n, values in seconds.items()}
+
+    def step(layer: nn.Module) -> None:
+        (layer(hidden) * weight).sum().backward()
+
+    def turn(layer: nn.Module) -> float:
+        took = timed(partial(step, layer), device)()
+        layer.zero_grad(set_to_none=True)  # gradients of all layers at once may not fit
+        hidden.grad = None
+        return took
+
+    seconds = take_turns({name: partial(turn, layer) for name, layer in layers.items()}, rounds)
+    memory = {}
+    for name, layer in layers.items():
+        memory[name] = peak_bytes(partial(step, layer), [*layer.parameters(), hidden], device)
+        layer.zero_grad(set_to_none=True)
     return {
         "shape": vars(shape),
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "ratio_to_dense": {name: statistics.median(values) for name, values in ratios.items()},
+        "seconds": medians(seconds),
+        "ratio_to_dense": ratios(seconds, "dense"),
+        "peak_bytes": memory,
+        "peak_to_dense": {name: size / memory["dense"] for name, size in memory.items()},
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a shape, time relative to the dense layer of equal FLOPs."""
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Time, then memory, relative to the dense layer; a row a shape."""
     names = [name for name in rows[0]["ratio_to_dense"] if name != "dense"]
-    lines = ["| shape | dense, ms | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for row in rows:
-        ratios = " | ".join(f"{row['ratio_to_dense'][name]:.2f}" for name in names)
-        lines.append(f"| {Shape(**row['shape']).name} | {1000 * row['seconds']['dense']:.0f} | {ratios} |")
-    return "\n".join(lines)
+    head = ["T", "d", "N", "load", "dtype"]
+
+    def lines(key: str, unit: Callable[[dict[str, Any]], str], digits: int) -> list[list[str]]:
+        found = []
+        for row in rows:
+            s = row["shape"]
+            first = [str(s[k]) for k in ("tokens", "hidden_size", "experts", "load", "dtype")]
+            found.append([*first, unit(row), *(f"{row[key][n]:.{digits}f}" if n in row[key] else "" for n in names)])
+        return found
+
+    time = lines("ratio_to_dense", lambda row: f"{1000 * row['seconds']['dense']:.1f}", 2)
+    memory = lines("peak_to_dense", lambda row: f"{row['peak_bytes']['dense'] / 2**20:.0f}", 2)
+    parts = ["Time:", markdown([*head, "dense, ms", *names], time)]
+    parts += ["Peak memory:", markdown([*head, "dense, MiB", *names], memory)]
+    return "\n\n".join(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one size only")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=Path, help="write the JSON here, too")
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, rounds=5).parse_args()
     torch.set_num_threads(1)
-    Groups(start_world(), tensor=1, expert=1)
+    world = start_world()
+    Groups(world, tensor=1, expert=1)
     rows = []
-    for shape in QUICK if arguments.quick else SHAPES:
-        rows.append(measure(shape, arguments.rounds))
-        if not arguments.json:
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if arguments.json else "\n" + table(rows))
+    for shape in shapes(arguments.quick, world.device.type == "cuda"):
+        rows.append(measure(shape, arguments.rounds, world.device))
+        print(tables(rows[-1:]).splitlines()[4], file=sys.stderr, flush=True)
+    publish(arguments, __doc__, {"rows": rows}, tables(rows))
     stop_world()
 
 

@@ -1,0 +1,237 @@
+"""Models that make the same update in different ways, side by side: what benchmarks.step times and counts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import clock, take_turns
+from benchmarks.corpus import Corpus
+from benchmarks.counting import Counts, counted
+from benchmarks.rates import copy_rate, least_bytes, matrix_rate
+from benchmarks.switch import switch_gpt
+from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.costs import flops_per_token, parameters
+from stablemoe_ds.config.rules import check
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.moe.plan import RoutedBatch
+from stablemoe_ds.routing.fixed import TableRouting
+from stablemoe_ds.training.data import RunData
+from stablemoe_ds.training.engine import Engine
+from stablemoe_ds.training.groups import Groups
+from stablemoe_ds.training.planner import Planner
+from stablemoe_ds.training.throughput import peak_flops
+
+COUNTED = 2
+"""Updates in which is counted instead of timed; the first of them warms up."""
+SWITCH: dict[str, dict[str, Any]] = {
+    "deepspeed capacity 1": {"capacity_factor": 1.0},
+    "deepspeed dropless": {"drop_tokens": False},
+}
+
+PAPER = {"positions": "learned", "norm": "layernorm", "activation": "relu", "bias": True}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The backbone, where its experts are, and the tokens of an update over all ranks.
+
+    micro: sequences a rank handles at once; None: its whole share.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    vocab_size: int
+    moe_layers: tuple[int, ...]
+    experts: int
+    sequence: int
+    tokens: int
+    dtype: str
+    micro: int | None = None
+
+
+QUICK = Shape(64, 2, 4, 512, (1, 2), 8, 64, 512, "fp32")
+LAPTOP = Shape(256, 4, 4, 4096, (2, 4), 8, 128, 2048, "fp32")
+# 1.4 B active of 2.4 B parameters. At 18 bytes each (bf16 weight; fp32 gradient, master weight and two moments) that is
+# 43 GB; the activations of 8 192 tokens take about 20 GB more.
+GPU = Shape(2048, 24, 16, 32768, (6, 12, 18, 24), 8, 2048, 32768, "bf16", micro=4)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a set of processes is to do."""
+
+    ranks: int
+    names: tuple[str, ...]
+    shape: Shape
+    corpus: Corpus
+    folder: str
+    rounds: int
+    port: int
+
+
+def run_of(task: Task, router: str) -> RunConfig:
+    """A run of this shape. Router dense_deeper with one expert is the dense model of equal FLOPs."""
+    s, dense = task.shape, router == "dense_deeper"
+    run = RunConfig.model_validate(
+        {
+            "run_dir": task.folder,
+            "model": {
+                **{name: vars(s)[name] for name in ("layers", "hidden_size", "heads", "vocab_size")},
+                "ffn_hidden_size": 4 * s.hidden_size,
+                **PAPER,
+            },
+            "moe": {"router": router, "layers": list(s.moe_layers), "experts": 1 if dense else s.experts},
+            "data": {"tokenizer": task.corpus.tokenizer, "train": task.corpus.prefix, "sequence_length": s.sequence},
+            "optimizer": {"lr": 1e-6},
+            "schedule": {"steps": task.rounds + 10, "tokens_per_step": s.tokens},
+            "stages": {"at_step": 1} if router == "stablemoe" else {},
+            "parallel": {"expert": 1 if dense else task.ranks, "micro_batch": s.micro},
+            "precision": {"dtype": s.dtype},
+        }
+    )
+    check(run, task.ranks)
+    return run
+
+
+class CountedPlanner(Planner):
+    """A planner that counts what its thread does for all its plans."""
+
+    def __init__(self, *args: Any) -> None:
+        self.plans, self.counts = 0, Counts()
+        super().__init__(*args)
+
+    def _plan(self, number: int, batches: list[Batch]) -> list[RoutedBatch]:
+        with counted(torch.device("cpu")) as counts:
+            planned = super()._plan(number, batches)
+        self.plans += 1
+        self.counts.collectives += counts.collectives
+        return planned
+
+
+class Contestant:
+    """One way to make the same update: an engine and what feeds it.
+
+    waited: seconds of each step in which no batch was there. losses: of each step, before its update.
+    """
+
+    def __init__(self, engine: Engine, data: RunData, table: TableRouting | None) -> None:
+        self.engine, self.data, self.table = engine, data, table
+        self.device = engine.groups.world.device
+        self.planner: Planner | None = None
+        self.waited: list[float] = []
+        self.losses: list[float] = []
+
+    def start(self, planner: type[Planner] = Planner) -> None:
+        """Begin at the first update of the data."""
+        loader, self.waited, self.losses = iter(self.data.train_loader(0)), [], []
+        self._feed: Iterator[list[RoutedBatch]] = ([RoutedBatch(batch) for batch in step] for step in loader)
+        if self.table is not None:
+            self.planner = planner(loader, self.table.table, self.engine.groups, self.engine.run.parallel)
+            self._feed = iter(self.planner)
+
+    def close(self) -> None:
+        if self.planner is not None:
+            self.planner.close()
+
+    def step(self) -> float:
+        """One update; the seconds it took on this rank, from the moment all ranks were ready."""
+        dist.barrier()
+        began = clock(self.device)
+        routed = next(self._feed)
+        self.waited.append(clock() - began)
+        self.update(routed)
+        return clock(self.device) - began
+
+    def update(self, routed: list[RoutedBatch]) -> None:
+        """What the trainer does once it has a batch."""
+        engine = self.engine
+        engine.freeze_distilled(self.table is not None)
+        engine.set_learning_rate(engine.run.optimizer.lr)
+        sums = engine.accumulate(routed, None, len(self.losses), False)
+        engine.update()
+        if engine.model.moe_layers:
+            engine.teach_routers(sums)
+        self.losses.append(sums.loss / sums.scored)
+
+    def count(self) -> dict[str, Any]:
+        """Collectives and host waits of one update, the one before having warmed up."""
+        self.start(CountedPlanner)
+        for number in range(COUNTED):
+            routed = next(self._feed)
+            with counted(self.device) if number else nullcontext(Counts()) as counts:
+                self.update(routed)
+        self.close()
+        found: dict[str, Any] = {"collectives": counts.collectives, "host_waits": counts.host_waits}
+        if isinstance(self.planner, CountedPlanner):
+            each = {kind: n / self.planner.plans for kind, n in self.planner.counts.collectives.items()}
+            found["planner_collectives"] = each
+        return found
+
+
+def build(task: Task, groups: Groups) -> dict[str, Contestant]:
+    """The contestants of a task; stages 1 and 2 share an engine, as they do in a run."""
+    engines: dict[str, Engine] = {}
+    found = {}
+    for name in task.names:
+        router = "dense_deeper" if name == "dense" else "switch" if name in SWITCH else "stablemoe"
+        run, key = run_of(task, router), name if name in SWITCH else router
+        if key not in engines:
+            if name in SWITCH:
+                model = switch_gpt(run, run_of(task, "dense_deeper"), groups, **SWITCH[name])
+            else:
+                model = StableMoEGPT(run, task.shape.vocab_size, groups.placement)
+            engines[key] = Engine(run, batch_plan(run, task.ranks), groups, model)
+        engine = engines[key]
+        table = engine.model.frozen_routing() if name == "stage 2" else None
+        data = RunData(run, engine.plan, groups, Tokenizer(task.corpus.tokenizer))
+        found[name] = Contestant(engine, data, table if isinstance(table, TableRouting) else None)
+    return found
+
+
+def measure(task: Task, groups: Groups) -> dict[str, Any]:
+    """Figures of each contestant, by name."""
+    contestants = build(task, groups)
+    found = {name: contestant.count() for name, contestant in contestants.items()}
+    for contestant in contestants.values():
+        contestant.start()
+    seconds = take_turns({name: contestant.step for name, contestant in contestants.items()}, task.rounds)
+    for contestant in contestants.values():
+        contestant.close()
+    compare_losses({name: contestant.losses for name, contestant in contestants.items()})
+    device, dtype = groups.world.device, task.shape.dtype
+    peak, _ = peak_flops(device, dtype)
+    matrix, copy = matrix_rate(device, dtype), copy_rate(device)
+    for name, contestant in contestants.items():
+        run, plan, took = contestant.engine.run, contestant.engine.plan, statistics.median(seconds[name])
+        flops = flops_per_token(run) * plan.tokens_per_step / task.ranks
+        found[name] |= {
+            "seconds": took,
+            "every_second": seconds[name],
+            "losses": contestant.losses,
+            "tokens_per_second": plan.tokens_per_step / took,
+            "waiting": sum(contestant.waited[1:]) / sum(seconds[name]),
+            "active_parameters": parameters(run).active,
+            "parameters": parameters(run).total,
+            "mfu": flops / took / peak,
+            "matrix_bound": flops / matrix,
+            "copy_bound": least_bytes(run, plan, task.ranks) / copy,
+        }
+    return found
+
+
+def compare_losses(losses: dict[str, list[float]]) -> None:
+    """Raise AssertionError unless all contestants had the same loss in every step, to 0.1 %."""
+    first, *others = losses
+    for other in others:
+        torch.testing.assert_close(torch.tensor(losses[other]), torch.tensor(losses[first]), rtol=1e-3, atol=0)

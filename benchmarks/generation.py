@@ -1,0 +1,100 @@
+"""Generation: tokens a second along frozen routes, with and without the key-value cache, beside a dense model.
+
+Prompts of 32 ids are continued, by 64 ids (8 with --quick), in one call of evaluation/generate.py, at batch 1 and 16,
+the likeliest id each time. Without the cache the whole text is read anew for each id: that is the reference, and both
+must give the same ids before anything is timed. The dense model has a feed-forward layer of equal FLOPs where the
+other has experts. One process, fp32, random weights.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.evaluation.generate import generate
+from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.training.groups import Groups, start_world, stop_world
+
+BATCHES = (1, 16)
+PROMPT = 32
+DENSE, CACHED, ANEW = "dense", "stage 2", "stage 2, no cache"
+
+
+def model_of(router: str, quick: bool, groups: Groups) -> StableMoEGPT:
+    """A model with random weights; router dense_deeper with one expert is the dense one of equal FLOPs."""
+    width, layers = (64, 2) if quick else (256, 4)
+    run = RunConfig.model_validate(
+        {
+            "model": {
+                "layers": layers,
+                "hidden_size": width,
+                "heads": 4,
+                "ffn_hidden_size": 4 * width,
+                "vocab_size": 4096,
+            },
+            "moe": {"router": router, "layers": [layers // 2, layers], "experts": 1 if router != "stablemoe" else 8},
+            "data": {"sequence_length": 256},
+            "optimizer": {"lr": 1e-3},
+            "schedule": {"steps": 1, "tokens_per_step": 256},
+        }
+    )
+    model = StableMoEGPT(run, 4096, groups.placement).to(groups.world.device).eval()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # experts start as nothing, and a model of nothing repeats itself
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.05)
+    for layer in model.moe_layers:
+        layer.set_deepspeed_parallelism()
+    return model
+
+
+def measure(batch: int, tokens: int, quick: bool, groups: Groups, rounds: int) -> dict[str, Any]:
+    """Median seconds and tokens a second of each contestant. Raises AssertionError if the cache changes an id."""
+    ours, dense = model_of("stablemoe", quick, groups), model_of("dense_deeper", quick, groups)
+    ids = torch.randint(4096, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+    routing = ours.frozen_routing()
+    calls = {
+        DENSE: partial(generate, dense, ids, None, max_new_tokens=tokens),
+        CACHED: partial(generate, ours, ids, routing, max_new_tokens=tokens),
+        ANEW: partial(generate, ours, ids, routing, max_new_tokens=tokens, use_cache=False),
+    }
+    if calls[CACHED]() != calls[ANEW]():
+        raise AssertionError("with the cache the model writes something else than without")
+    seconds = take_turns({name: timed(call, groups.world.device) for name, call in calls.items()}, rounds)
+    middle = medians(seconds)
+    return {
+        "batch": batch,
+        "new_tokens": tokens,
+        "seconds": middle,
+        "tokens_per_second": {name: batch * tokens / took for name, took in middle.items()},
+        "ratio_to_dense": ratios(seconds, DENSE),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A row a batch size: tokens/s of all sequences together, and time relative to the dense model."""
+    body = []
+    for row in rows:
+        speeds = [f"{row['tokens_per_second'][name]:,.0f}" for name in (DENSE, CACHED, ANEW)]
+        body.append([str(row["batch"]), *speeds, *(f"{row['ratio_to_dense'][name]:.2f}" for name in (CACHED, ANEW))])
+    head = ["batch", *(f"{name}, tokens/s" for name in (DENSE, CACHED, ANEW))]
+    return markdown([*head, f"{CACHED} / dense", f"{ANEW} / dense"], body)
+
+
+def main() -> None:
+    arguments = parser(__doc__, rounds=7).parse_args()
+    torch.set_num_threads(1)
+    groups = Groups(start_world(), tensor=1, expert=1)
+    tokens = 8 if arguments.quick else 64
+    rows = [measure(batch, tokens, arguments.quick, groups, arguments.rounds) for batch in BATCHES]
+    publish(arguments, __doc__, {"rows": rows}, table(rows))
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""An MoE layer over several ranks, stage 2: what it saves that tokens travel while something else is computed.
+
+Forward and backward of one layer with a shared expert, its routed experts spread over the ranks; all ways take turns.
+"in turn" waits for every exchange where it begins. "overlapped" is what runs do: the shared expert works while tokens
+travel, forwards, and the gradients' exchange likewise. "2 parts" and "4 parts" cut the tokens, so that one part travels
+while experts serve another (parallel.dispatch_parts). Ratios are to "in turn", of the same round, on rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
+from stablemoe_ds.moe.dispatch import Arriving, return_tokens, send_tokens
+from stablemoe_ds.moe.experts import ExpertShape
+from stablemoe_ds.moe.layer import MoELayer
+from stablemoe_ds.moe.plan import plan_dispatch
+from stablemoe_ds.routing.routes import RoutingPass, TokenView
+from stablemoe_ds.routing.stablemoe import StableMoERouter
+from stablemoe_ds.training.groups import Groups, start_world, stop_world
+
+EXPERTS = 8
+SIZES = [(2048, 256), (4096, 512)]
+GPU_SIZES = [(16384, 2048)]
+
+
+def at_once(carry: Callable[..., Arriving], *args: Any) -> Arriving:
+    """Wait for an exchange where it begins."""
+    return Arriving(carry(*args).wait())
+
+
+def build(groups: Groups, width: int, dtype: torch.dtype, parts: int) -> MoELayer:
+    torch.manual_seed(0)
+    expert = ExpertShape(width, 4 * width, 1, "relu", "layernorm", 1e-5, bias=True)
+    router = StableMoERouter(width, EXPERTS, 1, normalize=False)
+    layer = MoELayer(router, expert, groups.placement, block=1, index=0, shared=expert, parts=parts)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    layer.set_deepspeed_parallelism()
+    return layer.to(groups.world.device, dtype).train()
+
+
+def contestants(groups: Groups, tokens: int, width: int) -> dict[str, Callable[[], float]]:
+    device = groups.world.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    random = torch.Generator().manual_seed(groups.world.rank)
+    expert_TK = torch.randint(EXPERTS, (tokens, 1), generator=random).to(device)
+    hidden = torch.randn(tokens, 1, width, generator=random).to(device, dtype).requires_grad_()
+    view = TokenView(torch.zeros(1, tokens, dtype=torch.int64, device=device), torch.ones(tokens, device=device) > 0)
+    outputs: list[torch.Tensor] = []
+
+    def way(parts: int, waiting: bool) -> Callable[[], float]:
+        layer = build(groups, width, dtype, parts)
+        plans = [plan_dispatch(expert_TK, EXPERTS, layer.expert_group, parts)]
+
+        def go() -> torch.Tensor:
+            out, _ = layer(hidden, RoutingPass(view, expert_TK[None], plans=plans))
+            out.sum().backward()
+            return out.detach()
+
+        def run() -> float:
+            layer.zero_grad(set_to_none=True)
+            hidden.grad = None
+            dist.barrier()
+            if not waiting:
+                return timed(go, device)()
+            with (
+                mock.patch("stablemoe_ds.moe.layer.send_tokens", partial(at_once, send_tokens)),
+                mock.patch("stablemoe_ds.moe.layer.return_tokens", partial(at_once, return_tokens)),
+            ):
+                return timed(go, device)()
+
+        outputs.append(go())
+        return run
+
+    found = {"in turn": way(1, True), "overlapped": way(1, False), "2 parts": way(2, False), "4 parts": way(4, False)}
+    for out in outputs[1:]:
+        torch.testing.assert_close(out, outputs[0], rtol=2e-2, atol=2e-2)
+    return found
+
+
+def worker(rank: int, ranks: int, port: int, sizes: list[tuple[int, int]], rounds: int, result: str) -> None:
+    """What each process does; rank 0 leaves the figures in a file."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    groups = Groups(start_world(), tensor=1, expert=ranks)
+    rows = []
+    for tokens, width in sizes:
+        seconds = take_turns(contestants(groups, tokens, width), rounds)
+        row = {"processes": ranks, "tokens": tokens, "hidden_size": width}
+        rows.append({**row, "seconds": medians(seconds), "ratio": ratios(seconds, "in turn")})
+    if rank == 0:
+        Path(result).write_text(json.dumps(rows))
+    stop_world()
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]["ratio"])
+    lines = []
+    for row in rows:
+        first = [str(row[key]) for key in ("processes", "tokens", "hidden_size")]
+        lines.append(
+            [*first, f"{1000 * row['seconds']['in turn']:.1f}", *(f"{row['ratio'][n]:.2f}" for n in names[1:])]
+        )
+    return markdown(["processes", "tokens a rank", "d", "in turn, ms", *names[1:]], lines)
+
+
+def main() -> None:
+    arguments = parser(__doc__, rounds=15).parse_args()
+    gpus = torch.cuda.device_count()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port, result = probe.getsockname()[1], f"{folder}/rows.json"
+        probe.close()
+        sizes = GPU_SIZES if gpus else SIZES[:1] if arguments.quick else SIZES
+        ranks = gpus or 2
+        torch.multiprocessing.spawn(worker, (ranks, port, sizes, arguments.rounds, result), nprocs=ranks)
+        rows = json.loads(Path(result).read_text())
+    publish(arguments, __doc__, {"rows": rows}, tables(rows))
+
+
+if __name__ == "__main__":
+    main()

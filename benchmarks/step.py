@@ -1,0 +1,120 @@
+"""The training step of a whole model: stage 1, stage 2, Switch through DeepSpeed's MoE layer, and dense.
+
+All train the same backbone on the same tokens with this package's engine and loader: read, forward, backward, reduce,
+clip, update, sum up for the log. They live in one set of processes and take turns, step by step. The dense model has
+a feed-forward layer of equal FLOPs where the others have experts. The learning rate is next to nothing, so that all
+stay the same model: their losses are compared, step by step, before anything is reported.
+
+Collectives and host waits are of one update of rank 0, counted in the thread that trains; the planner's thread has a
+column of its own. On a CPU nothing waits for a device: counted are the calls that would (item, bool, tolist, cpu,
+nonzero), some of them on tensors that are on the host everywhere. Waiting is the share of a step in which the loader
+or the planner was waited for.
+
+MFU takes 6 FLOPs for each active weight of a matrix product (output matrix counted, embedding lookup not) and
+12 x blocks x width x sequence for attention, over the peak of the device: the data sheet's, or measured where it is not
+known. The bounds are those FLOPs over the measured rate of a large matrix product, and the bytes that weights,
+gradients and optimizer state cannot but move (activations left out) over the measured rate of a copy. On one GPU the
+models do not fit in beside each other, so each has a process of its own there, and only the two stages take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import markdown, parser, publish, ratios
+from benchmarks.contestants import GPU, LAPTOP, QUICK, Shape, Task, compare_losses, measure
+from benchmarks.corpus import Corpus, library_text, make_corpus
+from stablemoe_ds.training.groups import Groups, start_world, stop_world
+
+CONTESTANTS = (("dense",), ("stage 1", "stage 2"), ("deepspeed capacity 1",), ("deepspeed dropless",))
+"""Those in one bracket share an engine."""
+
+
+def worker(rank: int, task: Task) -> None:
+    """What each process does; rank 0 leaves the figures in a file."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(task.ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(task.port))
+    torch.multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a run
+    torch.set_num_threads(1)
+    groups = Groups(start_world(), tensor=1, expert=task.ranks)
+    found = measure(task, groups)
+    if rank == 0:
+        (Path(task.folder) / "figures.json").write_text(json.dumps(found))
+    stop_world()
+
+
+def row_of(ranks: int, shape: Shape, corpus: Corpus, folder: str, rounds: int) -> dict[str, Any]:
+    """All contestants at this number of processes: side by side, or one after the other where memory is a GPU's."""
+    brackets = CONTESTANTS if torch.cuda.is_available() else (sum(CONTESTANTS, ()),)
+    found: dict[str, Any] = {}
+    for names in brackets:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        task = Task(ranks, names, shape, corpus, folder, rounds, port)
+        torch.multiprocessing.spawn(worker, (task,), nprocs=ranks)
+        found |= json.loads((Path(folder) / "figures.json").read_text())
+    compare_losses({name: figures.pop("losses") for name, figures in found.items()})
+    seconds = {name: figures.pop("every_second") for name, figures in found.items()}
+    for name, ratio in ratios(seconds, "dense").items():
+        found[name]["ratio_to_dense"] = ratio
+    return {"processes": ranks, "stage_1_to_stage_2": ratios(seconds, "stage 2")["stage 1"], "contestants": found}
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Times, what planning ahead gains, and what was counted."""
+    head = [
+        "processes",
+        "model",
+        "ms a step",
+        "/ dense",
+        "tokens/s",
+        "waiting",
+        "MFU",
+        "/ matrix bound",
+        "/ copy bound",
+    ]
+    times, numbers = [], []
+    for row in rows:
+        for name, f in row["contestants"].items():
+            took = f["seconds"]
+            bounds = [f"{took / f['matrix_bound']:.2f}", f"{took / f['copy_bound']:.1f}"]
+            shares = [f"{f['tokens_per_second']:,.0f}", f"{f['waiting']:.1%}", f"{f['mfu']:.1%}"]
+            where = [str(row["processes"]), name]
+            times.append([*where, f"{1000 * took:.1f}", f"{f['ratio_to_dense']:.2f}", *shares, *bounds])
+            counts = [f["collectives"], f.get("planner_collectives", {}), f["host_waits"]]
+            numbers.append([*where, *(_listed(count) for count in counts)])
+    gains = [[str(row["processes"]), f"{row['stage_1_to_stage_2']:.2f}"] for row in rows]
+    counted_head = ["processes", "model", "collectives an update", "in the planner's thread", "host waits"]
+    parts = [(head, times), (["processes", "speed of stage 2 / stage 1"], gains), (counted_head, numbers)]
+    return "\n\n".join(markdown(*part) for part in parts)
+
+
+def _listed(counts: dict[str, float]) -> str:
+    return ", ".join(f"{n:g} {kind}" for kind, n in sorted(counts.items())) or "none"
+
+
+def main() -> None:
+    options = parser(__doc__, rounds=15)
+    options.add_argument("--processes", type=int, nargs="+", help="default: 1 2 4, and on a GPU 1")
+    arguments = options.parse_args()
+    cuda = torch.cuda.is_available()
+    shape = QUICK if arguments.quick else GPU if cuda else LAPTOP
+    processes = arguments.processes or ([1] if cuda else [1, 2] if arguments.quick else [1, 2, 4])
+    with tempfile.TemporaryDirectory() as folder:
+        text = library_text(200_000 if arguments.quick else 4_000_000)
+        corpus = make_corpus(Path(folder), text, min(shape.vocab_size, LAPTOP.vocab_size))
+        rows = [row_of(ranks, shape, corpus, folder, arguments.rounds) for ranks in processes]
+    publish(arguments, __doc__, {"shape": asdict(shape), "rows": rows}, tables(rows))
+
+
+if __name__ == "__main__":
+    main()
