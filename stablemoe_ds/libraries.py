@@ -10,8 +10,8 @@ import warnings
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's ``mallopt``."""
 SHAPES_KEPT = 8192
-"""Matrix products that oneDNN remembers. An expert's row count changes with every batch, and a product of a new shape is
-compiled first: with oneDNN's own limit of 1024, 64 experts in bf16 compile without end, at twice the time."""
+"""Matrix products that oneDNN remembers. An expert's row count changes with every batch, and a product of a new shape
+is compiled first: with oneDNN's own limit of 1024, 64 experts in bf16 compile without end, at twice the time."""
 
 
 def keep_freed_memory() -> None:

@@ -16,7 +16,7 @@ ALIGNED = 8
 
 
 def can_group(x_RD: Tensor, w1_EFD: Tensor) -> bool:
-    """Whether torch has a kernel that takes these without asking the device for the sizes: bf16, Hopper or Blackwell."""
+    """Whether torch has a kernel that takes these without asking the device for sizes: bf16, Hopper or Blackwell."""
     rows, width = x_RD.shape
     fits = x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and rows > 0
     aligned = width % ALIGNED == 0 and w1_EFD.shape[1] % (2 * ALIGNED) == 0
