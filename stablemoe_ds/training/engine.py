@@ -186,7 +186,7 @@ class Engine:
         """Let routers learn what they do not learn by gradient, from what an update has seen."""
         device = self.groups.world.device
         for number, (layer, counts) in enumerate(zip(self.model.moe_layers, sums.counts_LN, strict=True)):
-            if not any(layer.router.buffers()):
+            if next(layer.router.buffers(), None) is None:
                 continue  # without state there is nothing to learn; copying the counts would wait for the device
             statistic_N = torch.tensor(sums.statistics_LN[number], device=device) if sums.statistics_LN else None
             layer.router.after_update(torch.tensor(counts, dtype=torch.float32, device=device), statistic_N)
