@@ -88,7 +88,7 @@ class _TokensToRows(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _at(grads[0], ctx.saved_tensors[0]).sum(1), None, None
+        return _sum_choices(_at(grads[0], ctx.saved_tensors[0])), None, None
 
 
 class _RowsToTokens(Function):
@@ -113,6 +113,11 @@ def _at(rows_AD: Tensor, position_TK: Tensor) -> Tensor:
     if rows < position_TK.numel():
         out_TKD.masked_fill_((position_TK < 0)[..., None], 0)
     return out_TKD
+
+
+def _sum_choices(rows_TKD: Tensor) -> Tensor:
+    """[T, D]. One choice needs no sum; in bf16 on a CPU that would take as long as all else in this file."""
+    return rows_TKD.squeeze(1) if rows_TKD.shape[1] == 1 else rows_TKD.sum(1)
 
 
 @dataclass(frozen=True)
@@ -154,5 +159,4 @@ def return_tokens(rows_RD: Tensor, plan: DispatchPlan, group: dist.ProcessGroup 
 def combine(rows_AD: Tensor, gate_TK: Tensor, plan: DispatchPlan) -> Tensor:
     """Sum over a token's K experts of gate times what the expert adds: [T, D], zero where nothing was routed."""
     rows_TKD = _RowsToTokens.apply(rows_AD, plan.order_A, plan.position_TK)
-    weighted_TKD = rows_TKD * gate_TK.to(rows_AD.dtype)[..., None]
-    return weighted_TKD.squeeze(1) if gate_TK.shape[1] == 1 else weighted_TKD.sum(1)
+    return _sum_choices(rows_TKD * gate_TK.to(rows_AD.dtype)[..., None])
