@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stablemoe_ds.moe.grouped import can_group, serve_at_once
 from stablemoe_ds.moe.loop import serve_in_turn
 from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.sublayer import SublayerWeights
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,8 @@ class ExpertSublayer(nn.Module):
         norm = F.layer_norm if self.shape.norm == "layernorm" else F.rms_norm
         normed = norm(x_RD, width, eps=epsilon)
         serve = serve_at_once if can_group(normed, self.w1) else serve_in_turn
-        return serve(
-            normed,
-            self.norm_weight,
-            self.norm_bias,
-            self.w1,
-            self.b1,
-            self.w2,
-            self.b2,
-            self.shape.activation,
-            segments,
-        )
+        weights = SublayerWeights(self.norm_weight, self.norm_bias, self.w1, self.b1, self.w2, self.b2)
+        return serve(normed, weights, self.shape.activation, segments)
 
 
 class Experts(nn.Module):

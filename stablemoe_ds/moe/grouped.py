@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.sublayer import SublayerWeights, activate
 
 ALIGNED = 8
 """bf16 numbers in 16 bytes: the kernels want every row to begin at a multiple of that."""
@@ -58,28 +59,13 @@ class _Spread(Function):
         return segment_sums(grads[0].contiguous(), ends_E), None, None
 
 
-def serve_at_once(
-    x_RD: Tensor,
-    scale_ED: Tensor,
-    shift_ED: Tensor | None,
-    w1_EFD: Tensor,
-    b1_EF: Tensor | None,
-    w2_EDF: Tensor,
-    b2_ED: Tensor | None,
-    activation: str,
-    segments: Segments,
-) -> Tensor:
+def serve_at_once(x_RD: Tensor, weights: SublayerWeights, activation: str, segments: Segments) -> Tensor:
     """What :func:`stablemoe_ds.moe.loop.serve_in_turn` computes, with the same arguments; at least one row."""
     ends_E, owner_R = segments.ends_E, segments.owners()
 
     def plus(rows_RI: Tensor, values_EI: Tensor | None) -> Tensor:
         return rows_RI if values_EI is None else rows_RI + _Spread.apply(values_EI, owner_R, ends_E)
 
-    scaled = plus(x_RD * _Spread.apply(scale_ED, owner_R, ends_E), shift_ED)
-    inner = plus(_Product.apply(scaled, w1_EFD, ends_E), b1_EF)
-    if activation == "swiglu":
-        gate, value = inner.chunk(2, dim=-1)
-        inner = F.silu(gate) * value
-    else:
-        inner = F.relu(inner) if activation == "relu" else F.gelu(inner)
-    return plus(_Product.apply(inner, w2_EDF, ends_E), b2_ED)
+    scaled = plus(x_RD * _Spread.apply(weights.scale_ED, owner_R, ends_E), weights.shift_ED)
+    inner = activate(activation, plus(_Product.apply(scaled, weights.w1_EFD, ends_E), weights.b1_EF))
+    return plus(_Product.apply(inner, weights.w2_EDF, ends_E), weights.b2_ED)

@@ -12,6 +12,7 @@ from torch import Tensor
 from stablemoe_ds.moe.grouped import can_group, segment_sums, serve_at_once
 from stablemoe_ds.moe.loop import serve_in_turn
 from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.sublayer import SublayerWeights
 
 SIZES = {
     "even": [2, 2, 2],
@@ -38,8 +39,8 @@ def inputs(sizes: list[int], activation: str, bias: bool, dtype: torch.dtype) ->
     return made if bias else [None if i in (2, 4, 6) else tensor for i, tensor in enumerate(made)]
 
 
-def plain(x, scale, shift, w1, b1, w2, b2, activation: str, segments: Segments) -> Tensor:
-    parts = []
+def plain(x: Tensor, weights: SublayerWeights, activation: str, segments: Segments) -> Tensor:
+    parts, (scale, shift, w1, b1, w2, b2) = [], weights
     for e, rows in enumerate(x.split(list(segments.sizes))):
         scaled = rows * scale[e] + (0 if shift is None else shift[e])
         inner = ACTIVATIONS[activation](scaled @ w1[e].T + (0 if b1 is None else b1[e]))
@@ -50,7 +51,7 @@ def plain(x, scale, shift, w1, b1, w2, b2, activation: str, segments: Segments) 
 def outcome(serve: Callable[..., Tensor], sizes: list[int], activation: str, bias: bool, dtype: torch.dtype):
     """What comes out, and every gradient."""
     made = inputs(sizes, activation, bias, dtype)
-    out = serve(*made, activation, Segments.of(sizes))
+    out = serve(made[0], SublayerWeights(*made[1:]), activation, Segments.of(sizes))
     # Uneven and not contiguous, as gradients that come from a slice or a transpose are.
     upstream = torch.arange(2.0 * out.numel(), dtype=torch.float64).view(-1, 2)[:, 0].view(out.shape).sin()
     (out * upstream.to(dtype)).sum().backward()
@@ -85,14 +86,14 @@ def test_an_idle_expert_gets_a_gradient_of_zero():
     """A gradient on every rank in every step: ZeRO waits for ever for one that never comes."""
     for serve in (serve_in_turn, serve_at_once):
         made = inputs([3, 0], "relu", True, torch.float32)
-        serve(*made, "relu", Segments.of([3, 0])).sum().backward()
+        serve(made[0], SublayerWeights(*made[1:]), "relu", Segments.of([3, 0])).sum().backward()
         assert all(not tensor.grad[1].any() for tensor in made[1:])
         assert made[5].grad[0].any()
 
 
 def test_no_rows_at_all():
     made = inputs([0, 0], "gelu", True, torch.float32)
-    serve_in_turn(*made, "gelu", Segments.of([0, 0])).sum().backward()
+    serve_in_turn(made[0], SublayerWeights(*made[1:]), "gelu", Segments.of([0, 0])).sum().backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in made)
 
 
