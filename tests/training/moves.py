@@ -38,13 +38,9 @@ def train_here(run: RunConfig, frozen: bool = False) -> float:
 def move_here(run: RunConfig, source: Path) -> float:
     """Take a checkpoint, save it again, and say the loss of the third update."""
     from stablemoe_ds.routing.fixed import TableRouting
-    from stablemoe_ds.training.checkpoint import Checkpoint
-    from stablemoe_ds.training.restore import restore
 
     with engine_of(run) as engine:
-        checkpoint = Checkpoint.open(source)
-        restore(engine, checkpoint)
-        table = checkpoint.table()
+        checkpoint, table = _take(engine, source)
         save_here(engine, checkpoint.progress, table=table)
         return _next_loss(engine, TableRouting(table) if table else None)
 
@@ -59,16 +55,22 @@ def place_here(run: RunConfig, weights: dict[str, Tensor]) -> float:
 def loss_here(run: RunConfig, source: Path) -> float:
     """Take a checkpoint and say the loss of the third update; a fixed router follows the table of its run's start."""
     from stablemoe_ds.routing.fixed import TableRouting
-    from stablemoe_ds.training.checkpoint import Checkpoint
-    from stablemoe_ds.training.restore import restore
 
     with engine_of(run) as engine:
-        checkpoint = Checkpoint.open(source)
-        restore(engine, checkpoint)
-        table = checkpoint.table()
+        checkpoint, table = _take(engine, source)
         if run.moe.facts.fixed:
             return _next_loss(engine, engine.model.frozen_routing(np.ones(checkpoint.vocab_size, dtype=np.int64)))
         return _next_loss(engine, TableRouting(table) if table else None)
+
+
+def _take(engine: Any, source: Path) -> tuple[Any, Any]:
+    """A checkpoint, taken by the engine, and its table."""
+    from stablemoe_ds.training.checkpoint import Checkpoint
+    from stablemoe_ds.training.restore import restore
+
+    checkpoint = Checkpoint.open(source)
+    restore(engine, checkpoint)
+    return checkpoint, checkpoint.table()
 
 
 def _next_loss(engine: Any, routing: Any) -> float:
