@@ -77,7 +77,6 @@ class Task:
     corpus: Corpus
     folder: str
     rounds: int
-    port: int
 
 
 def run_of(task: Task, router: str) -> RunConfig:
@@ -199,7 +198,7 @@ def build(task: Task, groups: Groups) -> dict[str, Contestant]:
     return found
 
 
-def measure(task: Task, groups: Groups) -> dict[str, Any]:
+def measure(groups: Groups, task: Task) -> dict[str, Any]:
     """Figures of each contestant, by name."""
     contestants = build(task, groups)
     found = {name: contestant.count() for name, contestant in contestants.items()}

@@ -144,7 +144,7 @@ def measure_preparing(text: Text, folder: Path, workers: int, quick: bool, round
 def measure_waiting(corpus: Corpus, folder: Path, quick: bool, rounds: int) -> dict[str, float]:
     """Share of a training step in which no batch was there, by workers of the loader."""
     shape = QUICK if quick else LAPTOP
-    task = Task(1, ("stage 1",), shape, corpus, str(folder), rounds, port=0)
+    task = Task(1, ("stage 1",), shape, corpus, str(folder), rounds)
     contestant = build(task, Groups(start_world(), tensor=1, expert=1))["stage 1"]
     engine, run = contestant.engine, contestant.engine.run
     readers = {}

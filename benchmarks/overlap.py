@@ -8,13 +8,8 @@ while experts serve another (parallel.dispatch_parts). Ratios are to "in turn", 
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
+from benchmarks.ranks import on_ranks
 from stablemoe_ds.moe.dispatch import Arriving, return_tokens, send_tokens
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import plan_dispatch
 from stablemoe_ds.routing.routes import RoutingPass, TokenView
 from stablemoe_ds.routing.stablemoe import StableMoERouter
-from stablemoe_ds.training.groups import Groups, start_world, stop_world
+from stablemoe_ds.training.groups import Groups
 
 EXPERTS = 8
 SIZES = [(2048, 256), (4096, 512)]
@@ -90,20 +86,14 @@ def contestants(groups: Groups, tokens: int, width: int) -> dict[str, Callable[[
     return found
 
 
-def worker(rank: int, ranks: int, port: int, sizes: list[tuple[int, int]], rounds: int, result: str) -> None:
-    """What each process does; rank 0 leaves the figures in a file."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    groups = Groups(start_world(), tensor=1, expert=ranks)
+def measure(groups: Groups, sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+    """A row a size."""
     rows = []
     for tokens, width in sizes:
         seconds = take_turns(contestants(groups, tokens, width), rounds)
-        row = {"processes": ranks, "tokens": tokens, "hidden_size": width}
+        row = {"processes": groups.world.size, "tokens": tokens, "hidden_size": width}
         rows.append({**row, "seconds": medians(seconds), "ratio": ratios(seconds, "in turn")})
-    if rank == 0:
-        Path(result).write_text(json.dumps(rows))
-    stop_world()
+    return rows
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -120,15 +110,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     arguments = parser(__doc__, rounds=15).parse_args()
     gpus = torch.cuda.device_count()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port, result = probe.getsockname()[1], f"{folder}/rows.json"
-        probe.close()
-        sizes = GPU_SIZES if gpus else SIZES[:1] if arguments.quick else SIZES
-        ranks = gpus or 2
-        torch.multiprocessing.spawn(worker, (ranks, port, sizes, arguments.rounds, result), nprocs=ranks)
-        rows = json.loads(Path(result).read_text())
+    sizes = GPU_SIZES if gpus else SIZES[:1] if arguments.quick else SIZES
+    rows = on_ranks(gpus or 2, measure, sizes, arguments.rounds)
     publish(arguments, __doc__, {"rows": rows}, tables(rows))
 
 

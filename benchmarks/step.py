@@ -19,9 +19,6 @@ models do not fit in beside each other, so each has a process of its own there, 
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -32,23 +29,10 @@ import torch
 from benchmarks.common import markdown, parser, publish, ratios
 from benchmarks.contestants import GPU, LAPTOP, QUICK, Shape, Task, compare_losses, measure
 from benchmarks.corpus import Corpus, library_text, make_corpus
-from stablemoe_ds.training.groups import Groups, start_world, stop_world
+from benchmarks.ranks import on_ranks
 
 CONTESTANTS = (("dense",), ("stage 1", "stage 2"), ("deepspeed capacity 1",), ("deepspeed dropless",))
 """Those in one bracket share an engine."""
-
-
-def worker(rank: int, task: Task) -> None:
-    """What each process does; rank 0 leaves the figures in a file."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(task.ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(task.port))
-    torch.multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a run
-    torch.set_num_threads(1)
-    groups = Groups(start_world(), tensor=1, expert=task.ranks)
-    found = measure(task, groups)
-    if rank == 0:
-        (Path(task.folder) / "figures.json").write_text(json.dumps(found))
-    stop_world()
 
 
 def row_of(ranks: int, shape: Shape, corpus: Corpus, folder: str, rounds: int) -> dict[str, Any]:
@@ -56,12 +40,7 @@ def row_of(ranks: int, shape: Shape, corpus: Corpus, folder: str, rounds: int) -
     brackets = CONTESTANTS if torch.cuda.is_available() else (sum(CONTESTANTS, ()),)
     found: dict[str, Any] = {}
     for names in brackets:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        task = Task(ranks, names, shape, corpus, folder, rounds, port)
-        torch.multiprocessing.spawn(worker, (task,), nprocs=ranks)
-        found |= json.loads((Path(folder) / "figures.json").read_text())
+        found |= on_ranks(ranks, measure, Task(ranks, names, shape, corpus, folder, rounds))
     compare_losses({name: figures.pop("losses") for name, figures in found.items()})
     seconds = {name: figures.pop("every_second") for name, figures in found.items()}
     for name, ratio in ratios(seconds, "dense").items():
