@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=runs/paper-base/launch/20260101-120000-000/job.out
+#SBATCH --output=runs/paper-base/launch/20260101-120000-000-login/job.out
 #SBATCH --chdir=/shared/moe
 set -eo pipefail
 export APPTAINER_CACHEDIR=/scratch/$USER
@@ -23,8 +23,8 @@ export PYTHONFAULTHANDLER=1
 export TTY_COMPATIBLE=0
 export STABLEMOE_WORLD_SIZE=16
 run_dir=runs/paper-base
-folder=runs/paper-base/launch/20260101-120000-000
-logs=runs/paper-base/launch/20260101-120000-000/logs
+folder=runs/paper-base/launch/20260101-120000-000-login
+logs=runs/paper-base/launch/20260101-120000-000-login/logs
 attempt=${SLURM_RESTART_COUNT:-0}
 
 # Ranks find their number in SLURM_PROCID; whatever the submitting shell had must not get in the way.

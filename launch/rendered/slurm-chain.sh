@@ -10,7 +10,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --no-requeue
 #SBATCH --open-mode=append
-#SBATCH --output=runs/paper-base/launch/20260101-120000-000/job.out
+#SBATCH --output=runs/paper-base/launch/20260101-120000-000-login/job.out
 #SBATCH --chdir=/shared/moe
 set -eo pipefail
 set -u
@@ -21,8 +21,8 @@ export PYTHONFAULTHANDLER=1
 export TTY_COMPATIBLE=0
 export STABLEMOE_WORLD_SIZE=16
 run_dir=runs/paper-base
-folder=runs/paper-base/launch/20260101-120000-000
-logs=runs/paper-base/launch/20260101-120000-000/logs
+folder=runs/paper-base/launch/20260101-120000-000-login
+logs=runs/paper-base/launch/20260101-120000-000-login/logs
 attempt=${SLURM_RESTART_COUNT:-0}
 attempt=$attempt.$SLURM_JOB_ID
 if [ -e "$folder/over" ]; then

@@ -8,7 +8,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=runs/demo/launch/20260101-120000-000/job.out
+#SBATCH --output=runs/demo/launch/20260101-120000-000-login/job.out
 #SBATCH --chdir=/shared/moe
 set -eo pipefail
 set -u
@@ -20,8 +20,8 @@ export TTY_COMPATIBLE=0
 export DS_ACCELERATOR=cpu
 export CUDA_VISIBLE_DEVICES=''
 run_dir=runs/demo
-folder=runs/demo/launch/20260101-120000-000
-logs=runs/demo/launch/20260101-120000-000/logs
+folder=runs/demo/launch/20260101-120000-000-login
+logs=runs/demo/launch/20260101-120000-000-login/logs
 attempt=${SLURM_RESTART_COUNT:-0}
 
 # Ranks find their number in SLURM_PROCID; whatever the submitting shell had must not get in the way.

@@ -12,7 +12,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=runs/paper-base/launch/20260101-120000-000/job.out
+#SBATCH --output=runs/paper-base/launch/20260101-120000-000-login/job.out
 #SBATCH --chdir=/shared/moe
 #SBATCH --exclusive
 #SBATCH --mem=0
@@ -30,8 +30,8 @@ export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5
 run_dir=runs/paper-base
-folder=runs/paper-base/launch/20260101-120000-000
-logs=runs/paper-base/launch/20260101-120000-000/logs
+folder=runs/paper-base/launch/20260101-120000-000-login
+logs=runs/paper-base/launch/20260101-120000-000-login/logs
 attempt=${SLURM_RESTART_COUNT:-0}
 
 # Ranks find their number in SLURM_PROCID; whatever the submitting shell had must not get in the way.

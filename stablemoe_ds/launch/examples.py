@@ -13,7 +13,7 @@ from stablemoe_ds.launch.job import Facts, Job
 from stablemoe_ds.launch.plan import make_jobs
 
 FOLDER = Path("launch")
-FACTS = Facts(stamp="20260101-120000-000", python="/shared/moe/.venv/bin/python", user="1000:1000", port=29500)
+FACTS = Facts(stamp="20260101-120000-000-login", python="/shared/moe/.venv/bin/python", user="1000:1000", port=29500)
 
 
 def example_clusters() -> list[Path]:

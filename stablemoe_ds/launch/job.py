@@ -24,8 +24,9 @@ END, WIDTH = "END_OF_FILE", 110
 class Facts:
     """What a launch depends on beside its two files.
 
-    stamp: names the launch. python: the interpreter that runs it. user: ``UID:GID``. port: a free one on this machine.
-    git: commit of the working directory, None without. open_mpi: major version of the mpirun on PATH.
+    stamp: names the launch, by moment and host (under torchrun every host launches, perhaps in the same moment).
+    python: the interpreter that runs it. user: ``UID:GID``. port: a free one on this machine. git: commit of the
+    working directory, None without. open_mpi: major version of the mpirun on PATH.
     """
 
     stamp: str

@@ -62,8 +62,10 @@ def look_around() -> Facts:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
+    moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    host, *_ = socket.gethostname().split(".")
     return Facts(
-        stamp=datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3],
+        stamp=f"{moment}-{host}",
         python=sys.executable,
         user=f"{os.getuid()}:{os.getgid()}",
         port=port,

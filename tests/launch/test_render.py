@@ -15,7 +15,7 @@ from stablemoe_ds.config.load import load_run
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.cluster import load_cluster
 from stablemoe_ds.launch.examples import example_clusters, example_job, rendered, rendered_file
-from stablemoe_ds.launch.plan import make_jobs
+from stablemoe_ds.launch.plan import look_around, make_jobs
 from tests.launch.tools import cluster, facts, frozen_early, one_job, order, stubbed
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +96,11 @@ def test_resolved_run_is_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     job.write()
     assert load_run("elsewhere/tiny/launch/stamp/run.yaml") == job.orders[0].run
     assert job.orders[0].run.directory == "elsewhere/tiny"
+
+
+def test_hosts_that_launch_in_the_same_moment_do_not_meet_in_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "n7.cluster.local")
+    assert look_around().stamp.endswith("-n7")
 
 
 def test_a_launch_is_never_written_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
