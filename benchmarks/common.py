@@ -52,16 +52,16 @@ def timed(action: Callable[[], object], device: torch.device | None = None) -> C
     return run
 
 
-def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> Seconds:
+def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> Seconds:
     """Call all contestants in turn, round after round, so that a machine whose speed drifts is the same to all.
 
-    Each returns the seconds that count. The first round, in which caches fill, is thrown away.
+    Each returns the seconds that count. The first ``warm_up`` rounds, in which caches fill, are thrown away.
     """
     seconds: Seconds = {name: [] for name in contestants}
-    for number in range(rounds + 1):
+    for number in range(warm_up + rounds):
         for name, contestant in contestants.items():
             took = contestant()
-            if number:
+            if number >= warm_up:
                 seconds[name].append(took)
     return seconds
 

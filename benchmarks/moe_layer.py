@@ -9,6 +9,9 @@ stage 1. The others route by their own gates, whose load on these random states 
 its own layout, one expert a rank, without the exchange. DeepSpeed's einsum path has masks of [tokens, experts,
 capacity] and is left out where they are large.
 
+The bound is the dense layer, and reading the other experts' weights in both passes and writing their gradients at the
+rate of a large copy: what any layer of that many experts must do, if its weights are not in a cache.
+
 Peak memory is what forward and backward take beside weights and their gradients, relative to the dense layer.
 """
 
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
 from benchmarks.memory import peak_bytes
 from benchmarks.peers import BaseStyleLayer, DeepSpeedLayer, EinsumLayer, Ffn, MegatronLayer, Residual, Shape
+from benchmarks.rates import copy_rate
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
 from stablemoe_ds.moe.plan import plan_dispatch
@@ -48,6 +52,8 @@ CPU_SIZES = [
 ]
 GPU_SIZES = [(16384, 2048, 8), (8192, 1024, 16), (16384, 1024, 64), (32768, 2048, 16)]
 EINSUM_TOKENS = 4096
+WARM_UP = 2
+"""Rounds until the allocators have all memory that they are going to need."""
 
 
 def shapes(quick: bool, on_gpu: bool) -> list[Shape]:
@@ -144,6 +150,12 @@ def sample(shape: Shape, device: torch.device) -> Tensor:
     return hidden.to(device, shape.torch_dtype).requires_grad_()
 
 
+def weight_seconds(shape: Shape, device: torch.device) -> float:
+    """What experts beyond the first cost in memory traffic alone: weights read twice, gradients written."""
+    weights = 2 * shape.hidden_size * shape.ffn_hidden_size * (shape.experts - 1)
+    return 3 * weights * shape.torch_dtype.itemsize / copy_rate(device)
+
+
 def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
     """Median seconds, median ratio to the dense layer of the same round, and peak memory, of each contestant."""
     layers, hidden = contestants(shape, device), sample(shape, device)
@@ -158,7 +170,7 @@ def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
         hidden.grad = None
         return took
 
-    seconds = take_turns({name: partial(turn, layer) for name, layer in layers.items()}, rounds)
+    seconds = take_turns({name: partial(turn, layer) for name, layer in layers.items()}, rounds, WARM_UP)
     memory = {}
     for name, layer in layers.items():
         memory[name] = peak_bytes(partial(step, layer), [*layer.parameters(), hidden], device)
@@ -167,6 +179,7 @@ def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
         "shape": vars(shape),
         "seconds": medians(seconds),
         "ratio_to_dense": ratios(seconds, "dense"),
+        "bound_to_dense": 1 + weight_seconds(shape, device) / medians(seconds)["dense"],
         "peak_bytes": memory,
         "peak_to_dense": {name: size / memory["dense"] for name, size in memory.items()},
     }
@@ -177,17 +190,16 @@ def tables(rows: list[dict[str, Any]]) -> str:
     names = [name for name in rows[0]["ratio_to_dense"] if name != "dense"]
     head = ["T", "d", "N", "load", "dtype"]
 
-    def lines(key: str, unit: Callable[[dict[str, Any]], str], digits: int) -> list[list[str]]:
+    def lines(key: str, facts: Callable[[dict[str, Any]], list[str]]) -> list[list[str]]:
         found = []
         for row in rows:
-            s = row["shape"]
-            first = [str(s[k]) for k in ("tokens", "hidden_size", "experts", "load", "dtype")]
-            found.append([*first, unit(row), *(f"{row[key][n]:.{digits}f}" if n in row[key] else "" for n in names)])
+            shape = [str(row["shape"][k]) for k in ("tokens", "hidden_size", "experts", "load", "dtype")]
+            found.append([*shape, *facts(row), *(f"{row[key][n]:.2f}" if n in row[key] else "" for n in names)])
         return found
 
-    time = lines("ratio_to_dense", lambda row: f"{1000 * row['seconds']['dense']:.1f}", 2)
-    memory = lines("peak_to_dense", lambda row: f"{row['peak_bytes']['dense'] / 2**20:.0f}", 2)
-    parts = ["Time:", markdown([*head, "dense, ms", *names], time)]
+    time = lines("ratio_to_dense", lambda r: [f"{1000 * r['seconds']['dense']:.1f}", f"{r['bound_to_dense']:.2f}"])
+    memory = lines("peak_to_dense", lambda r: [f"{r['peak_bytes']['dense'] / 2**20:.0f}"])
+    parts = ["Time:", markdown([*head, "dense, ms", "bound", *names], time)]
     parts += ["Peak memory:", markdown([*head, "dense, MiB", *names], memory)]
     return "\n\n".join(parts)
 

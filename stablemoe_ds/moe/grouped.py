@@ -66,6 +66,6 @@ def serve_at_once(x_RD: Tensor, weights: SublayerWeights, activation: str, segme
     def plus(rows_RI: Tensor, values_EI: Tensor | None) -> Tensor:
         return rows_RI if values_EI is None else rows_RI + _Spread.apply(values_EI, owner_R, ends_E)
 
-    scaled = plus(x_RD * _Spread.apply(weights.scale_ED, owner_R, ends_E), weights.shift_ED)
-    inner = activate(activation, plus(_Product.apply(scaled, weights.w1_EFD, ends_E), weights.b1_EF))
-    return plus(_Product.apply(inner, weights.w2_EDF, ends_E), weights.b2_ED)
+    scaled = plus(x_RD * _Spread.apply(weights.scale, owner_R, ends_E), weights.shift)
+    inner = activate(activation, plus(_Product.apply(scaled, weights.w1, ends_E), weights.b1))
+    return plus(_Product.apply(inner, weights.w2, ends_E), weights.b2)

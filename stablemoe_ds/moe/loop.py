@@ -42,48 +42,44 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> N
 class _Loop(Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, activation: str, segments: Segments, *stacked: Any) -> Tensor:
-        w = SublayerWeights(*stacked)
-        inner_RF = x_RD.new_empty(x_RD.shape[0], w.w1_EFD.shape[1])
+        weights = SublayerWeights(*stacked)
+        inner_RF = x_RD.new_empty(x_RD.shape[0], weights.w1.shape[1])
         out_RD = torch.empty_like(x_RD)
-        for e, rows in segments:
-            inner = inner_RF[rows]
-            _linear(_scaled(x_RD[rows], w, e), w.w1_EFD[e], None if w.b1_EF is None else w.b1_EF[e], out=inner)
+        for (x, inner, out), w in zip(segments.split(x_RD, inner_RF, out_RD), weights.each(), strict=True):
+            _linear(_scaled(x, w), w.w1, w.b1, out=inner)
             # The gradient of relu follows from its result, so nothing else is kept.
             active = inner.relu_() if activation == "relu" else activate(activation, inner)
-            _linear(active, w.w2_EDF[e], None if w.b2_ED is None else w.b2_ED[e], out=out_RD[rows])
-        ctx.save_for_backward(x_RD, inner_RF, *w)
+            _linear(active, w.w2, w.b2, out=out)
+        ctx.save_for_backward(x_RD, inner_RF, *weights)
         ctx.activation, ctx.segments = activation, segments
         return out_RD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, inner_RF, *stacked = ctx.saved_tensors
-        grad_RD, name, w = grads[0].contiguous(), ctx.activation, SublayerWeights(*stacked)
-        grad_x = torch.empty_like(x_RD)
-        grad_w = SublayerWeights._make(None if weight is None else torch.empty_like(weight) for weight in w)
-        for e, rows in ctx.segments:
+        name, weights = ctx.activation, SublayerWeights(*stacked)
+        grad_x_RD = torch.empty_like(x_RD)
+        grad_weights = SublayerWeights._make(None if w is None else torch.empty_like(w) for w in weights)
+        rows = ctx.segments.split(x_RD, inner_RF, grads[0], grad_x_RD)
+        for (x, inner, grad, grad_x), w, grad_w in zip(rows, weights.each(), grad_weights.each(), strict=True):
             # A product or a sum over zero rows is zero, so an expert without tokens needs no case of its own.
-            x, inner, grad = x_RD[rows], inner_RF[rows], grad_RD[rows]
             active = inner if name == "relu" else activate(name, inner)
-            torch.mm(grad.t(), active, out=grad_w.w2_EDF[e])
-            grad_inner = _activate_backward(name, torch.mm(grad, w.w2_EDF[e]), inner)
-            torch.mm(grad_inner.t(), _scaled(x, w, e), out=grad_w.w1_EFD[e])
-            grad_scaled = torch.mm(grad_inner, w.w1_EFD[e], out=grad_x[rows])
-            torch.sum(grad_scaled * x, dim=0, out=grad_w.scale_ED[e])
-            for total, parts in (
-                (grad_w.b2_ED, grad),
-                (grad_w.b1_EF, grad_inner),
-                (grad_w.shift_ED, grad_scaled),
-            ):
-                if total is not None:
-                    torch.sum(parts, dim=0, out=total[e])
-            grad_scaled *= w.scale_ED[e]
-        return grad_x, None, None, *grad_w
+            torch.mm(grad.t(), active, out=grad_w.w2)
+            grad_inner = _activate_backward(name, torch.mm(grad, w.w2), inner)
+            torch.mm(grad_inner.t(), _scaled(x, w), out=grad_w.w1)
+            torch.mm(grad_inner, w.w1, out=grad_x)
+            torch.sum(grad_x * x, dim=0, out=grad_w.scale)
+            if w.shift is not None:
+                torch.sum(grad_x, dim=0, out=grad_w.shift)
+            if w.b1 is not None:
+                torch.sum(grad_inner, dim=0, out=grad_w.b1)
+                torch.sum(grad, dim=0, out=grad_w.b2)
+            grad_x *= w.scale
+        return grad_x_RD, None, None, *grad_weights
 
 
-def _scaled(x: Tensor, w: SublayerWeights, expert: int) -> Tensor:
-    scale = w.scale_ED[expert]
-    return x * scale if w.shift_ED is None else torch.addcmul(w.shift_ED[expert], x, scale)
+def _scaled(x: Tensor, w: SublayerWeights) -> Tensor:
+    return x * w.scale if w.shift is None else torch.addcmul(w.shift, x, w.scale)
 
 
 def serve_in_turn(x_RD: Tensor, weights: SublayerWeights, activation: str, segments: Segments) -> Tensor:

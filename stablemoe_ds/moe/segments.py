@@ -29,12 +29,9 @@ class Segments:
         """All rows for a single expert; does not wait for the device."""
         return cls([rows], torch.full((1,), rows, dtype=torch.int32, device=device))
 
-    def __iter__(self) -> Iterator[tuple[int, slice]]:
-        """Each expert with its rows."""
-        start = 0
-        for expert, size in enumerate(self.sizes):
-            yield expert, slice(start, start + size)
-            start += size
+    def split(self, *tensors_RI: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Views of each expert's rows in all these tensors."""
+        return zip(*(rows_RI.split(list(self.sizes)) for rows_RI in tensors_RI), strict=True)
 
     def owners(self) -> Tensor:
         """int32 [R]: the expert of each row."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -9,18 +11,23 @@ from torch import Tensor
 
 
 class SublayerWeights(NamedTuple):
-    """W2 act(W1 (scale x + shift) + b1) + b2, each stacked over E experts.
+    """W2 act(W1 (scale x + shift) + b1) + b2, each stacked over E experts, or those of one expert.
 
-    scale, shift: the affine part of each expert's norm. w1: [E, F, D], or [E, 2F, D] for swiglu (gate half first).
-    Both biases or none.
+    scale, shift: [E, D], the affine part of each expert's norm. w1: [E, F, D], or [E, 2F, D] for swiglu (gate half
+    first). b1: [E, F]. w2: [E, D, F]. b2: [E, D]. Both biases or none.
     """
 
-    scale_ED: Tensor  # noqa: N815
-    shift_ED: Tensor | None  # noqa: N815
-    w1_EFD: Tensor  # noqa: N815
-    b1_EF: Tensor | None  # noqa: N815
-    w2_EDF: Tensor  # noqa: N815
-    b2_ED: Tensor | None  # noqa: N815
+    scale: Tensor
+    shift: Tensor | None
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+
+    def each(self) -> Iterator[SublayerWeights]:
+        """Views of one expert after another, without the leading dimension."""
+        unbound = (repeat(None) if weight is None else weight.unbind() for weight in self)
+        return map(SublayerWeights._make, zip(*unbound, strict=False))
 
 
 def activate(name: str, inner: Tensor) -> Tensor:

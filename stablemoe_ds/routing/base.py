@@ -23,9 +23,9 @@ class BaseRouter(CentroidRouter):
     def forward(
         self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks
     ) -> Routes:
-        scores_TN = self.affinity(hidden_TD)
         if fixed_TK is not None:
-            return self.route(torch.sigmoid(scores_TN), fixed_TK, tokens)
+            return self.follow(hidden_TD, fixed_TK, tokens)
+        scores_TN = self.affinity(hidden_TD)
         seen_TN = scores_TN.detach()
         if self.training:
             chosen_TK = torch.zeros_like(tokens.real_T, dtype=torch.int64)

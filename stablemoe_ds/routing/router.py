@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stablemoe_ds.routing.chosen import chosen_affinity
 from stablemoe_ds.routing.distilled import DistilledRouter, Fp32Module
 from stablemoe_ds.routing.losses import count_tokens, distillation_sum
 from stablemoe_ds.routing.routes import NOT_ROUTED, Routes, SumOverRanks, TokenView
@@ -61,15 +62,23 @@ class CentroidRouter(Router):
     def affinity(self, hidden_TD: Tensor) -> Tensor:
         """fp32 [T, N]: <E_i, h_t>; with ``normalize``, of h_t at unit root mean square."""
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            hidden_TD = hidden_TD.float()
-            if self.normalize:
-                hidden_TD = F.rms_norm(hidden_TD, hidden_TD.shape[-1:], eps=1e-6)
-            return F.linear(hidden_TD, self.centroids)
+            return F.linear(self._seen(hidden_TD).float(), self.centroids)
 
     def route(self, weights_TN: Tensor, chosen_TK: Tensor, tokens: TokenView) -> Routes:
         """Send the tokens to ``chosen_TK``, gated by the chosen ones of ``weights_TN``; padding goes nowhere."""
+        return self._gated(weights_TN.gather(1, chosen_TK.clamp_min(0)), chosen_TK, tokens)
+
+    def follow(self, hidden_TD: Tensor, fixed_TK: Tensor, tokens: TokenView) -> Routes:
+        """Send the tokens to ``fixed_TK``, gated by the sigmoid of their affinity to these experts."""
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            affinity_TK = chosen_affinity(self._seen(hidden_TD), self.centroids, fixed_TK.clamp_min(0))
+        return self._gated(torch.sigmoid(affinity_TK), fixed_TK, tokens)
+
+    def _seen(self, hidden_TD: Tensor) -> Tensor:
+        return F.rms_norm(hidden_TD.float(), hidden_TD.shape[-1:], eps=1e-6) if self.normalize else hidden_TD
+
+    def _gated(self, gate_TK: Tensor, chosen_TK: Tensor, tokens: TokenView) -> Routes:
         expert_TK = torch.where(tokens.real_T[:, None], chosen_TK, NOT_ROUTED)
-        gate_TK = weights_TN.gather(1, chosen_TK.clamp_min(0))
         return Routes(expert_TK, gate_TK, {}, count_tokens(expert_TK, self.experts))
 
     def imitated(self, tokens: TokenView, expert_TK: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:

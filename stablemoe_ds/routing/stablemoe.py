@@ -22,11 +22,10 @@ class StableMoERouter(CentroidRouter):
     def forward(
         self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks
     ) -> Routes:
-        scores_TN = self.affinity(hidden_TD)
-        chosen_TK = best_experts(scores_TN.detach(), self.top_k) if fixed_TK is None else fixed_TK
-        routes = self.route(torch.sigmoid(scores_TN), chosen_TK, tokens)
         if fixed_TK is not None:
-            return routes
+            return self.follow(hidden_TD, fixed_TK, tokens)
+        scores_TN = self.affinity(hidden_TD)
+        routes = self.route(torch.sigmoid(scores_TN), best_experts(scores_TN.detach(), self.top_k), tokens)
         losses, agree = self.imitated(tokens, routes.expert_TK)
         if self.training:
             losses["balance"] = balance_sum(routes.expert_TK, routes.gate_TK, routes.counts_N, sum_over_ranks)

@@ -33,7 +33,7 @@ def updates(rank: int, ranks: int) -> list[list[Batch]]:
 
 
 def facts(plan: Any) -> dict[str, Any]:
-    return vars(plan) | {"segments": list(plan.segments), "ends": plan.segments.ends_E}
+    return vars(plan) | {"segments": list(plan.segments.sizes), "ends": plan.segments.ends_E}
 
 
 def plans_beside_those_of_the_step(run: RunConfig) -> list[tuple[Any, Any]]:

@@ -107,7 +107,7 @@ def test_segments(sizes):
     segments = Segments.of(sizes)
     owners = [e for e, size in enumerate(sizes) for _ in range(size)]
     assert segments.owners().tolist() == owners
-    assert [e for e, rows in segments for _ in range(rows.start, rows.stop)] == owners
     rows = torch.randn(sum(sizes), 16)
+    assert [e for e, (part, _) in enumerate(segments.split(rows, rows)) for _ in part] == owners
     wanted = torch.stack([part.sum(0) for part in rows.split(sizes)])
     torch.testing.assert_close(segment_sums(rows, segments.ends_E), wanted)
