@@ -1,5 +1,5 @@
 # make demo     install, then train a two-stage model on this machine's own Python source
-# make test     install, then run the whole suite
+# make test     install, then run the tests, but for those of the next two
 # make test-cluster  on a cluster that it brings up: SLURM, hosts that fail; Debian and root, see tests/cluster/install.sh
 # make test-image  build the container image and let docker/smoke.sh work in it; root, buildah and mmdebstrap
 # make lint     ruff, format, mypy, and whether docs/configuration.md is what the schema says

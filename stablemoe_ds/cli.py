@@ -19,7 +19,11 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 bad input, 130 interrupted; 1 and 3 when a run breaks (launch/restart.py)."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = "; settings go right behind RUN.yaml, before any option" if any("=" in word for word in unknown) else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter shows its code instead
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -78,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation = _add(commands, "eval", "perplexity of a checkpoint, every token counted once", _eval)
     evaluation.add_argument("checkpoint", help="checkpoint or run directory")
     evaluation.add_argument("--data", help="prepared corpus (path without ending); default: the run's validation text")
-    evaluation.add_argument("--json", action="store_true")
+    evaluation.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     generation = _add(commands, "generate", "continue a prompt", _generate)
     generation.add_argument("checkpoint", help="checkpoint or run directory")
@@ -86,21 +90,21 @@ def build_parser() -> argparse.ArgumentParser:
     generation.add_argument("--tokens", type=int, default=64, help="new tokens at most (default 64)")
     generation.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default)")
     generation.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that reach this")
-    generation.add_argument("--seed", type=int, default=0)
+    generation.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     generation.add_argument("--no-cache", action="store_true", help="read everything anew for each token")
-    generation.add_argument("--json", action="store_true")
+    generation.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     routing = commands.add_parser("routing", help="what was learned about routing").add_subparsers(
         required=True, metavar="report|table"
     )
     report = _add(routing, "report", "load, fluctuation, agreement, what each expert serves", _routing_report)
     report.add_argument("checkpoint", help="checkpoint or run directory")
-    report.add_argument("--json", action="store_true")
+    report.add_argument("--json", action="store_true", help="print JSON instead of text")
     report.add_argument("--png", type=Path, help="draw the report, too")
     table = _add(routing, "table", "the frozen routing table itself", _routing_table)
     table.add_argument("checkpoint", help="checkpoint or run directory, or a table file")
     table.add_argument("--output", type=Path, help="write the table as a safetensors file of its own")
-    table.add_argument("--json", action="store_true")
+    table.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     _checkpoint_commands(commands)
 
@@ -114,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = _add(config, name, text, call)
         _run_arguments(sub)
         sub.add_argument("--world-size", type=int, help="processes; default: the fewest the run can have")
-        sub.add_argument("--json", action="store_true")
+        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     _launch_commands(commands)
 
@@ -134,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--wait", type=float, default=10.0, metavar="MINUTES", help="time the probe may be queued (default 10; slurm)"
     )
-    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 
@@ -161,7 +165,7 @@ def _checkpoint_commands(commands: Any) -> None:
         if name == "convert":
             words, text = ("RUN.yaml", "key=value"), "the run that is to begin from it, and settings laid over it"
             sub.add_argument("--to", required=True, nargs="+", metavar=words, help=text)
-        sub.add_argument("--json", action="store_true")
+        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _add(commands: Any, name: str, text: str, call: Command) -> argparse.ArgumentParser:
@@ -180,19 +184,19 @@ def _data_commands(commands: Any) -> None:
         required=True, metavar="tokenizer|prepare"
     )
     tokenizer = _add(data, "tokenizer", "learn a sentencepiece tokenizer from text files", _tokenizer)
-    tokenizer.add_argument("files", nargs="+", type=Path)
+    tokenizer.add_argument("files", nargs="+", type=Path, help="text, also .gz and .xz")
     tokenizer.add_argument("--output", type=Path, required=True, help="the .model file to write")
-    tokenizer.add_argument("--vocab-size", type=int, required=True)
-    tokenizer.add_argument("--kind", choices=("unigram", "bpe"), default="unigram")
+    tokenizer.add_argument("--vocab-size", type=int, required=True, help="how many ids there shall be")
+    tokenizer.add_argument("--kind", choices=("unigram", "bpe"), default="unigram", help="default unigram")
     tokenizer.add_argument("--no-byte-fallback", action="store_true", help="unknown characters become <unk>")
     prepare = _add(data, "prepare", "text files to Megatron's .bin/.idx", _prepare)
-    prepare.add_argument("files", nargs="+", type=Path)
+    prepare.add_argument("files", nargs="+", type=Path, help="text, also .gz and .xz")
     prepare.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
     prepare.add_argument("--output", type=Path, required=True, help="path without ending")
     prepare.add_argument(
         "--documents", choices=("file", "line", "wiki"), default="file", help="what ends a document (default: the file)"
     )
-    prepare.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    prepare.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -358,7 +362,7 @@ def _config_check(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.config.rules import check
 
     run = load_run(arguments.run, arguments.overrides)
-    world = arguments.world_size or smallest_world(run)
+    world = smallest_world(run) if arguments.world_size is None else arguments.world_size
     check(run, world)
     facts = report(run, world)
     _tell(facts, render(facts), arguments.json)

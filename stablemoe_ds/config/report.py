@@ -79,7 +79,8 @@ def render(facts: dict[str, Any]) -> str:
         f"training FLOPs per token  {facts['flops_per_token']:>18,}  "
         f"forward {_scaled(facts['forward_macs_per_token'])}MACs",
         f"tokens                    {training['tokens']:>18,}  {_scaled(training['flops'])}FLOPs in all",
-        f"updates                   {training['steps']:>18,}  " + (f"stage 2 from update {switch}" if switch else ""),
+        f"updates                   {training['steps']:>18,}  "
+        + (f"stage 2 from update {switch + 1}" if switch else ""),
         f"tokens per update         {batch['tokens_per_step']:>18,}  = {batch['sequence_length']} a sequence x "
         f"{batch['micro_batch']} a micro-batch x {batch['accumulation']} accumulated x {batch['data_parallel']} ranks",
         "",

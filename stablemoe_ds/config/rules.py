@@ -119,7 +119,7 @@ def _stages(run: RunConfig) -> Iterator[str]:
         near = min(max(step, 1), steps - 1)
         advice = f"stages.at_step {near}" if near else "schedule.steps 2"
         yield _breach(
-            f"stages.{given[0]}", value, f"stage 2 must begin inside the run, at update 1 to {steps - 1}", advice
+            f"stages.{given[0]}", value, f"stage 1 must end inside the run, after 1 to {steps - 1} updates", advice
         )
     if given and run.moe.distill_weight == 0:
         reason = "the distilled router learns nothing, so the switch would freeze noise"

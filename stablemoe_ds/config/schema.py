@@ -153,14 +153,14 @@ class MoEConfig(Section):
 
 
 class Source(Section):
-    """One prepared corpus of a blend: the path of its .bin/.idx pair without the ending."""
+    """One corpus of a blend, as ``stablemoe data prepare`` has written it: .bin, .idx, .json and .counts.npy."""
 
-    path: str = Field(description="the .bin/.idx pair, without the ending")
+    path: str = Field(description="common path of these files, without the endings")
     weight: float = Field(1.0, gt=0, description="share of this source in the blend, relative to the others")
 
 
 class DataConfig(Section):
-    """Tokenizer, corpora and how they are cut into sequences."""
+    """Tokenizer, corpora and how they are cut into sequences. Paths start in the directory a command is given in."""
 
     tokenizer: str | None = Field(None, description="sentencepiece .model file")
     train: list[Source] = Field(default_factory=list, description="blend to train on: paths, or {path, weight}")
@@ -219,7 +219,9 @@ class PlateauConfig(Section):
 class StagesConfig(Section):
     """When stage 1 ends. Exactly one of the first three; ``never`` keeps stage 1 to the end."""
 
-    at_step: int | None = Field(None, ge=1, description="first update of stage 2 (the paper's S)")
+    at_step: int | None = Field(
+        None, ge=1, description="updates of stage 1 (the paper's S); stage 2 begins with the next"
+    )
     at_fraction: float | None = Field(None, gt=0, lt=1, description="the same, as a fraction of the run")
     plateau: PlateauConfig | None = Field(None, description="switch when routing has levelled off")
     never: bool = Field(False, description="stay in stage 1 (the paper's ablation)")
@@ -235,7 +237,10 @@ class StagesConfig(Section):
         named = [k for k in ("at_step", "at_fraction", "plateau") if getattr(self, k) is not None]
         named += ["never"] if self.never else []
         if len(named) > 1:
-            raise ValueError(f"give one of at_step, at_fraction, plateau, never; this has {' and '.join(named)}")
+            raise ValueError(
+                f"give one of at_step, at_fraction, plateau, never; this has {' and '.join(named)}; take one out, e.g. "
+                f"stages.{named[0]}=null"
+            )
         return self
 
 
@@ -280,7 +285,10 @@ class CheckpointConfig(Section):
 
     every: int = Field(0, ge=0, description="updates between checkpoints; 0: at the end and on SIGTERM only")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
-    resume: bool = Field(True, description="continue from the newest checkpoint in run_dir if there is one")
+    resume: bool = Field(
+        True,
+        description="continue from the newest checkpoint in run_dir if there is one, even if settings have changed",
+    )
     asynchronous: bool = Field(
         True,
         description="train on while a thread writes; the update waits for the copy to host memory only, which takes "

@@ -42,7 +42,9 @@ class Tokenizer:
             with open_file(path) as file:
                 model = file.read()
         except OSError as error:
-            raise UserError(f"cannot read tokenizer {path}: {error.strerror}") from error
+            raise UserError(
+                f"cannot read tokenizer {path}: {error.strerror}; 'stablemoe data tokenizer' makes one"
+            ) from error
         if not model:
             raise UserError(f"tokenizer {path} is empty: expected a sentencepiece model")
         try:

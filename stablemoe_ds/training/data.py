@@ -35,6 +35,10 @@ class RunData:
         if not run.data.train:
             raise UserError("data.train names no corpus to train on; prepare one with 'stablemoe data prepare'")
         self._run, self._plan, self._groups, self._tokenizer = run, plan, groups, tokenizer
+        for info in read_sources([*run.data.train, *run.data.valid, *run.data.test], tokenizer):
+            size = run.model.vocab_size or 0
+            if info.vocab_size > size:  # possible without data.tokenizer only
+                raise UserError(f"model.vocab_size: got {size}: {info.prefix} was prepared with {info.vocab_size} ids")
 
     def train_loader(self, start_sample: int) -> TrainLoader:
         """Optimizer steps from ``start_sample`` to the end of the run."""

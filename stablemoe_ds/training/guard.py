@@ -24,14 +24,15 @@ Spot = tuple[int, int, int, str]
 class Guard:
     """Counts what was dropped. Fed with figures that are equal on all ranks, it decides alike on all.
 
-    dropped: updates in a row. reason: why, the last time. exhausted: those were too many. rollbacks: returns to a
-    checkpoint since the newest was saved.
+    dropped: updates in a row. reason: why, the last time. exhausted: those were too many. rollbacks: returns to the
+    checkpoint that the run went back to last.
     """
 
     def __init__(self, faults: FaultsConfig) -> None:
         self._faults = faults
         self._losses: deque[float] = deque(maxlen=faults.spike_window)
         self.dropped, self.rollbacks, self.reason = 0, 0, ""
+        self._returned_to = -1
 
     @property
     def exhausted(self) -> bool:
@@ -56,9 +57,10 @@ class Guard:
         """An update was dropped."""
         self.dropped, self.reason = self.dropped + 1, reason
 
-    def go_back(self) -> bool:
-        """The run should return to a checkpoint. False if it has done so too often."""
-        self.dropped, self.rollbacks = 0, self.rollbacks + 1
+    def go_back(self, step: int) -> bool:
+        """The run should return to the checkpoint of ``step``. False if it has done so too often."""
+        self.dropped, self.rollbacks = 0, self.rollbacks + 1 if step == self._returned_to else 1
+        self._returned_to = step
         self._losses.clear()
         return self.rollbacks <= self._faults.rollback_limit
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.metrics import Kind, MetricsLog
 from stablemoe_ds.evaluation.perplexity import evaluate, word_perplexity
 from stablemoe_ds.evaluation.probe import record_routes
@@ -42,18 +43,26 @@ class Observer:
         self._last_LP: NDArray[np.int16] | None = None
 
     def begin(self, step: int | None) -> None:
-        """Go on from the history up to ``step``, or begin an empty one for None."""
+        """Go on from the history up to ``step``, or begin an empty one for None.
+
+        Raises UserError, on all ranks, if that was recorded with a probe of another size.
+        """
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.metrics.truncate_after(-1 if step is None else step)
             self.records.truncate_after(-1 if step is None else step)
+        dist.barrier()
+        records = None if step is None else self.records.load_all()
         if self.probe:
             ids = self._joined(np.concatenate([batch.ids[batch.real].numpy() for batch in self.probe]))
+            if records is not None and records.expert_RLP.shape[-1] != len(ids):
+                raise UserError(
+                    f"{self.records.folder}: holds records of {records.expert_RLP.shape[-1]} tokens, now they would be "
+                    f"of {len(ids)}: set logging.probe_tokens as it was, or move that folder away"
+                )
             if self.main:
                 np.save(self.folder / PROBE_IDS, ids)
-        dist.barrier()
         if step is not None:
-            records = self.records.load_all()
             self._last_LP = None if records is None else records.expert_RLP[-1]
             settled = [line["settled"] for line in self.metrics.read() if line.get("settled")]
             self.history = [RoutingState(**state) for state in settled]
@@ -138,7 +147,8 @@ class Observer:
         self.log(kind, step, values)
 
     def _joined(self, local: NDArray[Any]) -> NDArray[Any]:
-        """Arrays of all data ranks, joined along the last dimension."""
-        parts: list[Any] = [None] * self.groups.data_size
-        dist.all_gather_object(parts, local, group=self.groups.data_group)
-        return np.concatenate(parts, axis=-1)
+        """What all data ranks have of the probe, [..., P], in the order of its windows, whoever they were dealt to."""
+        ends = np.cumsum([int(batch.real.sum()) for batch in self.probe])
+        ranks: list[Any] = [None] * self.groups.data_size
+        dist.all_gather_object(ranks, np.split(local, ends[:-1], axis=-1), group=self.groups.data_group)
+        return np.concatenate([part for turn in zip(*ranks, strict=True) for part in turn], axis=-1)

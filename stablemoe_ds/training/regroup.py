@@ -28,14 +28,14 @@ APART = 1e-3
 def check_replication(moe: MoEConfig, stage: int) -> None:
     """Raise UserError if copies of an expert would change what the router means.
 
-    moe: of the smaller model. stage: 1 while routers choose.
+    moe: of the smaller model. stage: 2 once the distilled routers are frozen, into a table if they see single ids.
     """
-    reason = None
+    reason, choosing = None, stage == 1 or (moe.facts.distilled and moe.distilled.kind != "word")
     if moe.router == "switch":
         reason = "a softmax over copies gives each a share of the gate only"
     elif moe.router == "expert_choice":
         reason = "each copy would choose the same tokens"
-    elif stage == 1 and moe.top_k > 1:
+    elif choosing and moe.top_k > 1:
         reason = "the best experts of a token would be copies of one"
     if reason is not None:
         raise UserError(

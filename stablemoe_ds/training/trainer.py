@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.complaints import show
 from stablemoe_ds.config.costs import flops_per_token
+from stablemoe_ds.config.difference import differences
 from stablemoe_ds.config.rules import check, two_stages, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
@@ -83,8 +85,7 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the end. Returns False if the run was asked to stop and left a checkpoint."""
-        self._resume()
-        self._announce()
+        self._announce(self._resume())
         steps = self.run.schedule.steps
         if self.progress.step >= steps and (Path(self.run.directory) / "report.json").exists():
             self.observer.close()
@@ -109,6 +110,8 @@ class Trainer:
         run, observer = self.run, self.observer
         probe_every = run.logging.probe_every or max(1, steps // PROBES_PER_RUN)
         updates, seconds = 0, 0.0
+        if self.world.is_main:  # that of a run that was shorter: it would say that this one is finished
+            (observer.folder / "report.json").unlink(missing_ok=True)
         loader = self._loader()
         self._switch_if_due()
         feed = self._feed(loader)
@@ -127,7 +130,8 @@ class Trainer:
             updates, seconds = updates + 1, seconds + time.perf_counter() - began
             figures |= self._speed(updates / seconds)
             done = self.progress.step
-            last, stop = done == steps, sums.stop_requested
+            # Not after a dropped update, which is not saved: it is asked again, and answered, when one is kept.
+            last, stop = done == steps, sums.stop_requested and not self.guard.dropped
             logged = done % run.logging.every == 0 or last or stop
             observer.display.step(done, steps, figures, logged)
             if logged:
@@ -219,7 +223,7 @@ class Trainer:
         optimizer, failed, samples = self.run.optimizer, self.progress.step, self.progress.samples
         self.saver.finish()
         found, why = self._newest(), self.guard.reason
-        if found is None or not self.guard.go_back():
+        if found is None or not self.guard.go_back(found.checkpoint.progress.step):
             done = (
                 "there is no checkpoint to go back to"
                 if found is None
@@ -293,14 +297,18 @@ class Trainer:
             distilled = self.model.frozen_routing(self.token_counts, self.fingerprint)
         self.observer.validate(self.progress.step, data, self.routing, distilled, kind)
 
-    def _resume(self) -> None:
-        """Continue from the newest checkpoint if there is one, else begin with an empty history."""
+    def _resume(self) -> RunConfig | None:
+        """Continue from the newest checkpoint if there is one, else begin with an empty history.
+
+        Returns the run as it was when that checkpoint was saved.
+        """
         found = self._newest() if self.run.checkpoint.resume else None
         if found is not None:
             self._load(found.checkpoint)
         self.observer.begin(self.progress.step if found is not None else None)
         if found is not None and found.warning:
             self._tell_fault(self.progress.step, found.warning)
+        return None if found is None else found.checkpoint.run
 
     def _newest(self) -> Found | None:
         return find_checkpoint(self.run.directory, self.model, self.groups, self.run.checkpoint)
@@ -345,7 +353,8 @@ class Trainer:
             for path in write_report(run_report(Checkpoint.open(self.run.directory)), Path(self.run.directory)):
                 self.say(f"wrote {path}")
 
-    def _announce(self) -> None:
+    def _announce(self, before: RunConfig | None) -> None:
+        """Say what is about to be trained. before: the run that is continued, perhaps with other settings."""
         run, plan = self.run, self.plan
         planned = self.schedule.planned
         two = f"stage 2 from update {planned + 1}" if planned is not None else "stage 2 when routing settles"
@@ -361,8 +370,11 @@ class Trainer:
             f"micro-batches x {plan.micro_batch} sequences x {run.data.sequence_length} tokens; "
             f"{run.schedule.steps:,} updates, {stages}"
         )
-        if self.progress.step:
-            self.say(f"continuing after update {self.progress.step}, in stage {self.progress.stage}", "bold")
+        if before is None:
+            return
+        self.say(f"continuing after update {self.progress.step}, in stage {self.progress.stage}", "bold")
+        if changed := [f"{key} {show(now)} (was {show(was)})" for key, now, was in differences(run, before)]:
+            self.say(f"with other settings than before: {', '.join(changed)}", "bold")
 
 
 def train(run: RunConfig, world: World, stop: StopRequest | None = None) -> bool:

@@ -42,7 +42,7 @@ def run_yaml(data: TinyData, tmp_path: Path) -> str:
         (["optimzer.lr=1"], r"optimzer: unknown key; did you mean optimizer\?"),
         (["parallel.zero_stage=3"], r"parallel\.zero_stage: got 3: DeepSpeed refuses .* nearest that works: 2"),
         (["moe.layers=[7]"], r"moe\.layers: got \[7\]: expected block numbers from 1 to model\.layers 2"),
-        (["stages.at_step=99"], r"stages\.at_step: got 99: stage 2 must begin inside the run"),
+        (["stages.at_step=99"], r"stages\.at_step: got 99: stage 1 must end inside the run"),
         (["schedule.steps=many"], r"schedule\.steps: got \"many\": expected an integer"),
         (["steps"], r"expected key\.sub=value"),
     ],
@@ -161,3 +161,9 @@ def test_words(words: list[str], expected: str, capsys: pytest.CaptureFixture[st
         main(words)
     assert ending.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+def test_settings_behind_an_option_are_told_where_they_go(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["config", "check", "run.yaml", "--world-size", "2", "schedule.steps=9"])
+    assert "unrecognized arguments: schedule.steps=9; settings go right behind RUN.yaml" in capsys.readouterr().err

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stablemoe_ds.comparison.state import differences
 from stablemoe_ds.comparison.suite import load_suite
+from stablemoe_ds.config.difference import differences
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.config.rules import check, with_vocabulary
-from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 from tests.training.runs import TinyData, run_file, small_run
 
@@ -117,17 +116,3 @@ def test_shipped_variants_are_tuned_alike(path: Path):
 def test_six_tables_and_figures_in_three_sizes():
     topics = ("routers", "position", "stages", "distilled", "experts", "sublayers")
     assert {path.stem for path in SHIPPED} >= {f"{topic}{size}" for topic in topics for size in ("", "-gpu", "-paper")}
-
-
-def test_differences_leave_out_what_changes_nothing():
-    one = small_run(DATA, Path("a"))
-    two = small_run(DATA, Path("b"), logging={"every": 7}, checkpoint={"every": 3}, data={"workers": 1})
-    assert list(differences(one, two.model_copy(update={"name": "other"}))) == []
-    unknown = one.model_copy(update={"model": one.model.model_copy(update={"vocab_size": None})})
-    assert list(differences(unknown, one)) == [], "the tokenizer fills it in"
-    switches = [small_run(DATA, Path("a"), moe={"router": r}, stages={"at_step": 3}) for r in ("switch", "stablemoe")]
-    later = [run.model_copy(update={"stages": run.stages.model_copy(update={"at_step": 4})}) for run in switches]
-    found = [[key for key, _, _ in differences(*pair)] for pair in zip(switches, later, strict=True)]
-    assert found == [[], ["stages.at_step"]], "routers of one stage do not look at it"
-    other: RunConfig = small_run(DATA, Path("a"), optimizer={"lr": 0.5})
-    assert list(differences(one, other)) == [("optimizer.lr", 1e-3, 0.5)]

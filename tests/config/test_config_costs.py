@@ -153,6 +153,6 @@ def test_report_has_the_keys_scripts_read_and_is_json(make: Make) -> None:
 
 def test_page_for_people_shows_the_numbers() -> None:
     page = render(report(load_run(SHIPPED / "paper-base.yaml"), 32))
-    for text in ("124,442,880", "453,500,928", "939,391,488", "32 processes", "stage 2 from update 6000", "(this run)"):
+    for text in ("124,442,880", "453,500,928", "939,391,488", "32 processes", "stage 2 from update 6001", "(this run)"):
         assert text in page
     assert "1024 a sequence x 8 a micro-batch x 2 accumulated x 32 ranks" in page

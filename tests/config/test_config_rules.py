@@ -72,17 +72,17 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
         ),
         (
             "stages.at_step=100",
-            "stages.at_step: got 100: stage 2 must begin inside the run, at update 1 to 99",
+            "stages.at_step: got 100: stage 1 must end inside the run, after 1 to 99 updates",
             "stages.at_step 99",
         ),
         (
             "stages.at_step=null stages.at_fraction=0.001",
-            "stages.at_fraction: got 0.001: stage 2 must begin inside the run",
+            "stages.at_fraction: got 0.001: stage 1 must end inside the run",
             "stages.at_step 1",
         ),
         (
             "stages.at_step=1 schedule.steps=1",
-            "stages.at_step: got 1: stage 2 must begin inside the run",
+            "stages.at_step: got 1: stage 1 must end inside the run",
             "schedule.steps 2",
         ),
         (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stablemoe_ds.config.schema import RunConfig, StagesConfig
+from stablemoe_ds.config.schema import MoEConfig, RunConfig, StagesConfig
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.training.regroup import check_replication
 from tests.distributed.cases import run_of
 from tests.distributed.launch import run_distributed
 from tests.training.moves import loss_here, train_here
@@ -156,3 +158,18 @@ def test_a_dense_run_becomes_a_run_with_experts(data: TinyData, tmp_path: Path) 
     again = command("checkpoint", "convert", source.directory, "--to", file)
     assert again.code == 2
     assert "has checkpoints already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("moe", "stage", "refused"),
+    [
+        ({"top_k": 2}, 1, True),
+        ({"top_k": 2}, 2, False),
+        ({"top_k": 2, "distilled": {"kind": "bigram"}}, 2, True),
+        ({"top_k": 1, "distilled": {"kind": "bigram"}}, 2, False),
+        ({"top_k": 2, "router": "hash"}, 2, False),
+    ],
+)
+def test_experts_are_not_copied_where_several_are_still_chosen(moe: dict[str, Any], stage: int, refused: bool) -> None:
+    with pytest.raises(UserError, match="copies of one") if refused else nullcontext():
+        check_replication(MoEConfig(layers=[1], experts=4, **moe), stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,13 @@ def poison_output(rank: int, updates: tuple[int, ...], name: str, engine: Any, n
         module = dict(engine.model.named_modules())[name]
         return module.register_forward_hook(lambda _module, _args, output: output * math.inf)
     return None
+
+
+def stop_when_poisoned(updates: tuple[int, ...], engine: Any, number: int) -> Any:
+    """Ask for a stop in the first of the updates whose gradient is spoilt."""
+    if number == updates[0]:
+        signal.raise_signal(signal.SIGTERM)
+    return poison_gradient(0, updates, DENSE, engine, number)
 
 
 def corrupt_weights(update: int, factor: float, engine: Any, number: int) -> None:
@@ -175,6 +183,18 @@ def test_a_spike_is_dropped(ranks: int, stage: int, dtype: str, data: TinyData, 
     assert faults(run)[0][1].startswith("back from update 10 to step 8 (the loss is ")
     losses = [line["loss"] for line in history(run, "train")]
     assert max(losses) < 1.5 * losses[0]
+
+
+def test_a_stop_waits_for_an_update_that_can_be_saved(data: TinyData, tmp_path: Path) -> None:
+    run = small_run(data, tmp_path / "run")
+    said = train(partial(stop_when_poisoned, (8, 9)), run, 1)
+    assert "asked to stop: saved at step 10" in said
+    assert checkpoint_of(run, 10).exists()
+
+
+def test_counts_returns_to_the_same_checkpoint() -> None:
+    guard = Guard(FaultsConfig(rollback_limit=2))
+    assert [guard.go_back(step) for step in (5, 5, 9, 9, 9)] == [True, True, True, True, False]
 
 
 def test_gives_up_with_an_error(data: TinyData, tmp_path: Path) -> None:

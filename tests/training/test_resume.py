@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.evaluation.records import PROBE_IDS
 from tests.training.runs import (
     STEPS,
     SWITCH,
@@ -67,6 +69,7 @@ def test_resume_is_bit_exact(case: str, data: TinyData, tmp_path: Path) -> None:
         resumed = restarted(whole, tmp_path / f"from-{point}", point)
         said = train_run(resumed, ranks)
         assert f"continuing after update {point}, in stage {1 if point < SWITCH else 2}" in said, said
+        assert "other settings" not in said
         assert differing(tensors_of(checkpoint_of(resumed, STEPS)), end) == []
         assert history(resumed) == history(whole)
         assert probe_records(resumed) == probe_records(whole)
@@ -92,3 +95,40 @@ def test_resume_keeps_what_the_plateau_has_seen(data: TinyData, tmp_path: Path) 
     resumed = restarted(whole, tmp_path / "resumed", switch["step"] - 1)
     train_run(resumed)
     assert history(resumed) == history(whole)
+
+
+def test_resume_says_which_settings_have_changed(data: TinyData, tmp_path: Path) -> None:
+    whole = small_run(data, tmp_path / "whole", checkpoint=KEEP_ALL)
+    train_run(whole)
+    resumed = restarted(whole, tmp_path / "resumed", SWITCH)
+    said = train_run(
+        resumed.model_copy(update={"seed": 7, "schedule": whole.schedule.model_copy(update={"steps": 14})})
+    )
+    assert f"with other settings than before: schedule.steps 14 (was {STEPS}), seed 7 (was {whole.seed})" in said
+    assert history(resumed, "valid")[-1]["step"] == 14, "the report of the shorter run does not end the longer one"
+
+
+@pytest.mark.distributed
+def test_probe_is_the_same_however_many_ranks_there_are(data: TinyData, tmp_path: Path) -> None:
+    """A table never moves a token, so churn would show tokens in another order."""
+    whole = small_run(data, tmp_path / "whole", moe={"router": "hash"}, checkpoint=KEEP_ALL, logging={"probe_every": 1})
+    train_run(whole)
+    resumed = restarted(whole, tmp_path / "resumed", SWITCH)
+    train_run(resumed.model_copy(update={"parallel": whole.parallel.model_copy(update={"expert": 2})}), 2)
+    ids = [np.load(Path(run.directory) / PROBE_IDS) for run in (whole, resumed)]
+    assert np.array_equal(*ids)
+    assert {line["churn"] for line in history(resumed, "probe")} == {None, 0.0}
+
+
+def test_another_probe_is_refused(data: TinyData, tmp_path: Path) -> None:
+    whole = small_run(data, tmp_path / "run", checkpoint=KEEP_ALL)
+    train_run(whole)
+    resumed = restarted(whole, tmp_path / "resumed", SWITCH)
+    other = resumed.model_copy(update={"logging": whole.logging.model_copy(update={"probe_tokens": 300})})
+    with pytest.raises(AssertionError, match="holds records of 512 tokens, now they would be of 300"):
+        train_run(other)
+
+
+def test_a_corpus_of_more_ids_than_the_model_is_refused(data: TinyData, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"model\.vocab_size: got 400: .*train was prepared with 480 ids"):
+        train_run(small_run(data, tmp_path / "run", model={"vocab_size": 400}))

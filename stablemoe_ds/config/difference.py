@@ -1,0 +1,41 @@
+"""In what two runs differ, as far as it changes what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from stablemoe_ds.config.schema import RunConfig
+
+WITHOUT_EFFECT: dict[str, Any] = {
+    "name": True,
+    "run_dir": True,
+    "logging": True,
+    "checkpoint": True,
+    "data": {"workers"},
+    "parallel": {"timeout_minutes"},
+}
+"""Settings that change nothing of what is learned."""
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(key, ours, theirs) of every setting that has an effect and is not the same."""
+    one, other = (_flat(run.model_dump(mode="json", exclude=WITHOUT_EFFECT)) for run in (ours, theirs))
+    for key in sorted(one.keys() | other.keys()):
+        if key == "model.vocab_size" and one[key] is None:
+            continue  # the tokenizer has said it when the run began
+        if key.startswith("stages.") and not ours.moe.facts.distilled:
+            continue  # routers of one stage do not look at it
+        if one.get(key) != other.get(key):
+            yield key, one.get(key), other.get(key)
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Values by dotted key; a list is a value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{above}{key}.")
+        else:
+            found[above + key] = value
+    return found
