@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,10 @@ def _digest(manifest: dict[str, Any]) -> str:
 def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise DamagedError if a file of a checkpoint is missing or cut short."""
     for name, size in manifest["files"].items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else None
+        try:
+            found = (folder / name).stat().st_size
+        except FileNotFoundError:
+            found = None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes, expected {size}"
             raise DamagedError(f"checkpoint {folder} is damaged: {name} {state}")
@@ -137,15 +140,25 @@ def publish(part: Path, final: Path, keep: int) -> None:
 
 def _prune(folder: Path, newest: Path, keep: int) -> None:
     """Delete what is neither ``newest`` nor among the ``keep - 1`` complete ones before it."""
-    others = sorted((p for p in folder.glob("step-*") if p != newest), key=lambda path: path.stat().st_mtime)
-    # By time, not by step: a run that was set back writes lower steps than the ones it has abandoned.
-    complete = [path for path in others if is_complete(path)]
-    kept = complete[len(complete) - (keep - 1) :] if keep > 1 else []
+    others = [path for path in _newest_first(folder) if path != newest]
+    kept = [path for path in others if is_complete(path)][: keep - 1]
     for path in others:
         if path not in kept:
             path.rename(_old_of(path))  # a half-deleted folder never looks like a checkpoint
     for left_over in [*folder.glob(".step-*.old"), *folder.glob(".step-*.part")]:
         shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Checkpoints by time, not by step: a run that was set back writes lower steps than the ones it has abandoned.
+
+    One that a running job deletes in this moment is left out.
+    """
+    written: dict[Path, float] = {}
+    for path in folder.glob("step-*"):
+        with suppress(OSError):
+            written[path] = path.stat().st_mtime
+    return sorted(written, key=written.__getitem__, reverse=True)
 
 
 def _old_of(final: Path) -> Path:
@@ -158,7 +171,7 @@ def saved_checkpoints(run_dir: str | Path) -> list[Path]:
     Each may be damaged; the first may be missing, if ``latest`` names one that is gone.
     """
     folder = Path(run_dir) / "checkpoints"
-    found = sorted(folder.glob("step-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = _newest_first(folder)
     try:
         latest = folder / (folder / LATEST).read_text().strip()
     except OSError:

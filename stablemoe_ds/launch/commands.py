@@ -28,11 +28,11 @@ def add_commands(commands: Any, add: Add) -> None:
     start.add_argument("--cluster", required=True, metavar="CLUSTER.yaml", help="where; launch/ holds examples")
     how = start.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="print what would be written and run, for a shell")
-    how.add_argument("--submit", action="store_true", help="hand the job to the queue and print its id (slurm)")
+    how.add_argument("--submit", action="store_true", help="refuse a launcher without a queue; slurm submits anyway")
 
     state = add(commands, "status", "what has become of what was launched", show_status)
     state.add_argument("run", nargs="?", metavar="RUN_DIR | RUN.yaml", help="default: all under runs/")
-    state.add_argument("--json", action="store_true")
+    state.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     said = add(commands, "logs", "what a rank said", show_logs)
     said.add_argument("run", metavar="RUN_DIR | RUN.yaml")

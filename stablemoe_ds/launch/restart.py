@@ -5,13 +5,14 @@
 prints one line with the reason and exits with 0 to start again, 1 to leave it. What ``stablemoe train`` exits with:
 
     code    meaning                                                        start again?
-    0       finished, or stopped on request with a checkpoint              unless finished
+    0       finished, or stopped on request with a checkpoint              unless finished (under SLURM)
     1       a fault of this process: out of memory, a broken reader        yes
     2       bad input of any rank: configuration, data, checkpoint         never
     3       a fault of the cluster: a peer is lost or hangs                yes
     130     interrupted from the keyboard                                  never
     other   killed by a signal, or a launcher's own code                   yes
 
+A launch in the foreground takes 0 for the end: whoever stopped the ranks, on another machine say, has meant it.
 "Yes" ends after ``limit`` attempts in a row without a newer checkpoint. SIGUSR1 and SIGTERM are requests to stop:
 the run ends after the update it is at, saves and exits with 0. A run may go on with another number of
 processes, as long as its configuration allows that number. Attempts are kept in ``RUN_DIR/launch/attempts.jsonl``.
@@ -22,14 +23,17 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from stablemoe_ds.checkpoints import check_sizes, read_manifest, saved_checkpoints
+from stablemoe_ds.config.load import load_run
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError
@@ -39,6 +43,8 @@ KILLED_BY = {
     "SIGKILL": "often for want of memory",
 }
 """What lies behind a signal that says nothing by itself."""
+REFUSED = ": bad input: "
+"""In the word that a rank leaves of a UserError; ``training/faults.py`` writes it."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +63,37 @@ class Saved:
     run: RunConfig
 
 
-def decide(run_dir: str | Path, exit_code: int, limit: int, world_size: int | None = None) -> Decision:
+def decide(
+    run_dir: str | Path,
+    exit_code: int,
+    limit: int,
+    world_size: int | None = None,
+    run: RunConfig | None = None,
+    host: str | None = None,
+) -> Decision:
     """Note the attempt that ended with ``exit_code``, and say whether another should follow.
 
     limit: attempts in a row without a newer checkpoint after which to give up.
     world_size: processes the next attempt would have; None if unknown.
+    run: as it was launched; None: as the newest checkpoint has it.
+    host: counts only attempts that this host has noted, where each host notes its own; None: all of them.
     """
     saved = newest_saved(run_dir)
-    stale = _note(Path(run_dir), saved.step if saved else 0, exit_code)
+    run = run or (saved.run if saved else None)
+    stale = _note(Path(run_dir), saved.step if saved else 0, exit_code, host)
     if exit_code == BAD_INPUT:
         return Decision(False, "bad input (exit code 2) would fail in the same way again; read the error, correct it")
     if exit_code == INTERRUPTED:
         return Decision(False, "interrupted from the keyboard (exit code 130)")
-    if saved and _finished(saved, Path(run_dir), exit_code):
+    if saved and run and _finished(saved.step, run, Path(run_dir), exit_code):
         return Decision(False, f"the run is finished: all {saved.step} updates are made")
-    if saved and world_size is not None:
+    if run and world_size is not None:
         try:
-            check(saved.run, world_size)
+            check(run, world_size)
         except UserError as error:
             first = str(error).splitlines()[0]
             return Decision(False, f"{world_size} processes do not fit the run: {first}")
-    where = f"{saved.step} of {saved.run.schedule.steps} updates are saved" if saved else "nothing is saved yet"
+    where = f"{saved.step} of {run.schedule.steps} updates are saved" if saved and run else "nothing is saved yet"
     what = "stopped on request" if exit_code == FINISHED else _ending(exit_code)
     if stale >= limit:
         return Decision(False, f"{what}; {where}, and {stale} attempts in a row have added none (limit {limit})")
@@ -97,6 +113,30 @@ def newest_saved(run_dir: str | Path) -> Saved | None:
     return None
 
 
+def newest_launch(run_dir: Path) -> Path | None:
+    """Folder of a run's latest launch; names of launches sort by time."""
+    return max((path.parent for path in run_dir.glob("launch/*/job.json")), default=None, key=lambda path: path.name)
+
+
+def launched_run(run_dir: Path) -> RunConfig | None:
+    """The run as it was launched last; None if it never was, or not by this version."""
+    folder = newest_launch(run_dir)
+    try:
+        return load_run(folder / "run.yaml") if folder else None
+    except UserError:
+        return None
+
+
+def refusals(run_dir: Path) -> set[tuple[str, int]]:
+    """Words of bad input that ranks have left: which file, and when it was written, in ns."""
+    found: set[tuple[str, int]] = set()
+    for path in run_dir.glob("launch/fault-*.txt"):
+        with suppress(OSError):  # a rank that starts takes back its word
+            if REFUSED in path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
+                found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
 def _ending(exit_code: int) -> str:
     """How an attempt ended: a shell's 128 + n, and Python's -n, are a signal."""
     number = -exit_code if exit_code < 0 else exit_code - 128
@@ -107,20 +147,29 @@ def _ending(exit_code: int) -> str:
     return f"killed by {name}{hint}"
 
 
-def _finished(saved: Saved, run_dir: Path, exit_code: int) -> bool:
+def _finished(step: int, run: RunConfig, run_dir: Path, exit_code: int) -> bool:
     """A run that died after its last update, while it wrote its report, is not finished."""
-    whole = saved.step >= saved.run.schedule.steps
-    return whole and (exit_code == FINISHED or (run_dir / "report.json").exists())
+    steps = run.schedule.steps
+    return step >= steps and (exit_code == FINISHED or _reported_steps(run_dir) >= steps)
 
 
-def _note(run_dir: Path, step: int, exit_code: int) -> int:
+def _reported_steps(run_dir: Path) -> int:
+    """Length of the run that ``report.json`` is about, which may be an earlier, shorter one; 0 without a report."""
+    try:
+        return int(json.loads((run_dir / "report.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _note(run_dir: Path, step: int, exit_code: int, host: str | None) -> int:
     """Add an attempt to the file; returns how many in a row, this one included, have saved nothing new."""
     file = run_dir / "launch" / "attempts.jsonl"
-    steps = [int(attempt["step"]) for attempt in _read(file)]
+    steps = [int(attempt["step"]) for attempt in _read(file) if host in (None, attempt.get("host"))]
+    noted = {"step": step, "exit_code": exit_code, "host": host or socket.gethostname()}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps({"step": step, "exit_code": exit_code, "time": now}) + "\n")
+        out.write(json.dumps({**noted, "time": now}) + "\n")
     furthest, stale = 0, 0
     for reached in [*steps, step]:
         stale = 0 if reached > furthest else stale + 1
@@ -151,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=3, help="attempts without a newer checkpoint (default 3)")
     parser.add_argument("--world-size", type=int, help="processes of the next attempt")
     given = parser.parse_args(argv)
-    decision = decide(given.run_dir, given.exit_code, given.limit, given.world_size)
+    run = launched_run(given.run_dir)
+    decision = decide(given.run_dir, given.exit_code, given.limit, given.world_size, run)
     print(f"{'start again' if decision.again else 'do not start again'}: {decision.reason}", flush=True)
     return 0 if decision.again else 1
 

@@ -26,12 +26,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self._interrupted = False
 
     def on(self, *signals: signal.Signals) -> AbstractContextManager[None]:
         """Let these signals ask; see :func:`handling`."""
         return handling(self._ask, *signals)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:  # the second Ctrl-C ends the run at once
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._interrupted:  # the second Ctrl-C ends the run at once, whatever else has asked before
+                raise KeyboardInterrupt
+            self._interrupted = True
         self.asked = True

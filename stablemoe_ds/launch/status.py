@@ -13,7 +13,7 @@ from typing import Any
 
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.launch.restart import newest_saved
+from stablemoe_ds.launch.restart import launched_run, newest_launch, newest_saved
 
 TAIL_BYTES = 1 << 16
 
@@ -35,11 +35,6 @@ def run_directories(given: str | None) -> list[Path]:
     return [folder]
 
 
-def newest_launch(run_dir: Path) -> Path | None:
-    """Folder of a run's latest launch; names of launches sort by time."""
-    return max((path.parent for path in run_dir.glob("launch/*/job.json")), default=None, key=lambda path: path.name)
-
-
 def logs_of(run_dir: Path) -> Path:
     """Where the ranks' logs of the latest launch are. Raises UserError if the run was never launched."""
     folder = newest_launch(run_dir)
@@ -54,7 +49,7 @@ def status(run_dir: Path) -> dict[str, Any]:
     folder, saved = newest_launch(run_dir), newest_saved(run_dir)
     job = _read_json(folder / "job.json") if folder else {}
     last = next(_newest_lines(run_dir / "metrics.jsonl", "train"), {})
-    steps = load_run(folder / "run.yaml").schedule.steps if folder else saved.run.schedule.steps if saved else None
+    run = launched_run(run_dir) or (saved.run if saved else None)
     attempts = list(_lines(run_dir / "launch" / "attempts.jsonl"))
     state, job_ids = _state(folder, job) if folder else (None, [])
     return {
@@ -65,7 +60,7 @@ def status(run_dir: Path) -> dict[str, Any]:
         "job_ids": job_ids,
         "state": state,
         "step": last.get("step"),
-        "steps": steps,
+        "steps": run.schedule.steps if run else None,
         "loss": last.get("loss"),
         "tokens_per_second": last.get("tokens_per_second"),
         "checkpoint_step": saved.step if saved else None,
@@ -79,9 +74,9 @@ def render(facts: dict[str, Any]) -> str:
     jobs = f" job {', '.join(facts['job_ids'])}" if facts["job_ids"] else ""
     lines = [f"{facts['run']}: {facts['state'] or 'not launched'} ({facts['launcher'] or 'no launcher'}{jobs})"]
     if facts["step"] is not None:
-        speed = facts["tokens_per_second"]
+        loss, speed = facts["loss"], facts["tokens_per_second"]
         lines.append(
-            f"  step {facts['step']} of {facts['steps']}, loss {facts['loss']:.4f}"
+            f"  step {facts['step']} of {facts['steps']}, loss {'–' if loss is None else f'{loss:.4f}'}"
             + (f", {speed:,.0f} tokens/s" if speed else "")
         )
     saved = facts["checkpoint_step"]

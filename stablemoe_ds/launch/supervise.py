@@ -16,10 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stablemoe_ds.errors import FINISHED, INTERRUPTED, UserError
-from stablemoe_ds.launch.job import Job
+from stablemoe_ds.errors import BAD_INPUT, FINISHED, INTERRUPTED, OWN_FAULT, UserError
+from stablemoe_ds.launch.job import Job, Probe
 from stablemoe_ds.launch.logs import Tail, set_aside
-from stablemoe_ds.launch.restart import decide
+from stablemoe_ds.launch.restart import decide, newest_saved, refusals
 from stablemoe_ds.launch.signals import handling
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -33,15 +33,17 @@ class Supervisor:
         """job: written already, and one that does not submit."""
         self.job, self.order = job, job.orders[0]
         self.folder = job.folders[0]
+        self.run_dir = Path(job.directory, self.order.run.directory)
         self.logs = Path(job.directory, self.order.logs)
         self._tail = Tail(self.logs, 0)  # of all attempts: what was shown is not shown again
         self._requests = 0
+        self._ranks_stopped = False
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def stopped(self) -> bool:
-        """Whether somebody asked it to stop."""
-        return self._requests > 0
+        """Whether somebody asked it to stop, or the ranks themselves, as the supervisor of another machine does."""
+        return self._requests > 0 or self._ranks_stopped
 
     def run(self) -> int:
         """Returns the exit status of the last attempt. If it was asked to stop: 0 if all ranks ended well, else 130."""
@@ -64,6 +66,7 @@ class Supervisor:
     def _attempt(self, attempt: int) -> int:
         """Start the command and wait until nothing of it is left."""
         environment = {**os.environ, **self.job.environment}
+        refused = refusals(self.run_dir)
         try:
             # A session of its own: Ctrl-C reaches this process alone, which knows what the ranks should be sent.
             process = subprocess.Popen(
@@ -80,16 +83,26 @@ class Supervisor:
         with self._showing():
             code = process.wait()
         self._clear(process.pid)
+        if self._torchrun and code == OWN_FAULT and refusals(self.run_dir) - refused:
+            return BAD_INPUT  # torchrun itself ends with 1, whatever its ranks ended with
         return code if code >= 0 else 128 - code
 
+    @property
+    def _torchrun(self) -> bool:
+        """Whether every machine has a supervisor of its own, which notes its own attempts."""
+        return self.job.cluster.launcher == "torchrun"
+
     def _again(self, code: int) -> bool:
-        cluster = self.job.cluster
-        if cluster.restarts == 0:
+        cluster, run = self.job.cluster, self.order.run
+        if isinstance(run, Probe):
             return False
-        # Under torchrun every machine notes its own attempt.
-        limit = cluster.restarts * (cluster.nodes if cluster.launcher == "torchrun" else 1)
-        run_dir = Path(self.job.directory, self.order.run.directory)
-        decision = decide(run_dir, code, limit, cluster.world_size)
+        if code == FINISHED:
+            saved = newest_saved(self.run_dir)
+            self._ranks_stopped = saved is None or saved.step < run.schedule.steps
+        if self._ranks_stopped or cluster.restarts == 0:
+            return False
+        host = socket.gethostname() if self._torchrun else None
+        decision = decide(self.run_dir, code, cluster.restarts, cluster.world_size, run, host)
         _say(f"{'starting again' if decision.again else 'not starting again'}: {decision.reason}")
         return decision.again
 

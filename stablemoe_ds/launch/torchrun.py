@@ -6,8 +6,11 @@ from __future__ import annotations
 from stablemoe_ds.launch.containers import contained
 from stablemoe_ds.launch.job import Job, Order
 
-SETTINGS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Without it a machine that comes back hangs all until the rendezvous gives up."""
+SETTINGS = {
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a machine that comes back hangs all until the rendezvous gives up
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "180",  # seconds for ranks to save when asked to stop; torch 2.11 gives them 30
+}
+"""The cluster's ``environment`` wins over them."""
 
 
 def torchrun_job(order: Order) -> Job:
@@ -19,6 +22,6 @@ def torchrun_job(order: Order) -> Job:
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{(cluster.hosts or ['localhost'])[0]}:{order.port}"]
     words += ["--rdzv-id", order.run.name, "--log-dir", order.logs, "--redirects", "3", "--tee", "3"]
     words += [*cluster.launcher_args, *order.command[1:]]
-    environment = order.variables | SETTINGS
+    environment = SETTINGS | order.variables
     inside = contained(cluster, [*environment, *cluster.forward], order.facts.user)
     return Job((order,), (*inside, *words), environment=environment)

@@ -164,6 +164,13 @@ def test_elastic_torchrun_may_have_fewer_nodes() -> None:
     assert job.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
+def test_torchrun_leaves_ranks_the_time_to_save() -> None:
+    where = {"launcher": "torchrun", "hosts": ["a", "b"], "nodes": 2}
+    assert one_job(cluster(**where)).environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "180"
+    more = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
+    assert more.items() <= one_job(cluster(**where, environment=more)).environment.items()
+
+
 def test_gpus_are_asked_for_and_cpus_are_not() -> None:
     assert "--gpus-per-node=8" in example_script(cluster(device="gpu", processes_per_node=8), tokens_per_step=128)
     assert "--gpus" not in example_script(cluster(processes_per_node=2))

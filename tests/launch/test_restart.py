@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stablemoe_ds.checkpoints import FORMAT, write_manifest
-from stablemoe_ds.launch.restart import decide, newest_saved
+from stablemoe_ds.config.load import dump_run
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.launch.restart import REFUSED, decide, main, newest_saved
+from stablemoe_ds.training import faults
 from tests.tiny import tiny_run
 
 STEPS = 40
 
 
-def save(run_dir: Path, step: int) -> Path:
+def forty_updates(**sections: Any) -> RunConfig:
+    return tiny_run(**{"schedule": {"steps": STEPS, "tokens_per_step": 64}, "stages": {"at_step": 4}, **sections})
+
+
+def save(run_dir: Path, step: int, **sections: Any) -> Path:
     """What a checkpoint leaves on disk, its tensors apart."""
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     folder.mkdir(parents=True)
     (folder / "weights-0000.safetensors").write_bytes(b"12345678")
-    run = tiny_run(schedule={"steps": STEPS, "tokens_per_step": 64}, stages={"at_step": 4})
+    run = forty_updates(**sections)
     manifest = {
         "format": FORMAT,
         "files": {"weights-0000.safetensors": 8},
@@ -56,8 +65,48 @@ def test_a_run_that_was_asked_to_stop_goes_on_and_a_finished_one_does_not(tmp_pa
 def test_a_run_that_died_while_it_wrote_its_report_is_not_finished(tmp_path: Path) -> None:
     save(tmp_path, STEPS)
     assert decide(tmp_path, 137, limit=3).again
-    (tmp_path / "report.json").write_text("{}")
-    assert not decide(tmp_path, 137, limit=3).again
+    for steps, again in ((STEPS // 2, True), (STEPS, False)):  # the first report is one of an earlier, shorter run
+        (tmp_path / "report.json").write_text(json.dumps({"steps": steps}))
+        assert decide(tmp_path, 137, limit=9).again == again
+
+
+def test_the_run_that_was_launched_decides_not_the_one_that_was_saved(tmp_path: Path) -> None:
+    save(tmp_path, STEPS, parallel={"expert": 4})
+    (tmp_path / "report.json").write_text(json.dumps({"steps": STEPS}))
+    longer = forty_updates(schedule={"steps": 2 * STEPS, "tokens_per_step": 64}, parallel={"expert": 2})
+    decision = decide(tmp_path, 137, limit=3, world_size=2, run=longer)
+    assert decision.again
+    assert f"{STEPS} of {2 * STEPS} updates are saved" in decision.reason
+
+
+def test_the_command_finds_the_run_that_was_launched(tmp_path: Path) -> None:
+    save(tmp_path, STEPS)
+    launch = tmp_path / "launch" / "stamp"
+    launch.mkdir(parents=True)
+    (launch / "job.json").write_text("{}")
+    longer = forty_updates(schedule={"steps": 2 * STEPS, "tokens_per_step": 64})
+    (launch / "run.yaml").write_text(dump_run(longer))
+    assert main([str(tmp_path), "--exit-code", "0"]) == 0
+    (launch / "run.yaml").write_text("of: another version")
+    assert main([str(tmp_path), "--exit-code", "0"]) == 1
+
+
+def test_a_host_that_notes_its_own_attempts_counts_only_those(tmp_path: Path) -> None:
+    decisions = [decide(tmp_path, 1, limit=2, host=host) for host in ("a", "b", "a", "b")]
+    assert [decision.again for decision in decisions] == [True, True, False, False]
+    assert "5 attempts in a row" in decide(tmp_path, 1, limit=2).reason, "a job that moves from host to host"
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(tmp_path: Path) -> None:
+    folder = save(tmp_path, 10)
+    folder.with_name("step-000005").symlink_to("gone")  # in the list of names, and no more than that
+    saved = newest_saved(tmp_path)
+    assert saved is not None
+    assert saved.step == 10
+
+
+def test_bad_input_is_known_by_the_word_that_ranks_leave() -> None:
+    assert f": {faults.REFUSED}: " == REFUSED
 
 
 def test_a_crash_loop_ends(tmp_path: Path) -> None:

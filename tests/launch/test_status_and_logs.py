@@ -12,7 +12,8 @@ import pytest
 
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.logs import Tail, rank_logs, rank_of, require_logs, set_aside
-from stablemoe_ds.launch.status import logs_of, newest_launch, render, run_directories, status
+from stablemoe_ds.launch.restart import newest_launch
+from stablemoe_ds.launch.status import logs_of, render, run_directories, status
 from stablemoe_ds.launch.supervise import note_state
 from tests.launch.tools import cluster, one_job, run_script, stubbed
 
@@ -129,6 +130,13 @@ def test_how_far_it_is() -> None:
     assert (facts["step"], facts["steps"], facts["loss"]) == (2, 4, 7.0)
     assert (facts["attempts_ended"], facts["last_exit_code"], facts["checkpoint_step"]) == (1, 3, None)
     assert "  step 2 of 4, loss 7.0000, 1,000 tokens/s\n  newest checkpoint: none" in render(facts)
+
+
+def test_a_loss_that_is_no_number_is_told_as_a_dash() -> None:
+    launched()
+    line = {"step": 3, "kind": "train", "loss": None, "tokens_per_second": 1000.0}
+    (RUN / "metrics.jsonl").write_text(json.dumps(line))
+    assert "  step 3 of 4, loss –, 1,000 tokens/s" in render(status(RUN))
 
 
 def test_a_run_that_was_never_launched_is_told_as_far_as_it_goes() -> None:

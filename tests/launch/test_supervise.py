@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,9 +57,10 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def job_of(program: str, *arguments: str, restarts: int = 3, **settings: Any) -> Job:
+def job_of(program: str, *arguments: str, restarts: int = 3, launcher: str = "local", **settings: Any) -> Job:
     """A job whose command is a small program instead of a launcher."""
-    job = one_job(cluster(launcher="local", restarts=restarts))
+    hosts = {"nodes": 2, "hosts": ["n1", "n2"]} if launcher == "torchrun" else {}
+    job = one_job(cluster(launcher=launcher, restarts=restarts, **hosts))
     return replace(job, command=(sys.executable, "-c", program, *arguments), **settings)
 
 
@@ -96,6 +99,40 @@ def test_a_crash_loop_ends(capfd: pytest.CaptureFixture[str]) -> None:
 def test_is_not_started_again(code: str, restarts: int) -> None:
     assert run(job_of(FAILS_AT_FIRST, "99", code, restarts=restarts)) == int(code)
     assert Path("count").read_text() == "1"
+
+
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_ranks_that_were_asked_to_stop_by_others_are_not_started_again(restarts: int) -> None:
+    """Under torchrun on several machines only one supervisor gets the Ctrl-C; all ranks save and exit with 0."""
+    job = job_of("open('count', 'a').write('x')", restarts=restarts, launcher="torchrun")
+    job.write()
+    supervisor = Supervisor(job)
+    assert supervisor.run() == 0
+    assert Path("count").read_text() == "x"
+    assert supervisor.stopped
+    assert state()["state"] == "stopped"
+
+
+def test_bad_input_under_torchrun_is_known_by_the_word_of_a_rank() -> None:
+    """torchrun ends with 1 whatever its ranks ended with."""
+    word = Path("runs/tiny/launch/fault-0001.txt")
+    program = "import pathlib, sys; open('count', 'a').write('x'); pathlib.Path(sys.argv[1]).{}; sys.exit(1)"
+    refused = "write_text('rank 1 before the first update: bad input: no such corpus')"
+    assert run(job_of(program.format(refused), str(word), launcher="torchrun")) == 2
+    assert Path("count").read_text() == "x"
+    assert word.exists()
+    shutil.rmtree("runs/tiny/launch/stamp")
+    again = job_of(program.format("exists()"), str(word), launcher="torchrun", restarts=2)
+    assert run(again) == 1, "the word is of an attempt before"
+
+
+def test_under_torchrun_every_host_counts_its_own_attempts() -> None:
+    attempts = Path("runs/tiny/launch/attempts.jsonl")
+    attempts.parent.mkdir(parents=True)
+    attempts.write_text(3 * '{"step": 0, "exit_code": 3, "host": "another"}\n')
+    assert run(job_of(FAILS_AT_FIRST, "99", "3", restarts=2, launcher="torchrun")) == 3
+    assert Path("count").read_text() == "2"
+    assert json.loads(attempts.read_text().splitlines()[-1])["host"] == socket.gethostname()
 
 
 def test_death_by_a_signal_has_a_status() -> None:
