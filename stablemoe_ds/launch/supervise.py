@@ -116,7 +116,7 @@ class Supervisor:
             time.sleep(LOOK_SECONDS)
 
     def _request(self, _number: int, _frame: FrameType | None) -> None:
-        """First: save and stop. Second: end. Third: at once."""
+        """First: save and stop. Second: SIGTERM to all of the group. Third: kill it."""
         self._requests += 1
         process = self._process
         if process is None:
