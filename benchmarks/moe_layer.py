@@ -150,14 +150,17 @@ def sample(shape: Shape, device: torch.device) -> Tensor:
     return hidden.to(device, shape.torch_dtype).requires_grad_()
 
 
-def weight_seconds(shape: Shape, device: torch.device) -> float:
-    """What experts beyond the first cost in memory traffic alone: weights read twice, gradients written."""
+def weight_bytes(shape: Shape) -> int:
+    """What experts beyond the first cannot but move: weights read twice, gradients written."""
     weights = 2 * shape.hidden_size * shape.ffn_hidden_size * (shape.experts - 1)
-    return 3 * weights * shape.torch_dtype.itemsize / copy_rate(device)
+    return 3 * weights * shape.torch_dtype.itemsize
 
 
-def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Median seconds, median ratio to the dense layer of the same round, and peak memory, of each contestant."""
+def measure(shape: Shape, rounds: int, device: torch.device, bytes_per_second: float) -> dict[str, Any]:
+    """Median seconds, median ratio to the dense layer of the same round, and peak memory, of each contestant.
+
+    bytes_per_second: of a copy, for the bound.
+    """
     layers, hidden = contestants(shape, device), sample(shape, device)
     weight = torch.randn_like(hidden)
 
@@ -179,7 +182,7 @@ def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
         "shape": vars(shape),
         "seconds": medians(seconds),
         "ratio_to_dense": ratios(seconds, "dense"),
-        "bound_to_dense": 1 + weight_seconds(shape, device) / medians(seconds)["dense"],
+        "bound_to_dense": 1 + weight_bytes(shape) / bytes_per_second / medians(seconds)["dense"],
         "peak_bytes": memory,
         "peak_to_dense": {name: size / memory["dense"] for name, size in memory.items()},
     }
@@ -209,9 +212,9 @@ def main() -> None:
     torch.set_num_threads(1)
     world = start_world()
     Groups(world, tensor=1, expert=1)
-    rows = []
+    rows, rate = [], copy_rate(world.device)
     for shape in shapes(arguments.quick, world.device.type == "cuda"):
-        rows.append(measure(shape, arguments.rounds, world.device))
+        rows.append(measure(shape, arguments.rounds, world.device, rate))
         print(tables(rows[-1:]).splitlines()[4], file=sys.stderr, flush=True)
     publish(arguments, __doc__, {"rows": rows}, tables(rows))
     stop_world()

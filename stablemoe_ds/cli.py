@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation = _add(commands, "eval", "perplexity of a checkpoint, every token counted once", _eval)
     evaluation.add_argument("checkpoint", help="checkpoint or run directory")
     evaluation.add_argument("--data", help="prepared corpus (path without ending); default: the run's validation text")
-    evaluation.add_argument("--json", action="store_true", help="print JSON instead of text")
+    _json_argument(evaluation)
 
     generation = _add(commands, "generate", "continue a prompt", _generate)
     generation.add_argument("checkpoint", help="checkpoint or run directory")
@@ -92,19 +92,19 @@ def build_parser() -> argparse.ArgumentParser:
     generation.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that reach this")
     generation.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     generation.add_argument("--no-cache", action="store_true", help="read everything anew for each token")
-    generation.add_argument("--json", action="store_true", help="print JSON instead of text")
+    _json_argument(generation)
 
     routing = commands.add_parser("routing", help="what was learned about routing").add_subparsers(
         required=True, metavar="report|table"
     )
     report = _add(routing, "report", "load, fluctuation, agreement, what each expert serves", _routing_report)
     report.add_argument("checkpoint", help="checkpoint or run directory")
-    report.add_argument("--json", action="store_true", help="print JSON instead of text")
+    _json_argument(report)
     report.add_argument("--png", type=Path, help="draw the report, too")
     table = _add(routing, "table", "the frozen routing table itself", _routing_table)
     table.add_argument("checkpoint", help="checkpoint or run directory, or a table file")
     table.add_argument("--output", type=Path, help="write the table as a safetensors file of its own")
-    table.add_argument("--json", action="store_true", help="print JSON instead of text")
+    _json_argument(table)
 
     _checkpoint_commands(commands)
 
@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = _add(config, name, text, call)
         _run_arguments(sub)
         sub.add_argument("--world-size", type=int, help="processes; default: the fewest the run can have")
-        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+        _json_argument(sub)
 
     _launch_commands(commands)
 
@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--wait", type=float, default=10.0, metavar="MINUTES", help="time the probe may be queued (default 10; slurm)"
     )
-    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    _json_argument(doctor)
     return parser
 
 
@@ -165,7 +165,7 @@ def _checkpoint_commands(commands: Any) -> None:
         if name == "convert":
             words, text = ("RUN.yaml", "key=value"), "the run that is to begin from it, and settings laid over it"
             sub.add_argument("--to", required=True, nargs="+", metavar=words, help=text)
-        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+        _json_argument(sub)
 
 
 def _add(commands: Any, name: str, text: str, call: Command) -> argparse.ArgumentParser:
@@ -177,6 +177,10 @@ def _add(commands: Any, name: str, text: str, call: Command) -> argparse.Argumen
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. schedule.steps=100")
+
+
+def _json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _data_commands(commands: Any) -> None:

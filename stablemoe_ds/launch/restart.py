@@ -137,6 +137,14 @@ def refusals(run_dir: Path) -> set[tuple[str, int]]:
     return found
 
 
+def reported_steps(run_dir: Path) -> int:
+    """Length of the run that ``report.json`` is about, which may be an earlier, shorter one; 0 without a report."""
+    try:
+        return int(json.loads((run_dir / "report.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def _ending(exit_code: int) -> str:
     """How an attempt ended: a shell's 128 + n, and Python's -n, are a signal."""
     number = -exit_code if exit_code < 0 else exit_code - 128
@@ -150,15 +158,7 @@ def _ending(exit_code: int) -> str:
 def _finished(step: int, run: RunConfig, run_dir: Path, exit_code: int) -> bool:
     """A run that died after its last update, while it wrote its report, is not finished."""
     steps = run.schedule.steps
-    return step >= steps and (exit_code == FINISHED or _reported_steps(run_dir) >= steps)
-
-
-def _reported_steps(run_dir: Path) -> int:
-    """Length of the run that ``report.json`` is about, which may be an earlier, shorter one; 0 without a report."""
-    try:
-        return int(json.loads((run_dir / "report.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+    return step >= steps and (exit_code == FINISHED or reported_steps(run_dir) >= steps)
 
 
 def _note(run_dir: Path, step: int, exit_code: int, host: str | None) -> int:

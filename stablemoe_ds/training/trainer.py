@@ -20,6 +20,7 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.launch.restart import reported_steps
 from stablemoe_ds.launch.signals import StopRequest
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.moe.plan import RoutedBatch
@@ -87,7 +88,7 @@ class Trainer:
         """Train to the end. Returns False if the run was asked to stop and left a checkpoint."""
         self._announce(self._resume())
         steps = self.run.schedule.steps
-        if self.progress.step >= steps and (Path(self.run.directory) / "report.json").exists():
+        if self.progress.step >= steps and reported_steps(Path(self.run.directory)) >= steps:
             self.observer.close()
             self.say(f"this run is finished; its report is in {self.run.directory}")
             return True
@@ -110,8 +111,6 @@ class Trainer:
         run, observer = self.run, self.observer
         probe_every = run.logging.probe_every or max(1, steps // PROBES_PER_RUN)
         updates, seconds = 0, 0.0
-        if self.world.is_main:  # that of a run that was shorter: it would say that this one is finished
-            (observer.folder / "report.json").unlink(missing_ok=True)
         loader = self._loader()
         self._switch_if_due()
         feed = self._feed(loader)
