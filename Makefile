@@ -1,5 +1,6 @@
 # make demo     install, then train a two-stage model on this machine's own Python source
 # make test     install, then run the tests, but for those of the next two
+# make test-kernels  fetch Triton (190 MB), run the GPU kernels in its interpreter and build them; Linux on x86 or ARM
 # make test-cluster  on a cluster that it brings up: SLURM, hosts that fail; Debian and root, see tests/cluster/install.sh
 # make test-image  build the container image and let docker/smoke.sh work in it; root, buildah and mmdebstrap
 # make lint     ruff, format, mypy, and whether docs/configuration.md is what the schema says
@@ -14,6 +15,7 @@
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 TORCH  ?= torch==2.13.0
+TRITON ?= triton>=3.6
 ARGS   ?=
 
 BIN       := .venv/bin
@@ -24,7 +26,7 @@ REFERENCE := $(BIN)/python -m stablemoe_ds.config.reference
 # Launchers start what they find on PATH: it has to be what .venv holds.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-cluster test-image lint bench format install
+.PHONY: demo test test-kernels test-cluster test-image lint bench format install
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -32,6 +34,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+test-kernels: install .venv/.triton
+	PYTHONPATH=.venv/triton $(BIN)/python -m pytest tests/ops $(ARGS)
 
 test-cluster: install
 	sh tests/cluster/install.sh
@@ -66,4 +71,9 @@ $(INSTALLED): pyproject.toml
 	@echo 'installing into .venv, which takes some minutes'
 	$(PIP) -q $(TORCH)
 	$(PIP) -q -e '.[dev]'
+	@touch $@
+
+# In a folder of its own: what other libraries do depends on whether they find Triton.
+.venv/.triton: $(INSTALLED)
+	$(PIP) -q --no-deps --upgrade --target .venv/triton "$(TRITON)"
 	@touch $@

@@ -42,7 +42,7 @@ main() {
   # By worth: if time runs out, it is the last ones that are cut.
   failed=0 quick=()
   [[ -z "$cpu" ]] || quick=(--quick --rounds 1)
-  part tests 210 -m pytest tests/gpu -p no:cacheprovider --timeout 120 --durations 5 -rfE
+  part tests 210 -m pytest tests/gpu tests/ops -p no:cacheprovider --timeout 120 --durations 5 -rfE
   part moe_layer 130 -m benchmarks.moe_layer --output "$work/results/moe_layer.json" "${quick[@]}"
   part step 150 -m benchmarks.step --output "$work/results/step.json" "${quick[@]}"
   part generation 60 -m benchmarks.generation --output "$work/results/generation.json" "${quick[@]}"

@@ -7,7 +7,7 @@ against each token's expert computed by itself. Stage 2 is planned beforehand, a
 Our layer follows given routes in stage 2, uniform or as skewed as Zipf's law has token ids, and routes by itself in
 stage 1. The others route by their own gates, whose load on these random states is about uniform. BASE is one rank of
 its own layout, one expert a rank, without the exchange. DeepSpeed's einsum path has masks of [tokens, experts,
-capacity] and is left out where they are large.
+capacity] and is left out where they are large. On a GPU, stage 2 runs also in plain torch, without Triton's kernels.
 
 The bound is the dense layer, and reading the other experts' weights in both passes and writing their gradients at the
 rate of a large copy: what any layer of that many experts must do, if its weights are not in a cache.
@@ -33,6 +33,7 @@ from benchmarks.rates import copy_rate
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
 from stablemoe_ds.moe.plan import plan_dispatch
+from stablemoe_ds.ops.rows import plain_torch
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.routes import RoutingPass, TokenView
 from stablemoe_ds.routing.stablemoe import StableMoERouter
@@ -119,6 +120,14 @@ class Stage(nn.Module):
         return out
 
 
+class PlainStage(Stage):
+    """The same without kernels."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with plain_torch():
+            return super().forward(hidden)
+
+
 def contestants(shape: Shape, device: torch.device) -> dict[str, nn.Module]:
     """Layers of hidden states [T, 1, d] by name; 'dense' is the bound."""
     torch.manual_seed(0)
@@ -139,6 +148,8 @@ def contestants(shape: Shape, device: torch.device) -> dict[str, nn.Module]:
     }
     if shape.tokens <= EINSUM_TOKENS and shape.hidden_size <= 512:
         found["deepspeed einsum"] = EinsumLayer(shape, drop_tokens=False)
+    if device.type == "cuda":
+        found["stage 2, plain torch"] = PlainStage(ours, tokens, expert_TK)
     found = {name: layer.to(device).train() for name, layer in found.items()}
     hidden = sample(shape, device)
     ours.check(hidden, expert_TK[:, 0], found["stage 2"](hidden))

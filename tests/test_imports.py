@@ -16,6 +16,7 @@ HEIGHT = {
     "config": 0,
     "checkpoints": 0,
     "data": 1,
+    "ops": 1,
     "routing": 2,
     "moe": 3,
     "model": 4,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from stablemoe_ds.moe.plan import DispatchPlan
+from stablemoe_ds.ops.rows import ops_for
 
 
 class _Exchange:
@@ -83,41 +84,27 @@ class _TokensToRows(Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, order_A: Tensor, position_TK: Tensor) -> Tensor:
         ctx.save_for_backward(position_TK)
+        ctx.ops = ops_for(hidden_TD)
         choices = position_TK.shape[1]
         return hidden_TD.index_select(0, order_A // choices if choices > 1 else order_A)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _sum_choices(_at(grads[0], ctx.saved_tensors[0])), None, None
+        return ctx.ops.weighted_sum(grads[0], None, ctx.saved_tensors[0]), None, None
 
 
 class _RowsToTokens(Function):
-    """[A, D] -> [T, K, D], zero where nothing was routed."""
+    """[A, D] -> [T, D], the sum of a token's rows times their gates; zero where nothing was routed."""
 
     @staticmethod
-    def forward(ctx: Any, rows_AD: Tensor, order_A: Tensor, position_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(order_A)
-        return _at(rows_AD, position_TK)
+    def forward(ctx: Any, rows_AD: Tensor, gate_TK: Tensor, order_A: Tensor, position_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_AD, gate_TK, order_A, position_TK)
+        ctx.ops = ops_for(rows_AD)
+        return ctx.ops.weighted_sum(rows_AD, gate_TK, position_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].flatten(0, 1).index_select(0, ctx.saved_tensors[0]), None, None
-
-
-def _at(rows_AD: Tensor, position_TK: Tensor) -> Tensor:
-    """[T, K, D]: the row of each pair, zero where its position is negative."""
-    rows, width = rows_AD.shape
-    if rows == 0:
-        return rows_AD.new_zeros(*position_TK.shape, width)
-    out_TKD = rows_AD.index_select(0, position_TK.clamp_min(0).view(-1)).view(*position_TK.shape, width)
-    if rows < position_TK.numel():
-        out_TKD.masked_fill_((position_TK < 0)[..., None], 0)
-    return out_TKD
-
-
-def _sum_choices(rows_TKD: Tensor) -> Tensor:
-    """[T, D]. One choice needs no sum; in bf16 on a CPU that would take as long as all else in this file."""
-    return rows_TKD.squeeze(1) if rows_TKD.shape[1] == 1 else rows_TKD.sum(1)
+        return *ctx.ops.weighted_sum_backward(grads[0], *ctx.saved_tensors), None, None
 
 
 @dataclass(frozen=True)
@@ -158,5 +145,4 @@ def return_tokens(rows_RD: Tensor, plan: DispatchPlan, group: dist.ProcessGroup 
 
 def combine(rows_AD: Tensor, gate_TK: Tensor, plan: DispatchPlan) -> Tensor:
     """Sum over a token's K experts of gate times what the expert adds: [T, D], zero where nothing was routed."""
-    rows_TKD = _RowsToTokens.apply(rows_AD, plan.order_A, plan.position_TK)
-    return _sum_choices(rows_TKD * gate_TK.to(rows_AD.dtype)[..., None])
+    return _RowsToTokens.apply(rows_AD, gate_TK.to(rows_AD.dtype), plan.order_A, plan.position_TK)

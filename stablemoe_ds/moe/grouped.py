@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from stablemoe_ds.moe.segments import Segments
-from stablemoe_ds.moe.sublayer import SublayerWeights, activate
+from stablemoe_ds.moe.sublayer import SublayerWeights
+from stablemoe_ds.ops.rows import ops_for
 
 ALIGNED = 8
 """bf16 numbers in 16 bytes: the kernels want every row to begin at a multiple of that."""
@@ -45,27 +46,65 @@ class _Product(Function):
         return F.grouped_mm(grad_RO, w_EOI, offs=ends_E), F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E), None
 
 
-class _Spread(Function):
-    """Each row gets its expert's values."""
+class _Affine(Function):
+    """Each row times its expert's scale, plus its expert's shift, then relu if asked for."""
 
     @staticmethod
-    def forward(ctx: Any, values_EI: Tensor, owner_R: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(ends_E)
-        return values_EI.index_select(0, owner_R)
+    def forward(
+        ctx: Any,
+        x_RI: Tensor,
+        scale_EI: Tensor | None,
+        shift_EI: Tensor | None,
+        owner_R: Tensor,
+        ends_E: Tensor,
+        relu: bool,
+    ) -> Tensor:
+        ctx.ops, ctx.relu, ctx.shifts = ops_for(x_RI), relu, shift_EI is not None
+        out_RI: Tensor = ctx.ops.affine(x_RI, scale_EI, shift_EI, owner_R, relu)
+        scaled, kept = scale_EI is not None, out_RI if relu else None
+        ctx.save_for_backward(x_RI if scaled else None, scale_EI, kept, owner_R, ends_E)
+        return out_RI
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (ends_E,) = ctx.saved_tensors
-        return segment_sums(grads[0].contiguous(), ends_E), None, None
+        x_RI, scale_EI, out_RI, owner_R, ends_E = ctx.saved_tensors
+        grad_RI, grad_scale_EI = grads[0].contiguous(), None
+        if ctx.relu:
+            grad_RI = torch.ops.aten.threshold_backward(grad_RI, out_RI, 0)
+        grad_shift_EI = segment_sums(grad_RI, ends_E) if ctx.shifts else None
+        if scale_EI is not None:
+            grad_scale_EI = segment_sums(grad_RI * x_RI, ends_E)
+            grad_RI = ctx.ops.affine(grad_RI, scale_EI, None, owner_R)
+        return grad_RI, grad_scale_EI, grad_shift_EI, None, None, None
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, inner_RF: Tensor) -> Tensor:
+        ctx.ops = ops_for(inner_RF)
+        ctx.save_for_backward(inner_RF)
+        return ctx.ops.swiglu(inner_RF)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        # The gradient came from a product, is nobody else's, and may be changed.
+        grad_inner_RF: Tensor = ctx.ops.swiglu_backward(grads[0], ctx.saved_tensors[0])
+        return grad_inner_RF
 
 
 def serve_at_once(x_RD: Tensor, weights: SublayerWeights, activation: str, segments: Segments) -> Tensor:
     """What :func:`stablemoe_ds.moe.loop.serve_in_turn` computes, with the same arguments; at least one row."""
     ends_E, owner_R = segments.ends_E, segments.owners()
 
-    def plus(rows_RI: Tensor, values_EI: Tensor | None) -> Tensor:
-        return rows_RI if values_EI is None else rows_RI + _Spread.apply(values_EI, owner_R, ends_E)
+    def plus(rows_RI: Tensor, values_EI: Tensor | None, relu: bool = False) -> Tensor:
+        if values_EI is None and not relu:
+            return rows_RI
+        return _Affine.apply(rows_RI, None, values_EI, owner_R, ends_E, relu)
 
-    scaled = plus(x_RD * _Spread.apply(weights.scale, owner_R, ends_E), weights.shift)
-    inner = activate(activation, plus(_Product.apply(scaled, weights.w1, ends_E), weights.b1))
-    return plus(_Product.apply(inner, weights.w2, ends_E), weights.b2)
+    scaled_RD = _Affine.apply(x_RD, weights.scale, weights.shift, owner_R, ends_E, False)
+    inner_RF = plus(_Product.apply(scaled_RD, weights.w1, ends_E), weights.b1, relu=activation == "relu")
+    if activation == "swiglu":
+        inner_RF = _SwiGLU.apply(inner_RF)
+    elif activation == "gelu":
+        inner_RF = F.gelu(inner_RF)
+    return plus(_Product.apply(inner_RF, weights.w2, ends_E), weights.b2)

@@ -9,24 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from stablemoe_ds.moe.segments import Segments
 from stablemoe_ds.moe.sublayer import SublayerWeights, activate
+from stablemoe_ds.ops.rows import swiglu_backward
 
 
 def _activate_backward(name: str, grad: Tensor, inner: Tensor) -> Tensor:
     """Gradient of what went into the activation; may change ``grad``. inner: for relu its result, else what went in."""
     aten = torch.ops.aten
     if name == "swiglu":
-        gate, value = inner.chunk(2, dim=-1)
-        out = torch.empty_like(inner)
-        grad_gate, grad_value = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_value)
-        grad_gate.copy_(aten.silu_backward(grad.mul_(value), gate))
-        return out
+        return swiglu_backward(grad, inner)
     if name == "relu":
         return aten.threshold_backward.grad_input(grad, inner, 0, grad_input=grad)
     return aten.gelu_backward(grad, inner)

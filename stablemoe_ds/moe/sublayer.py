@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from stablemoe_ds.ops.rows import swiglu
+
 
 class SublayerWeights(NamedTuple):
     """W2 act(W1 (scale x + shift) + b1) + b2, each stacked over E experts, or those of one expert.
@@ -33,6 +35,5 @@ class SublayerWeights(NamedTuple):
 def activate(name: str, inner: Tensor) -> Tensor:
     """relu, gelu or swiglu of [R, F], or of [R, 2F] for swiglu."""
     if name == "swiglu":
-        gate, value = inner.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return swiglu(inner)
     return F.relu(inner) if name == "relu" else F.gelu(inner)
