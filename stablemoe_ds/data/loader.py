@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.dataset import EvalDataset, Item
 from stablemoe_ds.errors import UserError
+
+BEFORE_QUEUES = 100
+"""Priority at exit. At 10 multiprocessing closes its queues, and an order to stop would no longer arrive."""
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -108,12 +112,14 @@ class TrainLoader:
             generator=torch.Generator(),
         )
         steps = iter(loader)
+        # Python ends what processes are left by SIGTERM, to which these are deaf, and then waits for them without end.
+        ending = Finalize(None, _end_workers, args=(steps,), exitpriority=BEFORE_QUEUES)
         try:
             for step in steps:
                 self._samples += sampler.per_step
                 yield split(step, sampler.micro_batch)
         finally:
-            _end_workers(steps)
+            ending()
 
 
 def split(batch: Batch, size: int) -> list[Batch]:

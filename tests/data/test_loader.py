@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -109,6 +111,23 @@ def test_workers_end_with_the_iteration(broken: int | None) -> None:
             list(steps)
         assert caught.tb is not None
     assert set(multiprocessing.active_children()) <= others
+
+
+LEFT_BEHIND = """
+import gc
+from tests.data.test_loader import Numbered, TrainLoader
+gc.disable()
+steps = iter(TrainLoader(Numbered(400), 2, 2, 0, 1, workers=2))
+next(steps)
+cycle = [steps]
+cycle.append(cycle)
+"""
+
+
+def test_workers_end_with_the_process() -> None:
+    """Also when something refers to the iteration to the very end: they are deaf to what Python ends processes by."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", LEFT_BEHIND], cwd=root, check=True, timeout=200)
 
 
 def test_global_random_state_is_left_alone() -> None:
