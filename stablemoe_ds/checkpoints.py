@@ -152,13 +152,14 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
 def _newest_first(folder: Path) -> list[Path]:
     """Checkpoints by time, not by step: a run that was set back writes lower steps than the ones it has abandoned.
 
-    One that a running job deletes in this moment is left out.
+    The step decides where a file system's clock does not tell them apart. One that a running job deletes in this moment
+    is left out.
     """
     written: dict[Path, float] = {}
     for path in folder.glob("step-*"):
         with suppress(OSError):
             written[path] = path.stat().st_mtime
-    return sorted(written, key=written.__getitem__, reverse=True)
+    return sorted(written, key=lambda path: (written[path], path.name), reverse=True)
 
 
 def _old_of(final: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ["DS_ACCELERATOR"] == "cpu":  # DS_ACCELERATOR=cuda pytest -m gpu: the tests that need a GPU
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+with suppress(ImportError):  # the tests that need a GPU do without it
+    from hypothesis import settings
+
+    settings.load_profile("ci")  # the same examples every time; --hypothesis-profile default draws others
 
 if TYPE_CHECKING:
     from stablemoe_ds.training.groups import Groups

@@ -109,10 +109,13 @@ def _refusal(address: str, port: int) -> str:
 
 
 def _exchange(store: Store, name: str, mine: Report, ranks: Iterable[int], end: float) -> dict[int, Report]:
-    """Tell the others and hear those who speak before ``end``."""
+    """Tell the others and hear those who speak before ``end``; a rank hears itself in any case."""
     store.set(f"{name}/{mine.rank}", mine.as_json())
     heard = {}
     for rank in ranks:
+        if rank == mine.rank:
+            heard[rank] = mine
+            continue
         key, left = f"{name}/{rank}", max(MARGIN_SECONDS, end - time.monotonic())
         try:
             store.wait([key], timedelta(seconds=left))

@@ -31,7 +31,7 @@ def name_meeting_point(rank: int, size: int) -> None:
 
 def _meeting_point(rank: int, size: int) -> tuple[str, int]:
     if size == 1:
-        return "127.0.0.1", _free_port()
+        return "127.0.0.1", 0  # the store takes a free one itself; one chosen here, another process may take first
     if not started_by_mpi():
         return "127.0.0.1", 29500
     try:

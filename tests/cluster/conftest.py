@@ -56,5 +56,5 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 def uninterrupted(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The history of the run that the tests interrupt, when nobody does."""
     run = two_rank_run(data, tmp_path_factory.mktemp("uninterrupted") / "run")
-    run_distributed(2, train_here, run, timeout=240)
+    run_distributed(2, train_here, run, timeout=400)
     return history(run)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,27 +15,28 @@ from typing import Any
 import yaml
 
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.evaluation.metrics import MetricsLog
 from tests.cluster.hosts import Host, wait_until
 from tests.cluster.slurm import Slurm
-from tests.training.runs import TinyData, history, run_file, small_run
+from tests.training.runs import TinyData, run_file, small_run
 
-STEPS, SWITCH, EVERY = 100, 80, 20
+STEPS, SWITCH, EVERY = 240, 200, 20
 TIMEOUT_SECONDS = 12.0
-START_SECONDS = 120.0
-"""From a start to the first update: libraries are imported, on however busy a machine."""
+START_SECONDS, END_SECONDS = 120.0, 360.0
+"""From a start to the first update: libraries are imported, on however busy a machine; and from there to the end."""
 STABLEMOE = [sys.executable, "-m", "stablemoe_ds"]
 
 
-def two_rank_run(data: TinyData, folder: Path) -> RunConfig:
+def two_rank_run(data: TinyData, folder: Path, steps: int = STEPS) -> RunConfig:
     """A few seconds of training on two ranks that cannot do without each other: each holds half of the experts."""
     return small_run(
         data,
         folder,
         parallel={"expert": 2, "timeout_minutes": TIMEOUT_SECONDS / 60},
-        schedule={"steps": STEPS},
+        schedule={"steps": steps},
         stages={"at_step": SWITCH},
         checkpoint={"every": EVERY},
-        logging={"probe_every": STEPS},
+        logging={"probe_every": steps},
     )
 
 
@@ -71,8 +74,8 @@ class Rehearsal:
 
     def steps(self) -> list[int]:
         """Updates in the history, in the order written."""
-        file = Path(self.run.directory) / "metrics.jsonl"
-        return [line["step"] for line in history(self.run, "train")] if file.exists() else []
+        lines = MetricsLog(Path(self.run.directory) / "metrics.jsonl").read()
+        return [line["step"] for line in lines if line["kind"] == "train"]
 
     def wait_for_update(self, step: int, seconds: float = START_SECONDS) -> None:
         wait_until(f"update {step}", lambda: step in self.steps(), seconds, self.evidence)
@@ -81,8 +84,10 @@ class Rehearsal:
         wait_until(text, lambda: text in self.evidence(), seconds, self.evidence)
 
     def saved(self) -> int:
-        """The update that the newest checkpoint was made after."""
-        return int((Path(self.run.directory) / "checkpoints" / "latest").read_text().removeprefix("step-"))
+        """The update that the newest checkpoint was made after; waits for the first, which a run does not."""
+        latest = Path(self.run.directory) / "checkpoints" / "latest"
+        wait_until("a checkpoint", latest.exists, START_SECONDS, self.evidence)
+        return int(latest.read_text().removeprefix("step-"))
 
     def continued(self) -> int:
         """The update after which the latest attempt went on."""
@@ -92,6 +97,11 @@ class Rehearsal:
 
     def evidence(self) -> str:
         """All that was printed by `launch`, the batch script and the ranks."""
-        files = [*self.folder.glob("*.txt"), *sorted(Path(self.run.directory).glob("launch/**/*"))]
-        read = [path for path in files if path.is_file() and path.suffix not in (".yaml", ".json", ".sh")]
-        return "\n".join(f"--- {path}\n{path.read_text(errors='replace')}" for path in read)
+        launches = os.walk(Path(self.run.directory) / "launch")
+        files = [*self.folder.glob("*.txt"), *sorted(Path(at, name) for at, _, names in launches for name in names)]
+        found = []
+        for path in files:
+            if path.suffix not in (".yaml", ".json", ".sh"):
+                with suppress(FileNotFoundError):  # put aside, or written anew, in this moment
+                    found.append(f"--- {path}\n{path.read_text(errors='replace')}")
+        return "\n".join(found)

@@ -11,6 +11,7 @@ from stablemoe_ds.config.load import load_run
 from stablemoe_ds.launch.cluster import ClusterConfig, load_cluster
 from stablemoe_ds.launch.job import Job
 from stablemoe_ds.launch.plan import look_around, make_jobs
+from tests.cluster.hosts import BOOT_SECONDS
 from tests.cluster.slurm import Slurm, slurm
 
 pytestmark = pytest.mark.cluster
@@ -57,7 +58,7 @@ def test_every_rank_of_the_example_has_its_place(large: Slurm, tmp_path: Path) -
     job = job_of(load_cluster(ROOT / "launch" / "slurm.yaml").model_copy(update=here))
     job.write()
     number = large.login.run("sh", "-c", f"cd {tmp_path} && exec {' '.join(job.command)}").strip()
-    ended = large.wait_for(number, "COMPLETED", 60)
+    ended = large.wait_for(number, "COMPLETED", BOOT_SECONDS)
     assert ended["NodeList"] == "node[01-02]"
     logs = [(tmp_path / job.orders[0].logs / f"rank-{rank}.attempt-0.log").read_text() for rank in range(16)]
     for rank, log in enumerate(logs):

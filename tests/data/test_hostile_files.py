@@ -155,9 +155,12 @@ def test_ids_beyond_the_vocabulary(copy: PreparedInfo) -> None:
 
 
 def flip_one_id(info: PreparedInfo) -> None:
-    ids = info.stream().copy()
+    """A second after it was written: the clocks of file systems are coarse."""
+    ids, path = info.stream().copy(), info.path("bin")
     ids[9] ^= 1
-    ids.tofile(info.path("bin"))
+    then = path.stat().st_mtime_ns
+    ids.tofile(path)
+    os.utime(path, ns=(then, then + 10**9))
 
 
 def test_changed_ids_are_noticed_before_they_are_used(copy: PreparedInfo, tmp_path: Path) -> None:

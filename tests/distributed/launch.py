@@ -21,7 +21,7 @@ GRACE_SECONDS = 3.0
 """How long the other ranks may go on once one has failed: enough to write down their own failure."""
 
 
-def run_distributed(ranks: int, target: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_distributed(ranks: int, target: Callable[..., Any], *args: Any, timeout: float = 200.0) -> list[Any]:
     """Call ``target(*args)``, a function of a module, in ``ranks`` processes; returns the results by rank.
 
     Raises AssertionError with the traceback of every rank that failed, or with where each rank stands if the call

@@ -13,7 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.launch.tools import cluster, one_job, run_script, seen_variables, seen_words, stubbed
+from tests.launch.tools import (
+    PATIENCE,
+    cluster,
+    one_job,
+    run_script,
+    seen_variables,
+    seen_words,
+    state_of,
+    stubbed,
+    wait_until,
+)
 
 FOLDER = "runs/tiny/launch/stamp"
 printable = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF), max_size=30).filter(str.isprintable)
@@ -55,7 +65,7 @@ def test_a_head_node_without_an_address_is_named(tmp_path: Path) -> None:
     job = one_job(cluster())
     job.write()
     done = subprocess.run(
-        ["bash", f"{FOLDER}/job.sh"], env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["bash", f"{FOLDER}/job.sh"], env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 1
     assert "the first node, nowhere.invalid, has no address" in done.stderr
@@ -99,14 +109,11 @@ def test_request_to_save_reaches_the_ranks_and_their_status_is_kept(tmp_path: Pa
     job.write()
     script = subprocess.Popen(["bash", f"{FOLDER}/job.sh"], env=stubbed(tmp_path, SRUN_DOES=does))
     try:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "up").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: (tmp_path / "up").exists() and state_of(script.pid) == "S")  # it waits, so knows for whom
         for _ in range(2):  # SLURM may send it twice
             os.kill(script.pid, signal.SIGUSR1)
             time.sleep(0.05)
-        assert script.wait(30) == 7
+        assert script.wait(PATIENCE) == 7
     finally:
         script.kill()
     assert seen_words(tmp_path / "asked")[-4:] == ["--exit-code", "7", "--limit", "3"]
@@ -125,7 +132,9 @@ def test_jobs_of_a_chain_wait_for_each_other(tmp_path: Path) -> None:
         job = one_job(cluster(slurm={"chain": 3, "dependency": dependency}, run_dir=dependency))
         job.write()
         seen = tmp_path / dependency
-        done = subprocess.run(job.command, env=stubbed(seen), capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(
+            job.command, env=stubbed(seen), capture_output=True, text=True, check=True, timeout=PATIENCE
+        )
         assert done.stdout.split() == ["1", "2", "3"]
         flags = [f"--dependency=afterany:{after}" if isinstance(after, int) else after for after in said]
         lines = [" ".join(["--parsable", flag, job.command[1].replace("submit", "job")]) for flag in flags]
@@ -137,7 +146,7 @@ def test_a_chain_ends_where_a_run_is_over(tmp_path: Path) -> None:
     run_script(job, tmp_path, VERDICT="1")
     assert Path(FOLDER, "over").exists()
     (tmp_path / "srun.argv").unlink()
-    again = subprocess.run(["bash", f"{FOLDER}/job.sh"], env=stubbed(tmp_path), check=False, timeout=60)
+    again = subprocess.run(["bash", f"{FOLDER}/job.sh"], env=stubbed(tmp_path), check=False, timeout=PATIENCE)
     assert again.returncode == 0
     assert not (tmp_path / "srun.argv").exists()
 
@@ -153,7 +162,7 @@ def test_ranks_and_the_question_go_into_the_container(kind: str, tmp_path: Path)
     (tmp_path / "seen" / "bin" / prefix).chmod(0o755)
     (tmp_path / "seen" / "bin" / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$0" "$@" >> "$SEEN/all"\nexit 1\n')
     job.write()
-    subprocess.run(["bash", f"{FOLDER}/job.sh"], cwd=tmp_path, env=environment, check=False, timeout=60)
+    subprocess.run(["bash", f"{FOLDER}/job.sh"], cwd=tmp_path, env=environment, check=False, timeout=PATIENCE)
     words = seen_words(tmp_path / "seen" / "all")
     mounts = {
         "apptainer": [f"{tmp_path}:/work dir", "/a b:/c"],

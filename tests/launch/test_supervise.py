@@ -9,8 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from stablemoe_ds.checkpoints import FORMAT, write_manifest
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.job import Job
 from stablemoe_ds.launch.supervise import Supervisor
-from tests.launch.tools import cluster, one_job
+from tests.launch.tools import PATIENCE, alive, cluster, one_job, wait_until
 
 FAILS_AT_FIRST = """
 import pathlib, sys
@@ -42,7 +40,7 @@ def save(number, frame):
     sys.exit(0)
 signal.signal(signal.Signals[sys.argv[1]], save)
 pathlib.Path("up").touch()
-time.sleep(60)
+time.sleep(999)
 """
 LAUNCH = """
 import signal, sys
@@ -160,7 +158,10 @@ def test_a_program_that_is_not_there_is_named() -> None:
 
 
 def test_what_a_launcher_leaves_behind_is_ended() -> None:
-    child = "import pathlib, os, time; pathlib.Path('child').write_text(str(os.getpid())); time.sleep(99)"
+    child = (
+        "import pathlib, os, time; pathlib.Path('new').write_text(str(os.getpid())); "
+        "pathlib.Path('new').rename('child'); time.sleep(999)"
+    )
     parent = (
         "import pathlib, subprocess, sys, time; "
         f'subprocess.Popen([sys.executable, "-c", {child!r}])\n'
@@ -182,25 +183,10 @@ def test_a_request_to_stop_becomes_what_makes_the_ranks_save(sent: str) -> None:
         try:
             wait_until(lambda: Path("up").exists())
             launch.send_signal(signal.Signals[sent])
-            assert launch.wait(30) == 0
+            assert launch.wait(PATIENCE) == 0
         finally:
             launch.kill()
         assert Path("saved").read_text() == stop
         assert state()["state"] == "stopped"
         assert not Path("runs/tiny/launch/attempts.jsonl").exists(), "who is asked to stop does not start again"
         subprocess.run(["rm", "-r", "saved", "up", "runs"], check=True)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has asked for its status yet does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

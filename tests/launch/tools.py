@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from stablemoe_ds.launch.job import Facts, Job, Order
 from stablemoe_ds.launch.plan import make_jobs
 from tests.tiny import tiny_run
 
+PATIENCE = 120
+"""Seconds for what takes a moment on a machine that has nothing else to do."""
 STUBS = {
     "srun": 'printf "%s\\0" "$@" > "$SEEN/srun.argv"; env -0 > "$SEEN/srun.env"; eval "${SRUN_DOES:-exit 0}"',
     "scontrol": '[ "$1" = show ] && echo localhost || echo "$*" >> "$SEEN/scontrol"',
@@ -66,7 +70,7 @@ def run_script(job: Job, folder: Path, **environment: str) -> subprocess.Complet
         env=stubbed(folder, **environment),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -77,3 +81,23 @@ def seen_words(path: Path) -> list[str]:
 
 def seen_variables(path: Path) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in seen_words(path))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def state_of(pid: int) -> str:
+    """What a process does, in the letters of ps: S where it waits; "" for one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has asked for its status yet does not."""
+    return state_of(pid) not in ("", "Z")

@@ -14,7 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 60.0
+PATIENCE, ENDING = 120.0, 20.0
+"""Seconds until a rank has ended, and until nothing is left of it: its readers look for it every five."""
 Fault = Callable[[], None]
 """Prepared in a rank before its training begins. A function of a module, so that it can be sent there."""
 
@@ -102,7 +103,7 @@ def started(
     ranks = Ranks(processes, logs)
     try:
         yield ranks
-        end = time.monotonic() + 5
+        end = time.monotonic() + ENDING
         while ranks.left_over() and time.monotonic() < end:
             time.sleep(0.05)
         assert ranks.left_over() == []

@@ -68,7 +68,7 @@ def train_here(run: RunConfig) -> str:
     from stablemoe_ds.training.trainer import train
 
     with redirect_stdout(io.StringIO()) as out:
-        train(run, start_world(timeout_minutes=1.0))
+        train(run, start_world(timeout_minutes=3.0))
     stop_world()
     return out.getvalue()
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.distributed.launch import run_distributed
 from tests.tiny import tiny_run
-from tests.training.ranks import started
+from tests.training.ranks import PATIENCE, started
 from tests.training.runs import TinyData, command, run_file, small_run
 from tests.training.savers import Kills, kill_here
 
@@ -26,10 +26,11 @@ TRIES = 200
 
 def kill_savers(folder: Path, tries: int, seed: int = 0) -> Kills:
     run = tiny_run(run_dir=str(folder), parallel={"zero_stage": 0}, checkpoint={"keep": 2})
-    (kills,) = run_distributed(1, kill_here, run, tries, seed, timeout=60 + tries)
+    (kills,) = run_distributed(1, kill_here, run, tries, seed, timeout=60 + 4 * tries)
     return kills
 
 
+@pytest.mark.timeout(900)
 def test_kill_at_any_moment_leaves_a_checkpoint(tmp_path: Path) -> None:
     kills = kill_savers(tmp_path, TRIES)
     print(kills)
@@ -51,7 +52,7 @@ def test_killed_ranks_leave_a_checkpoint(updates: int, data: TinyData, tmp_path:
     argv = ["train", run_file(run, tmp_path / "run.yaml")]
     checkpoints = Path(run.directory) / "checkpoints"
     with started(tmp_path, [argv, argv], {}) as ranks:
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while not (checkpoints / f"step-{updates:06d}").exists() and time.monotonic() < end:
             time.sleep(0.001)
         for rank in (0, 1):

@@ -38,6 +38,7 @@ def expected(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[d
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_trains_under(launcher: str, data: TinyData, tmp_path: Path, expected: list[dict[str, Any]]) -> None:
     program = shutil.which(launcher, path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
@@ -53,7 +54,7 @@ def test_trains_under(launcher: str, data: TinyData, tmp_path: Path, expected: l
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     no_bar = {"TTY_COMPATIBLE": "0"}  # mpirun gives its ranks a terminal
     environment = {**os.environ, **as_root, **no_bar, "MASTER_PORT": port}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 3/3 · stage 2 · loss" in done.stdout, done.stdout
     assert done.stdout.count("step 3/3") == 1, "only the main rank speaks"

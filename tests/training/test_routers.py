@@ -31,6 +31,7 @@ from tests.training.runs import (
     train_run,
 )
 
+pytestmark = pytest.mark.timeout(900)  # the first test of them waits for a run of every router
 DISTILLED = [name for name, facts in ROUTERS.items() if facts.distilled]
 LAYOUT_INDEPENDENT = [name for name in ROUTERS if name not in ("base", "base_fixed", "expert_choice")]
 STATE = {"topk": "bias_N", "expert_choice": "threshold_N"}
