@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,14 +76,15 @@ class Engine:
             restore_fp32(model, kept)
             return make_adamw(parameter_groups(model, run.optimizer.weight_decay), run.optimizer)
 
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            model_parameters=[],
-            config=deepspeed_config(run, plan),
-            mpu=DeepSpeedMpu(),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # its optimizer for bf16 prints the memory in use, whatever is asked
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                model_parameters=[],
+                config=deepspeed_config(run, plan),
+                mpu=DeepSpeedMpu(),
+                dist_init_required=False,
+            )
         if run.parallel.zero_stage:
             # Without, ZeRO in fp32 looks at a mean of norms over ranks, which hides an expert that is not finite.
             self.optimizer.check_grad_overflow = True
