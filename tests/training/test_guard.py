@@ -179,7 +179,8 @@ def test_a_spike_is_dropped(ranks: int, stage: int, dtype: str, data: TinyData, 
         precision={"dtype": dtype},
         faults={"spike_factor": 1.5, "spike_window": 3, "skip_limit": 2},
     )
-    train(partial(corrupt_weights, 9, 30.0), run, ranks)
+    said = train(partial(corrupt_weights, 9, 30.0), run, ranks)
+    assert said.startswith("small: router stablemoe"), "no library speaks before the run does"
     assert faults(run)[0][1].startswith("back from update 10 to step 8 (the loss is ")
     losses = [line["loss"] for line in history(run, "train")]
     assert max(losses) < 1.5 * losses[0]
