@@ -5,6 +5,8 @@ Sums are taken in a fixed order, so that results are the same every time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -146,13 +148,8 @@ def affine(
 ) -> Tensor:
     """See :class:`stablemoe_ds.ops.rows.RowOps`."""
     x_RI = x_RI.contiguous()
-    out_RI = torch.empty_like(x_RI)
-    rows, width = x_RI.shape
-    if rows:
-        with torch.cuda.device_of(x_RI):
-            affine_kernel[_grid(rows, width)](
-                x_RI, scale_EI, shift_EI, owner_R, out_RI, width, relu=relu, block=_block(width)
-            )
+    (rows, width), out_RI = x_RI.shape, torch.empty_like(x_RI)
+    _launch_in_parts(affine_kernel, rows, width, x_RI, scale_EI, shift_EI, owner_R, out_RI, width, relu=relu)
     return out_RI
 
 
@@ -161,11 +158,7 @@ def dots(states_TD: Tensor, rows_AD: Tensor, position_TK: Tensor) -> Tensor:
     states_TD, rows_AD, position_TK = states_TD.contiguous(), rows_AD.contiguous(), position_TK.contiguous()
     width, choices = rows_AD.shape[1], position_TK.shape[1]
     out_TK = rows_AD.new_empty(position_TK.shape)
-    if out_TK.numel():
-        with torch.cuda.device_of(rows_AD):
-            dots_kernel[(out_TK.numel(),)](
-                states_TD, rows_AD, position_TK, out_TK, width, choices=choices, **_whole_row(width)
-            )
+    _launch_whole(dots_kernel, out_TK.numel(), width, states_TD, rows_AD, position_TK, out_TK, width, choices=choices)
     return out_TK
 
 
@@ -176,11 +169,8 @@ def weighted_sum(
     rows_AD, gate_TK = rows_AD.contiguous(), None if gate_TK is None else gate_TK.contiguous()
     (tokens, choices), width = position_TK.shape, rows_AD.shape[1]
     out_TD = rows_AD.new_empty(tokens, width, dtype=dtype)
-    if tokens:
-        with torch.cuda.device_of(rows_AD):
-            weighted_sum_kernel[_grid(tokens, width)](
-                rows_AD, gate_TK, position_TK.contiguous(), out_TD, width, choices=choices, block=_block(width)
-            )
+    operands = (rows_AD, gate_TK, position_TK.contiguous(), out_TD)
+    _launch_in_parts(weighted_sum_kernel, tokens, width, *operands, width, choices=choices)
     return out_TD
 
 
@@ -191,19 +181,8 @@ def weighted_sum_backward(
     grad_TD, rows_AD, gate_TK = grad_TD.contiguous(), rows_AD.contiguous(), gate_TK.contiguous()
     grad_rows_AD, grad_gate_TK = torch.empty_like(rows_AD), torch.empty_like(gate_TK)
     width, choices = rows_AD.shape[1], gate_TK.shape[1]
-    if gate_TK.numel():
-        with torch.cuda.device_of(rows_AD):
-            weighted_sum_backward_kernel[(gate_TK.numel(),)](
-                grad_TD,
-                rows_AD,
-                gate_TK,
-                position_TK.contiguous(),
-                grad_rows_AD,
-                grad_gate_TK,
-                width,
-                choices=choices,
-                **_whole_row(width),
-            )
+    operands = (grad_TD, rows_AD, gate_TK, position_TK.contiguous(), grad_rows_AD, grad_gate_TK)
+    _launch_whole(weighted_sum_backward_kernel, gate_TK.numel(), width, *operands, width, choices=choices)
     return grad_rows_AD, grad_gate_TK
 
 
@@ -212,32 +191,32 @@ def swiglu(inner_RF: Tensor) -> Tensor:
     inner_RF = inner_RF.contiguous()
     rows, width = inner_RF.shape[0], inner_RF.shape[1] // 2
     out_RF = inner_RF.new_empty(rows, width)
-    if rows:
-        with torch.cuda.device_of(inner_RF):
-            swiglu_kernel[_grid(rows, width)](inner_RF, out_RF, width, block=_block(width))
+    _launch_in_parts(swiglu_kernel, rows, width, inner_RF, out_RF, width)
     return out_RF
 
 
 def swiglu_backward(grad_RF: Tensor, inner_RF: Tensor) -> Tensor:
     """See :class:`stablemoe_ds.ops.rows.RowOps`."""
     grad_RF, inner_RF = grad_RF.contiguous(), inner_RF.contiguous()
-    rows, width = grad_RF.shape
-    out_RF = torch.empty_like(inner_RF)
-    if rows:
-        with torch.cuda.device_of(inner_RF):
-            swiglu_backward_kernel[_grid(rows, width)](grad_RF, inner_RF, out_RF, width, block=_block(width))
+    (rows, width), out_RF = grad_RF.shape, torch.empty_like(inner_RF)
+    _launch_in_parts(swiglu_backward_kernel, rows, width, grad_RF, inner_RF, out_RF, width)
     return out_RF
 
 
-def _block(width: int) -> int:
-    return min(BLOCK, triton.next_power_of_2(width))
+def _launch_in_parts(kernel: Any, rows: int, width: int, *operands: Any, **fixed: Any) -> None:
+    """A program for each block of each row."""
+    block = min(BLOCK, triton.next_power_of_2(width))
+    _launch(kernel, (rows, triton.cdiv(width, block)), *operands, block=block, **fixed)
 
 
-def _whole_row(width: int) -> dict[str, int]:
-    """Block, and how many warps share it, of a program that needs all of a row."""
+def _launch_whole(kernel: Any, rows: int, width: int, *operands: Any, **fixed: Any) -> None:
+    """A program for each row, in one block, that as many warps share as its length deserves."""
     block = triton.next_power_of_2(width)
-    return {"block": block, "num_warps": min(max(block // 256, 1), 16)}
+    _launch(kernel, (rows,), *operands, block=block, num_warps=min(max(block // 256, 1), 16), **fixed)
 
 
-def _grid(rows: int, width: int) -> tuple[int, int]:
-    return rows, triton.cdiv(width, _block(width))
+def _launch(kernel: Any, programs: tuple[int, ...], first: Tensor, *operands: Any, **fixed: Any) -> None:
+    """Start it on the device of its first operand; nothing where there are no rows."""
+    if programs[0]:
+        with torch.cuda.device_of(first):
+            kernel[programs](first, *operands, **fixed)
