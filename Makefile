@@ -1,5 +1,5 @@
 # make demo     install, then train a two-stage model on this machine's own Python source
-# make test     install, then run the tests, but for those of the next two
+# make test     install, then run the tests, but for those of the next three
 # make test-kernels  fetch Triton (190 MB), run the GPU kernels in its interpreter and build them; Linux on x86 or ARM
 # make test-cluster  on a cluster that it brings up: SLURM, hosts that fail; Debian and root, see tests/cluster/install.sh
 # make test-image  build the container image and let docker/smoke.sh work in it; root, buildah and mmdebstrap
