@@ -10,11 +10,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.waiting import wait_until
 
 NETWORK = "10.77.0"
 BOOT_SECONDS, COMMAND_SECONDS = 120.0, 120.0
@@ -41,14 +42,6 @@ Host *
   LogLevel ERROR
   ConnectTimeout 5
 """
-
-
-def wait_until(what: str, met: Callable[[], bool], seconds: float, evidence: Callable[[], str] = str) -> None:
-    """Poll until ``met()``; raises AssertionError that says what was awaited, and the evidence."""
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, f"not within {seconds:g} s: {what}\n{evidence()}"
-        time.sleep(0.05)
 
 
 @dataclass

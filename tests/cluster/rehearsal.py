@@ -16,9 +16,10 @@ import yaml
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.evaluation.metrics import MetricsLog
-from tests.cluster.hosts import Host, wait_until
+from tests.cluster.hosts import Host
 from tests.cluster.slurm import Slurm
 from tests.training.runs import TinyData, run_file, small_run
+from tests.waiting import wait_until
 
 STEPS, SWITCH, EVERY = 240, 200, 20
 TIMEOUT_SECONDS = 12.0

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.hosts import BOOT_SECONDS, Host, hosts, wait_until
+from tests.cluster.hosts import BOOT_SECONDS, Host, hosts
+from tests.waiting import wait_until
 
 FIRST_PORT = 17800
 NOTHING = os.makedev(1, 3)

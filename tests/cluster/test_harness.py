@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import BOOT_SECONDS, Host, hosts, wait_until
+from tests.cluster.hosts import BOOT_SECONDS, Host, hosts
 from tests.cluster.slurm import Slurm, slurm
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 

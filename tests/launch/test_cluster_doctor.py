@@ -21,7 +21,8 @@ from stablemoe_ds.launch.findings import Finding
 from stablemoe_ds.launch.plan import probe_job
 from stablemoe_ds.launch.report import Report, read_reports
 from stablemoe_ds.launch.verdicts import Probed, judge
-from tests.launch.tools import alive, cluster, facts, stubbed, wait_until
+from tests.launch.tools import alive, cluster, facts, stubbed
+from tests.waiting import wait_until
 
 PROBE = [sys.executable, "-m", "stablemoe_ds.launch.probe"]
 PROBE_AHEAD = """
@@ -198,7 +199,7 @@ def test_a_launcher_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     assert time.monotonic() - start < 60
     assert findings[0].found == "mpi: had not ended after 3 s"
     assert findings[1].found.startswith("all nodes: no report of rank 0")
-    wait_until(lambda: not alive(int(Path("pid").read_text())))
+    wait_until("mpirun is gone", lambda: not alive(int(Path("pid").read_text())))
 
 
 def test_a_launcher_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

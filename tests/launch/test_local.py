@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.tools import PATIENCE, wait_until
 from tests.training.runs import TinyData, history, run_file, small_run, tiny_data
+from tests.waiting import PATIENCE, wait_until
 
 RANKS = [sys.executable, "-m", "stablemoe_ds.launch.local", "--processes", "2", "--port", "29511", "--logs", "logs"]
 SPEAKS = (
@@ -77,7 +77,7 @@ def test_every_request_reaches_every_rank(number: signal.Signals) -> None:
     )
     process = subprocess.Popen([*RANKS, sys.executable, "-c", program])
     try:
-        wait_until(lambda: Path("up0").exists() and Path("up1").exists())
+        wait_until("both ranks are up", lambda: Path("up0").exists() and Path("up1").exists())
         process.send_signal(number)
         assert process.wait(PATIENCE) == 0
     finally:

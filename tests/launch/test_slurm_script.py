@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.launch.tools import (
-    PATIENCE,
     cluster,
     one_job,
     run_script,
@@ -22,8 +21,8 @@ from tests.launch.tools import (
     seen_words,
     state_of,
     stubbed,
-    wait_until,
 )
+from tests.waiting import PATIENCE, wait_until
 
 FOLDER = "runs/tiny/launch/stamp"
 printable = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF), max_size=30).filter(str.isprintable)
@@ -109,7 +108,8 @@ def test_request_to_save_reaches_the_ranks_and_their_status_is_kept(tmp_path: Pa
     job.write()
     script = subprocess.Popen(["bash", f"{FOLDER}/job.sh"], env=stubbed(tmp_path, SRUN_DOES=does))
     try:
-        wait_until(lambda: (tmp_path / "up").exists() and state_of(script.pid) == "S")  # it waits, so knows for whom
+        # The script waits, so it knows for whom.
+        wait_until("both wait", lambda: (tmp_path / "up").exists() and state_of(script.pid) == "S")
         for _ in range(2):  # SLURM may send it twice
             os.kill(script.pid, signal.SIGUSR1)
             time.sleep(0.05)

@@ -19,7 +19,8 @@ from stablemoe_ds.checkpoints import FORMAT, write_manifest
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.job import Job
 from stablemoe_ds.launch.supervise import Supervisor
-from tests.launch.tools import PATIENCE, alive, cluster, one_job, wait_until
+from tests.launch.tools import alive, cluster, one_job
+from tests.waiting import PATIENCE, wait_until
 
 FAILS_AT_FIRST = """
 import pathlib, sys
@@ -169,7 +170,7 @@ def test_what_a_launcher_leaves_behind_is_ended() -> None:
     )
     run(job_of(parent, restarts=0))
     pid = int(Path("child").read_text())
-    wait_until(lambda: not alive(pid))
+    wait_until("the child is gone", lambda: not alive(pid))
 
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGUSR1"])
@@ -181,7 +182,7 @@ def test_a_request_to_stop_becomes_what_makes_the_ranks_save(sent: str) -> None:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         try:
-            wait_until(lambda: Path("up").exists())
+            wait_until("the rank is up", lambda: Path("up").exists())
             launch.send_signal(signal.Signals[sent])
             assert launch.wait(PATIENCE) == 0
         finally:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,8 @@ from stablemoe_ds.launch.cluster import ClusterConfig
 from stablemoe_ds.launch.job import Facts, Job, Order
 from stablemoe_ds.launch.plan import make_jobs
 from tests.tiny import tiny_run
+from tests.waiting import PATIENCE
 
-PATIENCE = 120
-"""Seconds for what takes a moment on a machine that has nothing else to do."""
 STUBS = {
     "srun": 'printf "%s\\0" "$@" > "$SEEN/srun.argv"; env -0 > "$SEEN/srun.env"; eval "${SRUN_DOES:-exit 0}"',
     "scontrol": '[ "$1" = show ] && echo localhost || echo "$*" >> "$SEEN/scontrol"',
@@ -81,13 +78,6 @@ def seen_words(path: Path) -> list[str]:
 
 def seen_variables(path: Path) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in seen_words(path))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def state_of(pid: int) -> str:

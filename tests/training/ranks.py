@@ -14,8 +14,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PATIENCE, ENDING = 120.0, 20.0
-"""Seconds until a rank has ended, and until nothing is left of it: its readers look for it every five."""
+from tests.waiting import PATIENCE
+
+ENDING = 20.0
+"""Seconds until nothing is left of a rank that has ended: its readers look for it every five."""
 Fault = Callable[[], None]
 """Prepared in a rank before its training begins. A function of a module, so that it can be sent there."""
 

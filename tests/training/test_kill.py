@@ -17,9 +17,10 @@ import pytest
 
 from tests.distributed.launch import run_distributed
 from tests.tiny import tiny_run
-from tests.training.ranks import PATIENCE, started
+from tests.training.ranks import started
 from tests.training.runs import TinyData, command, run_file, small_run
 from tests.training.savers import Kills, kill_here
+from tests.waiting import PATIENCE
 
 TRIES = 200
 

@@ -17,8 +17,9 @@ import pytest
 
 from tests.training.ranks import ENDING
 from tests.training.runs import TinyData, history, run_file, small_run, train_run
+from tests.waiting import PATIENCE
 
-STEPS, PATIENCE = 200, 120.0
+STEPS = 200
 """Updates enough that a run which is asked to stop in the fifth is still there to hear it."""
 ALONE = ["-m", "stablemoe_ds", "train"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stablemoe_ds", "train"]
