@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import clock, markdown, medians, parser, publish, ratios, take_turns
-from stablemoe_ds.checkpoints import flush
+from stablemoe_ds.checkpoint.fp32_state import MOMENTS, WEIGHT, Fp32State
+from stablemoe_ds.checkpoint.reader import Progress
+from stablemoe_ds.checkpoint.saver import Saved, Saver
 from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.training.checkpoint import Progress
+from stablemoe_ds.run_directory.checkpoint_files import flush
 from stablemoe_ds.training.engine import Engine
-from stablemoe_ds.training.groups import Groups, start_world, stop_world
-from stablemoe_ds.training.masters import MOMENTS, WEIGHT, Masters
-from stablemoe_ds.training.saver import Saved, Saver
 
 SIZES = {"small": (128, 4, 8), "large": (256, 6, 8)}
 """Hidden size, blocks, experts."""
@@ -59,7 +59,7 @@ def run_of(name: str, folder: Path) -> RunConfig:
 
 def build(run: RunConfig, groups: Groups) -> Engine:
     engine = Engine(run, batch_plan(run, 1), groups, StableMoEGPT(run, run.model.vocab_size or 0, groups.placement))
-    Masters(engine.deepspeed).prepare(engine.model.parameters(), 1)
+    Fp32State(engine.deepspeed).prepare(engine.model.parameters(), 1)
     return engine
 
 
@@ -67,9 +67,9 @@ class Ways:
     """The four ways to bring the state of an engine to safety. Each returns the seconds an update waits for it."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
-        masters, keys = Masters(engine.deepspeed), (WEIGHT, *MOMENTS)
+        fp32, keys = Fp32State(engine.deepspeed), (WEIGHT, *MOMENTS)
         named = list(engine.model.named_parameters())
-        self.live = {f"{name}/{key}": masters.view(p, key) for name, p in named for key in keys}
+        self.live = {f"{name}/{key}": fp32.view(p, key) for name, p in named for key in keys}
         self.bytes = sum(value.nbytes for value in self.live.values())
         self._host: dict[str, Tensor] = {}
         self._file, self._device, self._step = folder / "torch.pt", engine.groups.world.device, 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stablemoe_ds.libraries import settle_libraries
+from stablemoe_ds.distributed.libraries import settle_libraries
 
 settle_libraries()  # here, since every benchmark imports this file before it imports DeepSpeed
 

@@ -21,14 +21,14 @@ from stablemoe_ds.config.costs import flops_per_token, parameters
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.data.run_data import RunData
 from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.moe.plan import RoutedBatch
 from stablemoe_ds.routing.fixed import TableRouting
-from stablemoe_ds.training.data import RunData
 from stablemoe_ds.training.engine import Engine
-from stablemoe_ds.training.groups import Groups
 from stablemoe_ds.training.planner import Planner
+from stablemoe_ds.training.routed_batch import RoutedBatch
 from stablemoe_ds.training.throughput import peak_flops
 
 COUNTED = 2

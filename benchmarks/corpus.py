@@ -6,9 +6,9 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from stablemoe_ds.commands.demonstration import SKIPPED
 from stablemoe_ds.data.prepare import prepare
 from stablemoe_ds.data.tokenizer import train_tokenizer
-from stablemoe_ds.training.demo import SKIPPED
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ from benchmarks.contestants import LAPTOP, QUICK, Contestant, Task, build
 from benchmarks.corpus import Corpus, library_text
 from stablemoe_ds.data.corpus import corpus_file
 from stablemoe_ds.data.prepare import prepare
+from stablemoe_ds.data.run_data import RunData
 from stablemoe_ds.data.text import Documents, Span, decode, read_documents
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
-from stablemoe_ds.training.data import RunData
-from stablemoe_ds.training.groups import Groups, start_world, stop_world
+from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 
 CHUNK = 32
 """Documents that a process of megatron's pool takes at a time."""

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.training.groups import Groups, start_world, stop_world
 
 BATCHES = (1, 16)
 PROMPT = 32

@@ -30,14 +30,16 @@ from benchmarks.common import markdown, medians, parser, publish, ratios, take_t
 from benchmarks.memory import peak_bytes
 from benchmarks.peers import BaseStyleLayer, DeepSpeedLayer, EinsumLayer, Ffn, MegatronLayer, Residual, Shape
 from benchmarks.rates import copy_rate
+from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
+from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.moe.experts import ExpertShape
-from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
+from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import plan_dispatch
+from stablemoe_ds.moe.routing_pass import RoutingPass
 from stablemoe_ds.ops.rows import plain_torch
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.routes import RoutingPass, TokenView
+from stablemoe_ds.routing.routes import TokenView
 from stablemoe_ds.routing.stablemoe import StableMoERouter
-from stablemoe_ds.training.groups import Groups, start_world, stop_world
 
 VOCAB = 8192
 CPU_SIZES = [

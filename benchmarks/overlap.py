@@ -18,13 +18,14 @@ import torch.distributed as dist
 
 from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
 from benchmarks.ranks import on_ranks
+from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.moe.dispatch import Arriving, return_tokens, send_tokens
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import plan_dispatch
-from stablemoe_ds.routing.routes import RoutingPass, TokenView
+from stablemoe_ds.moe.routing_pass import RoutingPass
+from stablemoe_ds.routing.routes import TokenView
 from stablemoe_ds.routing.stablemoe import StableMoERouter
-from stablemoe_ds.training.groups import Groups
 
 EXPERTS = 8
 SIZES = [(2048, 256), (4096, 512)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stablemoe_ds.training.groups import Groups, start_world, stop_world
+from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 
 Measure = Callable[..., Any]
 

@@ -10,10 +10,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.model.blocks import DenseStack
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.routing.routes import LayerReport, RoutingPass
-from stablemoe_ds.training.groups import Groups
+from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 
 
 class SwitchBlock(MegatronModule):

@@ -20,13 +20,13 @@ with suppress(ImportError):  # the tests that need a GPU do without it
     settings.load_profile("ci")  # the same examples every time; --hypothesis-profile default draws others
 
 if TYPE_CHECKING:
-    from stablemoe_ds.training.groups import Groups
+    from stablemoe_ds.distributed.groups import Groups
 
 
 @pytest.fixture(scope="session")
 def world_groups() -> Iterator[Groups]:
     """megatron-core's and DeepSpeed's groups in this process alone; whatever builds a model needs them."""
-    from stablemoe_ds.training.groups import Groups, start_world, stop_world
+    from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 
     world = start_world()
     # Programs that a test starts must not take themselves for ranks of this run. LOCAL_RANK stays: DeepSpeed's

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from stablemoe_ds.comparison.state import state_of
 from stablemoe_ds.comparison.suite import SuiteRun
-from stablemoe_ds.config.load import dump_run
+from stablemoe_ds.config.load import dump_run, load_run
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.cluster import load_cluster
-from stablemoe_ds.launch.commands import launch
 from stablemoe_ds.launch.plan import look_around, make_jobs
+from stablemoe_ds.launch.start import start
 
 
 def launch_all(runs: Sequence[SuiteRun], path: str, dry_run: bool) -> int:
@@ -32,5 +31,5 @@ def launch_all(runs: Sequence[SuiteRun], path: str, dry_run: bool) -> int:
     for one in missing:
         one.folder.parent.mkdir(parents=True, exist_ok=True)
         one.beside("yaml").write_text(dump_run(one.run), encoding="utf-8")
-    files = [str(one.beside("yaml")) for one in missing]
-    return launch(argparse.Namespace(runs=files, cluster=path, dry_run=False, submit=False))
+    runs_on_disk = [load_run(one.beside("yaml")) for one in missing]
+    return start(make_jobs(runs_on_disk, cluster, look_around()))

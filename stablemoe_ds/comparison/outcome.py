@@ -15,10 +15,10 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.diagnostics import routing_series
 from stablemoe_ds.evaluation.fluctuation import churn, fluctuation_curve, last_fluctuation_step
-from stablemoe_ds.evaluation.metrics import Line, MetricsLog, probe_seconds, training_seconds
-from stablemoe_ds.evaluation.records import PROBE_IDS, RecordFolder
 from stablemoe_ds.evaluation.report import MARKS
-from stablemoe_ds.launch.restart import newest_saved
+from stablemoe_ds.run_directory.metrics import Line, MetricsLog, probe_seconds, training_seconds
+from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
+from stablemoe_ds.run_directory.progress import newest_saved
 
 FRACTIONS = np.linspace(0, 1, 51)
 Curve = list[tuple[float, float]]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from stablemoe_ds.comparison.state import state_of
 from stablemoe_ds.comparison.suite import SuiteRun
 from stablemoe_ds.config.load import dump_run
-from stablemoe_ds.launch.signals import StopRequest
+from stablemoe_ds.distributed.signals import StopRequest
 
 Say = Callable[[str], None]
 LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "STABLEMOE_WORLD_SIZE")

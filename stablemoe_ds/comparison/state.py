@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from stablemoe_ds.comparison.suite import SuiteRun
-from stablemoe_ds.config.complaints import show
 from stablemoe_ds.config.difference import differences
+from stablemoe_ds.config.messages import show
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.evaluation.metrics import MetricsLog
-from stablemoe_ds.launch.restart import newest_saved
+from stablemoe_ds.run_directory.metrics import MetricsLog
+from stablemoe_ds.run_directory.progress import newest_saved
 
 State = Literal["new", "begun", "finished"]
 

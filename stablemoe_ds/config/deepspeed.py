@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stablemoe_ds.config.batch import BatchPlan
-from stablemoe_ds.config.complaints import show
+from stablemoe_ds.config.messages import show
 from stablemoe_ds.config.schema import RunConfig
 
 BUCKET = 50_000_000

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from stablemoe_ds.config import yamltext
-from stablemoe_ds.config.complaints import complaints, cut, printable, show
+from stablemoe_ds.config.messages import cut, error_messages, printable, show
 from stablemoe_ds.config.schema import RunConfig, Section
 from stablemoe_ds.errors import UserError
 
@@ -50,7 +50,7 @@ def load_section(schema: type[Kind], path: str | Path, overrides: Sequence[str],
         # By way of JSON: pydantic is strict there (no true for 1, no text for numbers) and still takes lists as tuples.
         return schema.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise UserError(complaints(error, origin, schema)) from error
+        raise UserError(error_messages(error, origin, schema)) from error
 
 
 def dump_run(run: RunConfig) -> str:

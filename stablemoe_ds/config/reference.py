@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from stablemoe_ds.config.complaints import section_of, show
+from stablemoe_ds.config.messages import section_of, show
 from stablemoe_ds.config.schema import RunConfig, Section
 
 HEAD = """# Configuration

@@ -19,7 +19,7 @@ from yaml.reader import Reader, ReaderError
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
-from stablemoe_ds.config.complaints import cut
+from stablemoe_ds.config.messages import cut
 from stablemoe_ds.errors import UserError
 
 TAG = "tag:yaml.org,2002:"

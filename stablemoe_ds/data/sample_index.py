@@ -7,15 +7,15 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from stablemoe_ds.data.corpus import PreparedInfo, one_line
+from stablemoe_ds.distributed.together import on_first_rank
 from stablemoe_ds.errors import UserError
 
 Item = dict[str, Tensor]
@@ -56,7 +56,7 @@ def blend(recipe: Recipe, folder: Path) -> Dataset[Item]:
     Raises UserError on all ranks if a corpus or the index is damaged, or the index cannot be written.
     """
     cache = folder / recipe.key
-    _on_first_rank(lambda: _write(recipe, cache))
+    on_first_rank(lambda: _write(recipe, cache))
     if not cache.exists():
         raise UserError(
             f"no sample index at {cache}: the first rank wrote it elsewhere; every rank must see that directory"
@@ -67,25 +67,6 @@ def blend(recipe: Recipe, folder: Path) -> Dataset[Item]:
         raise UserError(
             f"cannot read the sample index {cache}: {one_line(error)}; delete it to make it anew"
         ) from error
-
-
-def _on_first_rank(act: Callable[[], None]) -> None:
-    """Do something on one rank while the others wait. Its UserError is raised on all of them."""
-    if not distributed.is_initialized():
-        act()
-        return
-    complaint: list[str | None] = ["the first rank failed"]
-    try:
-        if distributed.get_rank() == 0:
-            act()
-        complaint = [None]
-    except UserError as error:
-        complaint = [str(error)]
-        raise
-    finally:
-        distributed.broadcast_object_list(complaint)
-    if complaint[0] is not None:
-        raise UserError(complaint[0])
 
 
 def _write(recipe: Recipe, cache: Path) -> None:

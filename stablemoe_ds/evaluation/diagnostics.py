@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stablemoe_ds.evaluation.records import RouteRecords
 from stablemoe_ds.evaluation.specialisation import use_of_pairs
+from stablemoe_ds.run_directory.probe_records import RouteRecords
 
 
 @dataclass(frozen=True)

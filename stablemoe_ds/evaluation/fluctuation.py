@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stablemoe_ds.evaluation.records import RouteRecords
+from stablemoe_ds.run_directory.probe_records import RouteRecords
 
 NEVER = -1
 """Last fluctuation step of a token that every record sends to the same expert."""

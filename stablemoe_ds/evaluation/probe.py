@@ -13,8 +13,8 @@ from torch import Tensor
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.moe.routing_pass import LayerReport
 from stablemoe_ds.routing.fixed import FixedRouting
-from stablemoe_ds.routing.routes import LayerReport
 
 
 @dataclass(frozen=True)

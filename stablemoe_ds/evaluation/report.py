@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from stablemoe_ds.evaluation.fluctuation import changed_since, churn, fluctuation_curve, last_fluctuation_step
-from stablemoe_ds.evaluation.metrics import Kind, Line, plain, probe_seconds, training_seconds
-from stablemoe_ds.evaluation.records import RouteRecords
 from stablemoe_ds.evaluation.specialisation import IdUse, Piece, describe_experts
+from stablemoe_ds.run_directory.metrics import Kind, Line, plain, probe_seconds, training_seconds
+from stablemoe_ds.run_directory.probe_records import RouteRecords
 
 MARKS = (0.2, 0.5, 0.8)
 """Fractions of a run after which the paper counts last fluctuations."""

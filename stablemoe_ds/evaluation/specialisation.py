@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stablemoe_ds.routing.table import RoutingTable, least_load
+from stablemoe_ds.tables.table import RoutingTable, least_load
 
 Piece = Callable[[int], str]
 """Token id to readable text."""

@@ -26,25 +26,21 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stablemoe_ds.checkpoints import check_sizes, read_manifest, saved_checkpoints
-from stablemoe_ds.config.load import load_run
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError
+from stablemoe_ds.run_directory.progress import launched_run, newest_saved, reported_steps
 
 KILLED_BY = {
     "SIGBUS": "a mapped file was cut short, such as a corpus's .bin, or /dev/shm is full",
     "SIGKILL": "often for want of memory",
 }
 """What lies behind a signal that says nothing by itself."""
-REFUSED = ": bad input: "
-"""In the word that a rank leaves of a UserError; ``training/faults.py`` writes it."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +49,6 @@ class Decision:
 
     again: bool
     reason: str
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The newest complete checkpoint: how many updates it has, and the run that wrote it."""
-
-    step: int
-    run: RunConfig
 
 
 def decide(
@@ -99,50 +87,6 @@ def decide(
         return Decision(False, f"{what}; {where}, and {stale} attempts in a row have added none (limit {limit})")
     tries = f"; attempts without a newer checkpoint: {stale} of {limit}" if stale else ""
     return Decision(True, f"{what}; {where}{tries}")
-
-
-def newest_saved(run_dir: str | Path) -> Saved | None:
-    """The newest checkpoint of a run directory with all its files; None if there is none."""
-    for path in saved_checkpoints(run_dir):
-        try:
-            manifest = read_manifest(path)
-            check_sizes(path, manifest)
-            return Saved(int(manifest["progress"]["step"]), RunConfig.model_validate(manifest["run"]))
-        except (UserError, ValueError, KeyError, TypeError):
-            continue  # not complete, or of another version: nothing to go on from
-    return None
-
-
-def newest_launch(run_dir: Path) -> Path | None:
-    """Folder of a run's latest launch; names of launches sort by time."""
-    return max((path.parent for path in run_dir.glob("launch/*/job.json")), default=None, key=lambda path: path.name)
-
-
-def launched_run(run_dir: Path) -> RunConfig | None:
-    """The run as it was launched last; None if it never was, or not by this version."""
-    folder = newest_launch(run_dir)
-    try:
-        return load_run(folder / "run.yaml") if folder else None
-    except UserError:
-        return None
-
-
-def refusals(run_dir: Path) -> set[tuple[str, int]]:
-    """Words of bad input that ranks have left: which file, and when it was written, in ns."""
-    found: set[tuple[str, int]] = set()
-    for path in run_dir.glob("launch/fault-*.txt"):
-        with suppress(OSError):  # a rank that starts takes back its word
-            if REFUSED in path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
-                found.add((path.name, path.stat().st_mtime_ns))
-    return found
-
-
-def reported_steps(run_dir: Path) -> int:
-    """Length of the run that ``report.json`` is about, which may be an earlier, shorter one; 0 without a report."""
-    try:
-        return int(json.loads((run_dir / "report.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def _ending(exit_code: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.launch.restart import launched_run, newest_launch, newest_saved
+from stablemoe_ds.run_directory.progress import launched_run, newest_launch, newest_saved
 
 TAIL_BYTES = 1 << 16
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from stablemoe_ds.distributed.signals import handling
 from stablemoe_ds.errors import BAD_INPUT, FINISHED, INTERRUPTED, OWN_FAULT, UserError
 from stablemoe_ds.launch.job import Job, Probe
 from stablemoe_ds.launch.logs import Tail, set_aside
-from stablemoe_ds.launch.restart import decide, newest_saved, refusals
-from stablemoe_ds.launch.signals import handling
+from stablemoe_ds.launch.restart import decide
+from stablemoe_ds.run_directory.progress import newest_saved, refusals
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAVE_SECONDS, LEFTOVER_SECONDS, LOOK_SECONDS = 60.0, 5.0, 0.2

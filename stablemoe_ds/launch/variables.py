@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from stablemoe_ds.distributed.environment import MEANT_SIZE
 from stablemoe_ds.launch.cluster import ClusterConfig
-from stablemoe_ds.launch.environment import MEANT_SIZE
 
 DEFAULT_PORT = 29500
 

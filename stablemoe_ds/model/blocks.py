@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.experts import Experts, ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
-from stablemoe_ds.moe.segments import Segments
-from stablemoe_ds.routing.routes import RoutingPass
+from stablemoe_ds.moe.routing_pass import RoutingPass
 
 
 def _call(recompute: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -101,5 +101,7 @@ class DenseStack(MegatronModule):
 
     def forward(self, hidden_states: Tensor, context: RoutingPass, **_: Any) -> tuple[Tensor, RoutingPass]:
         rows = hidden_states.flatten(0, 1)
-        added = _call(self.recompute and self.training, self.stack, rows, Segments.whole(rows.shape[0], rows.device))
+        added = _call(
+            self.recompute and self.training, self.stack, rows, ExpertOffsets.whole(rows.shape[0], rows.device)
+        )
         return hidden_states + added.view_as(hidden_states), context

@@ -24,16 +24,18 @@ from stablemoe_ds.config.costs import shared_stack
 from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import ModelConfig, RunConfig
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.model.blocks import DenseBlock, DenseStack, MoEBlock, require_compiler
 from stablemoe_ds.model.initialize import initialize_parameters
 from stablemoe_ds.model.parts import CachedSelfAttention, DeviceRotaryEmbedding, Norm, RowLinear, SdpaAttention
 from stablemoe_ds.moe.experts import ExpertShape
-from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
+from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import LayerPlan
+from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_routing
-from stablemoe_ds.routing.routes import LayerReport, RoutingPass, TokenView
+from stablemoe_ds.routing.routes import TokenView
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,17 @@ class StableMoEGPT(GPTModel):
         self,
         batch: Batch,
         fixed_LTK: Tensor | None = None,
-        draw: int = 0,
+        seed: int = 0,
         plans: Sequence[LayerPlan] | None = None,
     ) -> ForwardOutput:
         """Loss of one micro-batch.
 
         fixed_LTK: int64 [L, T, K], routes made beforehand from ``batch.ids``; None: the learned routers decide.
-        draw: seed of random decisions in this call, equal on all ranks.
+        seed: seed of random decisions in this call, equal on all ranks.
         plans: one a MoE layer, made beforehand from ``fixed_LTK``; None: each layer makes its own.
         """
         real_T = batch.real.transpose(0, 1).flatten()
-        routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, draw, plans)
+        routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, seed, plans)
         loss_BS = self._run(batch.ids, routing, labels=batch.labels).float()
         return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 
-def kept_rows(expert_splits: Sequence[int], capacity: int, first_expert: int, draw: int) -> tuple[Tensor, list[int]]:
+def kept_rows(expert_splits: Sequence[int], capacity: int, first_expert: int, seed: int) -> tuple[Tensor, list[int]]:
     """Choose which rows each expert serves when more than ``capacity`` arrived.
 
     expert_splits: rows of each local expert, rows sorted by expert. first_expert: global id of the first one.
-    draw: seed of this layer's draw. Victims are random, not the last to arrive, and follow from (draw, global
+    seed: seed of this layer\'s draw. Victims are random, not the last to arrive, and follow from (seed, global
     expert id, number of rows), so that recomputation chooses the same ones. Rows arrive in the order of ranks, so
     which token a victim is depends on the layout, unlike everything else in this package.
 
@@ -22,7 +22,7 @@ def kept_rows(expert_splits: Sequence[int], capacity: int, first_expert: int, dr
     start = 0
     for local, rows in enumerate(expert_splits):
         if rows > capacity:
-            generator = torch.Generator().manual_seed((draw * 1_000_003 + first_expert + local) % 2**63)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + first_expert + local) % 2**63)
             kept.append(start + torch.randperm(rows, generator=generator)[:capacity].sort().values)
         else:
             kept.append(torch.arange(start, start + rows))

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stablemoe_ds.moe.grouped import can_group, serve_at_once
-from stablemoe_ds.moe.loop import serve_in_turn
-from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.expert_offsets import ExpertOffsets
+from stablemoe_ds.moe.grouped import can_group, serve_grouped
+from stablemoe_ds.moe.loop import serve_in_a_loop
 from stablemoe_ds.moe.sublayer import SublayerWeights
 
 
@@ -45,14 +45,14 @@ class ExpertSublayer(nn.Module):
         self.w2 = nn.Parameter(torch.zeros(experts, d, f))
         self.b2 = nn.Parameter(torch.zeros(experts, d)) if shape.bias else None
 
-    def forward(self, x_RD: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """What the sublayer adds to rows sorted by expert: [R, D]."""
         width, epsilon = x_RD.shape[-1:], self.shape.norm_epsilon
         norm = F.layer_norm if self.shape.norm == "layernorm" else F.rms_norm
         normed = norm(x_RD, width, eps=epsilon)
-        serve = serve_at_once if can_group(normed, self.w1) else serve_in_turn
+        serve = serve_grouped if can_group(normed, self.w1) else serve_in_a_loop
         weights = SublayerWeights(self.norm_weight, self.norm_bias, self.w1, self.b1, self.w2, self.b2)
-        return serve(normed, weights, self.shape.activation, segments)
+        return serve(normed, weights, self.shape.activation, offsets)
 
 
 class Experts(nn.Module):
@@ -62,10 +62,10 @@ class Experts(nn.Module):
         super().__init__()
         self.sublayers = nn.ModuleList(ExpertSublayer(shape, experts) for _ in range(shape.sublayers))
 
-    def forward(self, x_RD: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """What each expert *adds* to its rows: stack(x) - x, [R, D]. Rows sorted by expert."""
         first, *others = self.sublayers
-        added_RD = first(x_RD, segments)
+        added_RD = first(x_RD, offsets)
         for sublayer in others:
-            added_RD = added_RD + sublayer(x_RD + added_RD, segments)
+            added_RD = added_RD + sublayer(x_RD + added_RD, offsets)
         return added_RD

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.sublayer import SublayerWeights
 from stablemoe_ds.ops.rows import ops_for
 
@@ -25,7 +25,7 @@ def can_group(x_RD: Tensor, w1_EFD: Tensor) -> bool:
     return fits and aligned and torch.cuda.get_device_capability(x_RD.device)[0] in (9, 10)
 
 
-def segment_sums(rows_RI: Tensor, ends_E: Tensor) -> Tensor:
+def sums_by_expert(rows_RI: Tensor, ends_E: Tensor) -> Tensor:
     """[R, I] -> [E, I]: sum over each expert's rows, as a product with ones: deterministic, accumulated in fp32."""
     ones = rows_RI.new_ones(rows_RI.shape[0], ALIGNED)
     return F.grouped_mm(rows_RI.t(), ones, offs=ends_E)[..., 0]
@@ -71,9 +71,9 @@ class _Affine(Function):
         grad_RI, grad_scale_EI = grads[0].contiguous(), None
         if ctx.relu:
             grad_RI = torch.ops.aten.threshold_backward(grad_RI, out_RI, 0)
-        grad_shift_EI = segment_sums(grad_RI, ends_E) if ctx.shifts else None
+        grad_shift_EI = sums_by_expert(grad_RI, ends_E) if ctx.shifts else None
         if scale_EI is not None:
-            grad_scale_EI = segment_sums(grad_RI * x_RI, ends_E)
+            grad_scale_EI = sums_by_expert(grad_RI * x_RI, ends_E)
             grad_RI = ctx.ops.affine(grad_RI, scale_EI, None, owner_R)
         return grad_RI, grad_scale_EI, grad_shift_EI, None, None, None
 
@@ -92,9 +92,9 @@ class _SwiGLU(Function):
         return grad_inner_RF
 
 
-def serve_at_once(x_RD: Tensor, weights: SublayerWeights, activation: str, segments: Segments) -> Tensor:
-    """What :func:`stablemoe_ds.moe.loop.serve_in_turn` computes, with the same arguments; at least one row."""
-    ends_E, owner_R = segments.ends_E, segments.owners()
+def serve_grouped(x_RD: Tensor, weights: SublayerWeights, activation: str, offsets: ExpertOffsets) -> Tensor:
+    """What :func:`stablemoe_ds.moe.loop.serve_in_a_loop` computes, with the same arguments; at least one row."""
+    ends_E, owner_R = offsets.ends_E, offsets.owners()
 
     def plus(rows_RI: Tensor, values_EI: Tensor | None, relu: bool = False) -> Tensor:
         if values_EI is None and not relu:

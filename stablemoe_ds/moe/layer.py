@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.moe.capacity import kept_rows
 from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
+from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.experts import Experts, ExpertShape
 from stablemoe_ds.moe.plan import DispatchPlan, LayerPlan, cut, plan_dispatch
-from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
 from stablemoe_ds.routing.router import Router
-from stablemoe_ds.routing.routes import LayerReport, RoutingPass, SumOverRanks
-
-
-@dataclass(frozen=True)
-class LayerPlacement:
-    """Where a layer stands in the run: degrees, this rank's place in them, and how to sum over data ranks.
-
-    tensor_group is None without tensor parallelism.
-    """
-
-    expert_parallel: int
-    expert_rank: int
-    tensor_group: dist.ProcessGroup | None
-    sum_over_data_ranks: SumOverRanks
 
 
 class MoELayer(MoE):
@@ -90,7 +76,7 @@ class MoELayer(MoE):
         fixed_TK = None if routing.fixed_LTK is None else routing.fixed_LTK[self.index]
         routes = self.router(hidden_TD, routing.tokens, fixed_TK, self.placement.sum_over_data_ranks)
         plan = None if routing.plans is None else routing.plans[self.index]
-        added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, plan, routing.draw)
+        added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, plan, routing.seed)
         unserved = (routing.tokens.real_T & (routes.expert_TK < 0).all(1)).sum()
         report = LayerReport(
             self.block,
@@ -105,7 +91,7 @@ class MoELayer(MoE):
         return (hidden_TD + added_TD).view_as(hidden_SBD), report
 
     def _serve(
-        self, hidden_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, plan: LayerPlan | None, draw: int
+        self, hidden_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, plan: LayerPlan | None, seed: int
     ) -> tuple[Tensor, Tensor]:
         """What routed and shared experts add, [T, D]; and how many rows capacity cut here.
 
@@ -119,10 +105,10 @@ class MoELayer(MoE):
         sent = [send_tokens(x_TD, part, group) for x_TD, part in zip(cut(share_TD, parts), plan, strict=True)]
         shared_TD = None
         if self.shared is not None:
-            shared_TD = self.shared(hidden_TD, Segments.whole(hidden_TD.shape[0], hidden_TD.device))
+            shared_TD = self.shared(hidden_TD, ExpertOffsets.whole(hidden_TD.shape[0], hidden_TD.device))
         returned, dropped = [], hidden_TD.new_zeros((), dtype=torch.int64)
         for arriving, part in zip(sent, plan, strict=True):
-            added_RD, cut_off = self._ask_experts(arriving.wait(), part, draw)
+            added_RD, cut_off = self._ask_experts(arriving.wait(), part, seed)
             returned.append(return_tokens(added_RD, part, group))
             dropped = dropped + cut_off
         gates = cut(share_gate_TK, parts)
@@ -130,12 +116,12 @@ class MoELayer(MoE):
         added_TD = join_tokens(added[0] if parts == 1 else torch.cat(added), hidden_TD.shape[0], tensor_group)
         return added_TD if shared_TD is None else added_TD + shared_TD, dropped
 
-    def _ask_experts(self, rows_RD: Tensor, plan: DispatchPlan, draw: int) -> tuple[Tensor, int]:
+    def _ask_experts(self, rows_RD: Tensor, plan: DispatchPlan, seed: int) -> tuple[Tensor, int]:
         """What this rank's experts add to the rows that came, [R, D]; and how many rows exceeded capacity."""
         if self.capacity_factor is None or not self.training:
-            return self.experts(rows_RD, plan.segments), 0
+            return self.experts(rows_RD, plan.offsets), 0
         capacity = int(self.capacity_factor * plan.group_total / self.num_experts)
-        kept, sizes = kept_rows(plan.segments.sizes, capacity, self.first_expert, draw * 1009 + self.index)
+        kept, sizes = kept_rows(plan.offsets.sizes, capacity, self.first_expert, seed * 1009 + self.index)
         kept = kept.to(rows_RD.device)
-        served = self.experts(rows_RD.index_select(0, kept), Segments.of(sizes, rows_RD.device))
+        served = self.experts(rows_RD.index_select(0, kept), ExpertOffsets.of(sizes, rows_RD.device))
         return torch.zeros_like(rows_RD).index_copy(0, kept, served), rows_RD.shape[0] - sum(sizes)

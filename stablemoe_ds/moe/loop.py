@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.sublayer import SublayerWeights, activate
 from stablemoe_ds.ops.rows import swiglu_backward
 
@@ -36,17 +36,17 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> N
 
 class _Loop(Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, activation: str, segments: Segments, *stacked: Any) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, activation: str, offsets: ExpertOffsets, *stacked: Any) -> Tensor:
         weights = SublayerWeights(*stacked)
         inner_RF = x_RD.new_empty(x_RD.shape[0], weights.w1.shape[1])
         out_RD = torch.empty_like(x_RD)
-        for (x, inner, out), w in zip(segments.split(x_RD, inner_RF, out_RD), weights.each(), strict=True):
+        for (x, inner, out), w in zip(offsets.split(x_RD, inner_RF, out_RD), weights.each(), strict=True):
             _linear(_scaled(x, w), w.w1, w.b1, out=inner)
             # The gradient of relu follows from its result, so nothing else is kept.
             active = inner.relu_() if activation == "relu" else activate(activation, inner)
             _linear(active, w.w2, w.b2, out=out)
         ctx.save_for_backward(x_RD, inner_RF, *weights)
-        ctx.activation, ctx.segments = activation, segments
+        ctx.activation, ctx.offsets = activation, offsets
         return out_RD
 
     @staticmethod
@@ -55,7 +55,7 @@ class _Loop(Function):
         name, weights = ctx.activation, SublayerWeights(*stacked)
         grad_x_RD = torch.empty_like(x_RD)
         grad_weights = SublayerWeights._make(None if w is None else torch.empty_like(w) for w in weights)
-        rows = ctx.segments.split(x_RD, inner_RF, grads[0], grad_x_RD)
+        rows = ctx.offsets.split(x_RD, inner_RF, grads[0], grad_x_RD)
         for (x, inner, grad, grad_x), w, grad_w in zip(rows, weights.each(), grad_weights.each(), strict=True):
             # A product or a sum over zero rows is zero, so an expert without tokens needs no case of its own.
             active = inner if name == "relu" else activate(name, inner)
@@ -77,9 +77,9 @@ def _scaled(x: Tensor, w: SublayerWeights) -> Tensor:
     return x * w.scale if w.shift is None else torch.addcmul(w.shift, x, w.scale)
 
 
-def serve_in_turn(x_RD: Tensor, weights: SublayerWeights, activation: str, segments: Segments) -> Tensor:
+def serve_in_a_loop(x_RD: Tensor, weights: SublayerWeights, activation: str, offsets: ExpertOffsets) -> Tensor:
     """What the sublayer makes of each row by the weights of its expert: [R, D].
 
     x_RD: rows sorted by expert, normalised. Every weight gets a gradient, zero where no row came.
     """
-    return _Loop.apply(x_RD, activation, segments, *weights)
+    return _Loop.apply(x_RD, activation, offsets, *weights)

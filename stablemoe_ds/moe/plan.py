@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stablemoe_ds.data.batch import Batch
-from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.routing.losses import count_tokens
 
 
@@ -24,7 +23,7 @@ class DispatchPlan:
     arrival_R: int64 [R], where each of the R rows sorted by this rank's expert stands among the rows as they
         arrive (by sender, then expert); None without expert parallelism, where they arrive sorted.
     departure_R: int64 [R], its inverse.
-    segments: rows of each of this rank's experts, R in all.
+    offsets: rows of each of this rank's experts, R in all.
     group_total: routed (token, choice) pairs of all ranks of the group.
     """
 
@@ -34,7 +33,7 @@ class DispatchPlan:
     recv_splits: list[int]
     arrival_R: Tensor | None  # noqa: N815
     departure_R: Tensor | None  # noqa: N815
-    segments: Segments
+    offsets: ExpertOffsets
     group_total: int
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DispatchPlan:
@@ -45,7 +44,7 @@ class DispatchPlan:
             position_TK=change(self.position_TK),
             arrival_R=None if self.arrival_R is None else change(self.arrival_R),
             departure_R=None if self.departure_R is None else change(self.departure_R),
-            segments=self.segments.map(change),
+            offsets=self.offsets.map(change),
         )
 
 
@@ -114,7 +113,7 @@ def _plan(expert_TK: Tensor, counts_RN: Tensor, counts: list[list[int]], rank: i
         recv_splits=recv_splits,
         arrival_R=arrival,
         departure_R=departure,
-        segments=Segments(sizes, received_RE.sum(0).cumsum(0, dtype=torch.int32)),
+        offsets=ExpertOffsets(sizes, received_RE.sum(0).cumsum(0, dtype=torch.int32)),
         group_total=sum(map(sum, counts)),
     )
 
@@ -124,30 +123,3 @@ def inverse(permutation: Tensor) -> Tensor:
     out = torch.empty_like(permutation)
     out[permutation] = torch.arange(permutation.numel(), device=permutation.device)
     return out
-
-
-@dataclass(frozen=True)
-class RoutedBatch:
-    """A micro-batch with all that is known of its routing before the step begins.
-
-    fixed_LTK: int64 [L, T, K], None where the learned routers decide. plans: one a MoE layer, None where each
-    layer has to make its own in the step.
-    """
-
-    batch: Batch
-    fixed_LTK: Tensor | None = None  # noqa: N815
-    plans: tuple[LayerPlan, ...] | None = None
-
-    def to(self, device: torch.device | str) -> RoutedBatch:
-        """The same on another device, copied without waiting where memory is pinned."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin(self) -> RoutedBatch:
-        """The same in pinned memory, from where a GPU copies while it computes."""
-        return self.map(Tensor.pin_memory)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> RoutedBatch:
-        """The same with every tensor in it changed."""
-        fixed_LTK = None if self.fixed_LTK is None else change(self.fixed_LTK)
-        plans = None if self.plans is None else tuple(tuple(part.map(change) for part in layer) for layer in self.plans)
-        return RoutedBatch(self.batch.map(change), fixed_LTK, plans)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stablemoe_ds.config.schema import MoEConfig
-from stablemoe_ds.routing.base import BaseRouter
+from stablemoe_ds.routing.base_layers import BaseLayersRouter
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.expert_choice import ExpertChoiceRouter
 from stablemoe_ds.routing.hashed import HashRouter
@@ -28,7 +28,7 @@ def make_router(moe: MoEConfig, hidden_size: int, heads: int, vocab: int, positi
         case "stablemoe" | "stablemoe_balanced" | "stablemoe_stage1":
             return StableMoERouter(*shape, distilled)
         case "base" | "base_fixed":
-            return BaseRouter(*shape, distilled)
+            return BaseLayersRouter(*shape, distilled)
         case "switch":
             return SwitchRouter(*shape)
         case "topk":

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablemoe_ds.config.schema import MoEConfig
-from stablemoe_ds.routing.balanced import balanced_choice
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.hashed import even_table, random_table
 from stablemoe_ds.routing.router import best_experts
-from stablemoe_ds.routing.table import RoutingTable, least_load
+from stablemoe_ds.tables.balanced_choice import balanced_choice
+from stablemoe_ds.tables.builders import even_table, random_table
+from stablemoe_ds.tables.table import RoutingTable, least_load
 
 
 class FixedRouting(Protocol):

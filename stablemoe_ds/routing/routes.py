@@ -7,9 +7,8 @@ L MoE layers, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -49,38 +48,3 @@ class Routes:
     counts_N: Tensor  # noqa: N815
     agree: Tensor | None = None
     statistic_N: Tensor | None = None  # noqa: N815
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What one MoE layer did in one forward call; everything but ``loss_sums`` is detached.
-
-    served_N is int64 [N]: tokens of this rank by the expert they chose; dropped counts (token, choice) pairs beyond
-    capacity; unserved counts this rank's real tokens that no expert was chosen for. statistic_N: as in :class:`Routes`.
-    """
-
-    block: int
-    expert_TK: Tensor  # noqa: N815
-    served_N: Tensor  # noqa: N815
-    dropped: Tensor
-    unserved: Tensor
-    loss_sums: dict[str, Tensor]
-    agree: Tensor | None
-    statistic_N: Tensor | None = None  # noqa: N815
-
-
-@dataclass
-class RoutingPass:
-    """Travels with one forward call through the blocks: what MoE layers need in, what they report out.
-
-    fixed_LTK: int64 [L, T, K], routes known beforehand; None lets each layer's learned router decide.
-    plans: one ``moe.plan.LayerPlan`` a layer, made from those routes beforehand; None lets each layer make its own.
-    draw: seed of this call's random decisions (which tokens exceed capacity); equal on all ranks.
-    reports: one entry a MoE layer, in the order of the layers.
-    """
-
-    tokens: TokenView
-    fixed_LTK: Tensor | None  # noqa: N815
-    draw: int = 0
-    plans: Sequence[Any] | None = None
-    reports: list[LayerReport] = field(default_factory=list)

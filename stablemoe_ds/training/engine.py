@@ -17,12 +17,12 @@ from torch import Tensor
 from stablemoe_ds.config.batch import BatchPlan
 from stablemoe_ds.config.deepspeed import deepspeed_config
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.distributed.groups import DeepSpeedMpu, Groups, limit_waiting
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
-from stablemoe_ds.moe.plan import RoutedBatch
 from stablemoe_ds.routing.fixed import FixedRouting
-from stablemoe_ds.training.groups import DeepSpeedMpu, Groups, limit_waiting
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
+from stablemoe_ds.training.routed_batch import RoutedBatch
 
 
 @dataclass(frozen=True)
@@ -110,19 +110,19 @@ class Engine:
             group["lr"] = lr * scale
 
     def accumulate(
-        self, routed: Sequence[RoutedBatch], routing: FixedRouting | None, draw: int, stop: bool
+        self, routed: Sequence[RoutedBatch], routing: FixedRouting | None, seed: int, stop: bool
     ) -> StepSums:
         """Forward and backward of one update's micro-batches; gradients are reduced, weights not yet changed.
 
         routing: fixed routes for batches that come without; None in stage 1.
-        draw: seed of random decisions in this update.
+        seed: seed of random decisions in this update.
         stop: this process was asked to stop; every rank learns whether any was.
         """
         routed = [micro.to(self.groups.world.device) for micro in routed]
         counted = tokens_of(routed)
         outputs: list[ForwardOutput] = []
         self.deepspeed.train()
-        for output, loss in self.forward(self.deepspeed, routed, counted, routing, draw):
+        for output, loss in self.forward(self.deepspeed, routed, counted, routing, seed):
             self.deepspeed.backward(loss)
             outputs.append(output)
             if len(outputs) < len(routed):
@@ -135,7 +135,7 @@ class Engine:
         routed: Sequence[RoutedBatch],
         counted: Tensor,
         routing: FixedRouting | None,
-        draw: int,
+        seed: int,
     ) -> Iterator[tuple[ForwardOutput, Tensor]]:
         """Each micro-batch through ``model`` (this one, or DeepSpeed around it), and its loss to go backward from.
 
@@ -147,11 +147,11 @@ class Engine:
         shares = groups.data_size * len(routed)
         for number, micro in enumerate(routed):
             if self.run.model.dropout:
-                torch.manual_seed(hash((draw, number, groups.data_rank)) & 0x7FFF_FFFF)
+                torch.manual_seed(hash((seed, number, groups.data_rank)) & 0x7FFF_FFFF)
             fixed_LTK = micro.fixed_LTK
             if fixed_LTK is None and routing is not None:
                 fixed_LTK = routing(micro.batch.ids)
-            output = model(micro.batch, fixed_LTK, draw * len(routed) + number, micro.plans)
+            output = model(micro.batch, fixed_LTK, seed * len(routed) + number, micro.plans)
             loss = output.loss_sum * (shares / scored)
             for name, weight in (("balance", moe.balance_weight), ("distill", moe.distill_weight)):
                 auxiliary = output.auxiliary_sum(name)

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from stablemoe_ds.config.schema import FaultsConfig
-from stablemoe_ds.moe.plan import RoutedBatch
 from stablemoe_ds.routing.fixed import FixedRouting
 from stablemoe_ds.training.engine import Engine, tokens_of
+from stablemoe_ds.training.routed_batch import RoutedBatch
 
 Spot = tuple[int, int, int, str]
 """Phase (0 forward, 1 backward), position in it, rank, name: the smallest is where it began."""
@@ -65,7 +65,7 @@ class Guard:
         return self.rollbacks <= self._faults.rollback_limit
 
 
-def find_fault(engine: Engine, routed: Sequence[RoutedBatch], routing: FixedRouting | None, draw: int) -> str:
+def find_fault(engine: Engine, routed: Sequence[RoutedBatch], routing: FixedRouting | None, seed: int) -> str:
     """Where the numbers of an update first were not finite: module or parameter, and rank. Collective.
 
     Runs the update once more, looking at every output and gradient, and changes nothing. Gradients are looked at
@@ -84,7 +84,7 @@ def find_fault(engine: Engine, routed: Sequence[RoutedBatch], routing: FixedRout
     seen = [0]
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in engine.model.named_modules()]
     try:
-        for _, loss in engine.forward(engine.model, routed, tokens_of(routed), routing, draw):
+        for _, loss in engine.forward(engine.model, routed, tokens_of(routed), routing, seed):
             # Not backward(): DeepSpeed's hooks would reduce and keep these gradients.
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
             # The last parameter of the model is the first whose gradient is known.

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.data.run_data import EvalSet
+from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.evaluation.metrics import Kind, MetricsLog
 from stablemoe_ds.evaluation.perplexity import evaluate, word_perplexity
 from stablemoe_ds.evaluation.probe import record_routes
-from stablemoe_ds.evaluation.records import PROBE_IDS, RecordFolder
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.fixed import FixedRouting
-from stablemoe_ds.training.data import EvalSet
+from stablemoe_ds.run_directory.metrics import Kind, MetricsLog
+from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
 from stablemoe_ds.training.display import Display
-from stablemoe_ds.training.groups import Groups
 from stablemoe_ds.training.stages import RoutingState
 from stablemoe_ds.training.trackers import make_trackers, scalars
 

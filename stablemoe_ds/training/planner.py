@@ -19,13 +19,14 @@ from torch import Tensor
 
 from stablemoe_ds.config.schema import ParallelConfig
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.moe.plan import RoutedBatch, count_parts, plan_from_counts
+from stablemoe_ds.moe.plan import count_parts, plan_from_counts
 from stablemoe_ds.moe.tensor_split import split_tokens
 from stablemoe_ds.routing.fixed import TableRouting
 from stablemoe_ds.routing.routes import NOT_ROUTED
-from stablemoe_ds.routing.table import RoutingTable
-from stablemoe_ds.training.groups import Groups
+from stablemoe_ds.tables.table import RoutingTable
+from stablemoe_ds.training.routed_batch import RoutedBatch
 
 AHEAD = 2
 """Updates planned before they are asked for."""

@@ -11,34 +11,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
+from stablemoe_ds.checkpoint.restore import Found, find_checkpoint, restore
+from stablemoe_ds.checkpoint.saver import Saved, Saver
 from stablemoe_ds.config.batch import batch_plan
-from stablemoe_ds.config.complaints import show
 from stablemoe_ds.config.costs import flops_per_token
 from stablemoe_ds.config.difference import differences
+from stablemoe_ds.config.messages import show
 from stablemoe_ds.config.rules import check, two_stages, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.data.run_data import EvalSet, RunData, token_counts
 from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.distributed.faults import Place, at_most, naming_faults
+from stablemoe_ds.distributed.groups import Groups, World
+from stablemoe_ds.distributed.rendezvous import agree_on_run
+from stablemoe_ds.distributed.signals import StopRequest
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.launch.restart import reported_steps
-from stablemoe_ds.launch.signals import StopRequest
+from stablemoe_ds.evaluation.run_report import run_report, write_report
+from stablemoe_ds.evaluation.trained_model import check_tokenizer
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.moe.plan import RoutedBatch
 from stablemoe_ds.routing.fixed import FixedRouting, TableRouting
-from stablemoe_ds.routing.table import RoutingTable, least_load
-from stablemoe_ds.training.checkpoint import Checkpoint, Progress
-from stablemoe_ds.training.data import EvalSet, RunData, token_counts
+from stablemoe_ds.run_directory.progress import reported_steps
+from stablemoe_ds.tables.table import RoutingTable, least_load
 from stablemoe_ds.training.engine import Engine, StepSums
-from stablemoe_ds.training.faults import Place, at_most, naming_faults
-from stablemoe_ds.training.groups import Groups, World
 from stablemoe_ds.training.guard import Guard, find_fault
-from stablemoe_ds.training.meeting import agree_on_run
 from stablemoe_ds.training.observer import Observer
 from stablemoe_ds.training.optimizer import learning_rate
 from stablemoe_ds.training.planner import Planner
-from stablemoe_ds.training.restore import Found, find_checkpoint, restore
-from stablemoe_ds.training.saver import Saved, Saver
-from stablemoe_ds.training.session import check_tokenizer, run_report, write_report
+from stablemoe_ds.training.routed_batch import RoutedBatch
 from stablemoe_ds.training.stages import StageSchedule, switch_warnings
 from stablemoe_ds.training.throughput import peak_flops
 
@@ -175,8 +176,8 @@ class Trainer:
         step = self.progress.step
         lr = learning_rate(step, self.run.optimizer, self.run.schedule)
         self.engine.set_learning_rate(lr)
-        draw = self.run.seed * 1_000_003 + step
-        sums = self.engine.accumulate(batches, self.routing, draw, self.stop.asked)
+        seed = self.run.seed * 1_000_003 + step
+        sums = self.engine.accumulate(batches, self.routing, seed, self.stop.asked)
         loss, auxiliary = sums.loss / max(1, sums.scored), (sums.balance + sums.distill) / max(1, sums.real)
         objection = self.guard.objection(loss, auxiliary)
         norm = self.engine.update(keep=objection is None)
@@ -189,7 +190,7 @@ class Trainer:
         else:
             self.guard.drop(objection)
             finite = math.isfinite(loss + auxiliary) and objection != GRADIENT
-            where = "" if finite else find_fault(self.engine, batches, self.routing, draw)
+            where = "" if finite else find_fault(self.engine, batches, self.routing, seed)
             self._tell_fault(step + 1, f"update {step + 1} dropped: {objection}", where)
         samples = self.progress.samples + self.plan.sequences_per_step
         self.progress = replace(self.progress, step=step + 1, samples=samples)
@@ -266,7 +267,7 @@ class Trainer:
         table, least = self._table(), least_load(self.token_counts, moe.experts, moe.top_k)
         agreement = before.agreement if before else 0.0
         # Routers that look further than the id have no table to count with: the probe tells their load.
-        load = float(table.load(self.token_counts).max()) if table else after.load if after else 0.0
+        load = float(table.expert_load(self.token_counts).max()) if table else after.load if after else 0.0
         sha256 = table.sha256 if table else None
         if moe.facts.fixed:
             text = f"routing is fixed from the start: table {str(sha256)[:12]}, max/mean load {load:.2f}"

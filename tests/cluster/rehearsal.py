@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.evaluation.metrics import MetricsLog
+from stablemoe_ds.run_directory.metrics import MetricsLog
 from tests.cluster.hosts import Host
 from tests.cluster.slurm import Slurm
 from tests.training.runs import TinyData, run_file, small_run

@@ -12,9 +12,9 @@ import pytest
 
 from stablemoe_ds.comparison.suite import SuiteConfig, load_suite
 from stablemoe_ds.config.batch import batch_plan
-from stablemoe_ds.config.complaints import known_keys
 from stablemoe_ds.config.deepspeed import deepspeed_config
 from stablemoe_ds.config.load import dump_run, load_run, load_section
+from stablemoe_ds.config.messages import known_keys
 from stablemoe_ds.config.report import render, report
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig

@@ -21,7 +21,7 @@ from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.corpus import PreparedInfo
 from stablemoe_ds.data.dataset import EvalDataset, build_train_dataset
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
-from stablemoe_ds.routing.table import RoutingTable
+from stablemoe_ds.tables.table import RoutingTable
 from tests.data.hostile import DAMAGES, STRANGE, Damage, complaint
 from tests.distributed.launch import run_distributed
 

@@ -33,7 +33,7 @@ def updates(rank: int, ranks: int) -> list[list[Batch]]:
 
 
 def facts(plan: Any) -> dict[str, Any]:
-    return vars(plan) | {"segments": list(plan.segments.sizes), "ends": plan.segments.ends_E}
+    return vars(plan) | {"offsets": list(plan.offsets.sizes), "ends": plan.offsets.ends_E}
 
 
 def plans_beside_those_of_the_step(run: RunConfig) -> list[tuple[Any, Any]]:
@@ -68,9 +68,9 @@ def test_plans_are_those_a_step_would_make(world: int, layout: dict[str, Any]) -
 
 
 def losses(run: RunConfig, planned: bool) -> list[float]:
-    from stablemoe_ds.moe.plan import RoutedBatch
     from stablemoe_ds.routing.fixed import freeze
     from stablemoe_ds.training.planner import Planner
+    from stablemoe_ds.training.routed_batch import RoutedBatch
 
     found = []
     with engine_of(run) as engine:
@@ -96,7 +96,7 @@ def test_planned_training_is_the_same_to_the_bit(zero: int) -> None:
 
 def disagree(run: RunConfig, how: str) -> tuple[str, float]:
     """What the planner says, and after how many seconds, when the last rank differs from its neighbour."""
-    from stablemoe_ds.routing.table import RoutingTable
+    from stablemoe_ds.tables.table import RoutingTable
     from stablemoe_ds.training.planner import Planner
 
     with engine_of(run) as engine:

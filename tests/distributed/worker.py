@@ -44,9 +44,9 @@ class Outcome:
 def engine_of(run: RunConfig) -> Iterator[Any]:
     """An :class:`Engine` over the processes of this test."""
     from stablemoe_ds.config.batch import batch_plan
+    from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
     from stablemoe_ds.model.gpt import StableMoEGPT
     from stablemoe_ds.training.engine import Engine
-    from stablemoe_ds.training.groups import Groups, start_world, stop_world
 
     world = start_world(timeout_minutes=1.0)
     groups = Groups(world, run.parallel.tensor, run.parallel.expert)
@@ -67,8 +67,8 @@ def train(
 
     weights: whole tensors to start from; None: as the run itself starts.
     """
-    from stablemoe_ds.moe.plan import RoutedBatch
     from stablemoe_ds.routing.fixed import TableRouting, freeze
+    from stablemoe_ds.training.routed_batch import RoutedBatch
 
     outcome, routing = Outcome(), None
     with engine_of(run) as engine:
@@ -106,25 +106,25 @@ def train(
 
 @torch.no_grad()
 def set_weights(engine: Any, weights: dict[str, Tensor]) -> None:
+    from stablemoe_ds.checkpoint.fp32_state import WEIGHT, Fp32State
     from stablemoe_ds.model.layout import pieces
-    from stablemoe_ds.training.masters import WEIGHT, Masters
 
-    masters, groups = Masters(engine.deepspeed), engine.groups
+    fp32, groups = Fp32State(engine.deepspeed), engine.groups
     values: dict[torch.nn.Parameter, list[Tensor]] = {}
     for piece in pieces(engine.model, groups.tensor):
         local = piece.local_of(weights[piece.name], groups.tensor_rank, groups.tensor)
         values.setdefault(piece.parameter, []).append(local)
     for parameter, rows in values.items():
-        masters.write(parameter, WEIGHT, torch.stack(rows) if rows[0].shape != parameter.shape else rows[0])
+        fp32.write(parameter, WEIGHT, torch.stack(rows) if rows[0].shape != parameter.shape else rows[0])
 
 
 def parts(engine: Any) -> dict[str, Part]:
     """fp32 master weights this rank knows, by canonical name; rounded, they must be what the model computes with."""
+    from stablemoe_ds.checkpoint.fp32_state import WEIGHT, Fp32State
     from stablemoe_ds.model.layout import pieces
-    from stablemoe_ds.training.masters import WEIGHT, Masters
 
-    masters, groups, found = Masters(engine.deepspeed), engine.groups, {}
-    whole = {p: masters.read(p, WEIGHT) for p in engine.model.parameters()}
+    fp32, groups, found = Fp32State(engine.deepspeed), engine.groups, {}
+    whole = {p: fp32.read(p, WEIGHT) for p in engine.model.parameters()}
     for p, master in whole.items():
         assert torch.equal(master.to(p.dtype), p), "the master weight is not what the model computes with"
     for piece in pieces(engine.model, groups.tensor):

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from stablemoe_ds.distributed.groups import Groups
     from stablemoe_ds.model.gpt import StableMoEGPT
-    from stablemoe_ds.training.groups import Groups
 
 
 def shake(model: StableMoEGPT) -> StableMoEGPT:

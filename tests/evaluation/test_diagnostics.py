@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from stablemoe_ds.evaluation.diagnostics import RoutingSeries, routing_series
-from stablemoe_ds.evaluation.metrics import MetricsLog, probe_seconds, training_seconds
-from stablemoe_ds.evaluation.records import RouteRecords
 from stablemoe_ds.evaluation.specialisation import use_of_pairs
+from stablemoe_ds.run_directory.metrics import MetricsLog, probe_seconds, training_seconds
+from stablemoe_ds.run_directory.probe_records import RouteRecords
 
 EXPERTS, TOKENS = 4, 600
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stablemoe_ds.evaluation.fluctuation import NEVER, changed_since, churn, fluctuation_curve, last_fluctuation_step
-from stablemoe_ds.evaluation.records import RouteRecords
+from stablemoe_ds.run_directory.probe_records import RouteRecords
 
 STEPS = np.array([0, 10, 20, 35, 50])
 

@@ -11,8 +11,8 @@ import torch
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.perplexity import evaluate
 from stablemoe_ds.evaluation.probe import record_routes
-from stablemoe_ds.evaluation.records import RecordFolder
 from stablemoe_ds.routing.fixed import freeze
+from stablemoe_ds.run_directory.probe_records import RecordFolder
 from tests.evaluation.test_perplexity import random_batch
 
 

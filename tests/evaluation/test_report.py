@@ -10,13 +10,13 @@ import pytest
 from rich.cells import cell_len
 
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.evaluation.metrics import MetricsLog
 from stablemoe_ds.evaluation.plots import draw
-from stablemoe_ds.evaluation.records import RouteRecords
 from stablemoe_ds.evaluation.report import routing_report
 from stablemoe_ds.evaluation.report_text import WIDTH, render_text
 from stablemoe_ds.evaluation.specialisation import use_of_table
-from stablemoe_ds.routing.table import RoutingTable
+from stablemoe_ds.run_directory.metrics import MetricsLog
+from stablemoe_ds.run_directory.probe_records import RouteRecords
+from stablemoe_ds.tables.table import RoutingTable
 
 PIECES = ["▁the", ",", "▁self", "\\n", "▁日本語の長い単語", "x" * 120]
 

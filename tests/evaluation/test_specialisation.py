@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stablemoe_ds.evaluation.specialisation import describe_experts, entropy_bits, use_of_pairs, use_of_table
-from stablemoe_ds.routing.table import RoutingTable
+from stablemoe_ds.tables.table import RoutingTable
 
 VOCAB, EXPERTS = 30, 4
 
@@ -70,7 +70,7 @@ def test_table_and_pairs_agree():
     assert by_table.block == 6
     assert describe_experts(by_table, str) == describe_experts(by_pairs, str)
     assert by_table.id_decides == pytest.approx(1.0)
-    np.testing.assert_allclose(by_table.load_N, table.load(np.bincount(ids, minlength=VOCAB))[1])
+    np.testing.assert_allclose(by_table.load_N, table.expert_load(np.bincount(ids, minlength=VOCAB))[1])
 
 
 def test_top_k_counts_each_choice():

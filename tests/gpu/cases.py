@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.moe.plan import RoutedBatch
 from stablemoe_ds.routing.fixed import TableRouting, freeze
-from stablemoe_ds.training.groups import Groups
 from stablemoe_ds.training.planner import Planner
+from stablemoe_ds.training.routed_batch import RoutedBatch
 from tests.tiny import VOCAB, tiny_run
 
 LENGTH, SEQUENCES = 16, 4

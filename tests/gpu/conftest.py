@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from stablemoe_ds.training.groups import Groups
+    from stablemoe_ds.distributed.groups import Groups
 
 REASON = "torch sees no GPU; where there is one: DS_ACCELERATOR=cuda python -m pytest tests/gpu"
 

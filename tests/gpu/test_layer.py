@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablemoe_ds.routing.routes import LayerReport, RoutingPass, TokenView
-from stablemoe_ds.training.groups import Groups
+from stablemoe_ds.distributed.groups import Groups
+from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
+from stablemoe_ds.routing.routes import TokenView
 from tests.gpu.cases import (
     CLOSE,
     DTYPES,

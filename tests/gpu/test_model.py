@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.evaluation.generate import generate
-from stablemoe_ds.moe.plan import RoutedBatch
-from stablemoe_ds.training.groups import Groups
+from stablemoe_ds.training.routed_batch import RoutedBatch
 from tests.gpu.cases import (
     CLOSE,
     DTYPES,

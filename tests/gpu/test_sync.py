@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablemoe_ds.moe.plan import RoutedBatch
-from stablemoe_ds.training.groups import Groups
+from stablemoe_ds.distributed.groups import Groups
+from stablemoe_ds.training.routed_batch import RoutedBatch
 from tests.gpu.cases import DTYPES, SHAPES, build, gradients, loss_of, planned, some_batch
 
 WAITS = "synchronizing CUDA operation"

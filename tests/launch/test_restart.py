@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from stablemoe_ds.checkpoints import FORMAT, write_manifest
 from stablemoe_ds.config.load import dump_run
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.launch.restart import REFUSED, decide, main, newest_saved
-from stablemoe_ds.training import faults
+from stablemoe_ds.distributed import faults
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.launch.restart import decide, main
+from stablemoe_ds.run_directory.checkpoint_files import FORMAT, write_manifest
+from stablemoe_ds.run_directory.progress import REFUSED, newest_saved, refusals
 from tests.tiny import tiny_run
 
 STEPS = 40
@@ -105,8 +108,13 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(tmp_path: Path) -
     assert saved.step == 10
 
 
-def test_bad_input_is_known_by_the_word_that_ranks_leave() -> None:
-    assert f": {faults.REFUSED}: " == REFUSED
+def test_bad_input_is_known_by_the_word_that_ranks_leave(tmp_path: Path) -> None:
+    place = faults.Place(update=3)
+    world = faults.World(1, 2, 1, torch.device("cpu"))
+    with pytest.raises(UserError), faults.naming_faults(world, str(tmp_path), place):
+        raise UserError("data.train: no such corpus")
+    assert [name for name, _ in refusals(tmp_path)] == ["fault-0001.txt"]
+    assert f": {REFUSED}: " in (tmp_path / "launch" / "fault-0001.txt").read_text()
 
 
 def test_a_crash_loop_ends(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.logs import Tail, rank_logs, rank_of, require_logs, set_aside
-from stablemoe_ds.launch.restart import newest_launch
 from stablemoe_ds.launch.status import logs_of, render, run_directories, status
 from stablemoe_ds.launch.supervise import note_state
+from stablemoe_ds.run_directory.progress import newest_launch
 from tests.launch.tools import cluster, one_job, run_script, stubbed
 
 RUN = Path("runs/tiny")

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from stablemoe_ds.checkpoints import FORMAT, write_manifest
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.job import Job
 from stablemoe_ds.launch.supervise import Supervisor
+from stablemoe_ds.run_directory.checkpoint_files import FORMAT, write_manifest
 from tests.launch.tools import alive, cluster, one_job
 from tests.waiting import PATIENCE, wait_until
 

@@ -10,8 +10,8 @@ from tests.tiny import VOCAB, tiny_run
 if TYPE_CHECKING:
     import torch
 
+    from stablemoe_ds.distributed.groups import Groups
     from stablemoe_ds.model.gpt import StableMoEGPT
-    from stablemoe_ds.training.groups import Groups
 
 
 @pytest.fixture(scope="session")

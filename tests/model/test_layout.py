@@ -48,8 +48,8 @@ def test_pieces_cover_every_number_once(placement, fresh):
 
 def test_experts_are_named_and_made_by_their_global_id(fresh, whole_weights):
     """A rank with the last two of four experts has the same numbers under the same names as one with all."""
+    from stablemoe_ds.distributed.placement import LayerPlacement
     from stablemoe_ds.model.gpt import StableMoEGPT
-    from stablemoe_ds.moe.layer import LayerPlacement
 
     every = whole_weights(fresh())
     second = whole_weights(StableMoEGPT(tiny_run(), VOCAB, LayerPlacement(2, 1, None, lambda counts: counts)))

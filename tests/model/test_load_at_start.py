@@ -18,7 +18,7 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 
 if TYPE_CHECKING:
-    from stablemoe_ds.routing.routes import LayerReport
+    from stablemoe_ds.moe.routing_pass import LayerReport
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.yaml"))
 TOKENS = 1024

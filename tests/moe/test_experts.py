@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.experts import Experts, ExpertShape
-from stablemoe_ds.moe.segments import Segments
 
 D, FFN = 8, 12
 SHAPES = {
@@ -59,7 +59,7 @@ def test_each_row_gets_what_its_expert_adds(experts):
         if slow:
             added = torch.stack([slow_stack(experts, e, row) - row for e, row in zip(owner, x_RD, strict=True)])
         else:
-            added = experts(x_RD, Segments.of(SPLITS))
+            added = experts(x_RD, ExpertOffsets.of(SPLITS))
         (added * torch.linspace(-1, 1, D, dtype=torch.float64)).sum().backward()
         results.append([added.detach(), x_RD.grad, *(p.grad.clone() for p in experts.parameters())])
     for got, wanted in zip(*results, strict=True):
@@ -69,7 +69,7 @@ def test_each_row_gets_what_its_expert_adds(experts):
 
 def test_no_rows_at_all(experts):
     x_RD = rows()[:0].requires_grad_()
-    added = experts(x_RD, Segments.of([0, 0, 0]))
+    added = experts(x_RD, ExpertOffsets.of([0, 0, 0]))
     assert added.shape == (0, D)
     added.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
@@ -81,4 +81,4 @@ def test_fresh_experts_add_nothing(name):
     fresh = Experts(SHAPES[name], len(SPLITS))
     for sublayer in fresh.sublayers:
         torch.nn.init.normal_(sublayer.w1)
-    assert not fresh(rows().float(), Segments.of(SPLITS)).any()
+    assert not fresh(rows().float(), ExpertOffsets.of(SPLITS)).any()

@@ -1,4 +1,4 @@
-"""Sublayers of all experts, by either way, against one plain expression an expert; sums over segments."""
+"""Sublayers of all experts, by either way, against one plain expression an expert; sums over offsets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stablemoe_ds.moe.grouped import can_group, segment_sums, serve_at_once
-from stablemoe_ds.moe.loop import serve_in_turn
-from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.expert_offsets import ExpertOffsets
+from stablemoe_ds.moe.grouped import can_group, serve_grouped, sums_by_expert
+from stablemoe_ds.moe.loop import serve_in_a_loop
 from stablemoe_ds.moe.sublayer import SublayerWeights
 
 SIZES = {
@@ -39,9 +39,9 @@ def inputs(sizes: list[int], activation: str, bias: bool, dtype: torch.dtype) ->
     return made if bias else [None if i in (2, 4, 6) else tensor for i, tensor in enumerate(made)]
 
 
-def plain(x: Tensor, weights: SublayerWeights, activation: str, segments: Segments) -> Tensor:
+def plain(x: Tensor, weights: SublayerWeights, activation: str, offsets: ExpertOffsets) -> Tensor:
     parts, (scale, shift, w1, b1, w2, b2) = [], weights
-    for e, rows in enumerate(x.split(list(segments.sizes))):
+    for e, rows in enumerate(x.split(list(offsets.sizes))):
         scaled = rows * scale[e] + (0 if shift is None else shift[e])
         inner = ACTIVATIONS[activation](scaled @ w1[e].T + (0 if b1 is None else b1[e]))
         parts.append(inner @ w2[e].T + (0 if b2 is None else b2[e]))
@@ -51,7 +51,7 @@ def plain(x: Tensor, weights: SublayerWeights, activation: str, segments: Segmen
 def outcome(serve: Callable[..., Tensor], sizes: list[int], activation: str, bias: bool, dtype: torch.dtype):
     """What comes out, and every gradient."""
     made = inputs(sizes, activation, bias, dtype)
-    out = serve(made[0], SublayerWeights(*made[1:]), activation, Segments.of(sizes))
+    out = serve(made[0], SublayerWeights(*made[1:]), activation, ExpertOffsets.of(sizes))
     # Uneven and not contiguous, as gradients that come from a slice or a transpose are.
     upstream = torch.arange(2.0 * out.numel(), dtype=torch.float64).view(-1, 2)[:, 0].view(out.shape).sin()
     (out * upstream.to(dtype)).sum().backward()
@@ -64,10 +64,10 @@ def outcome(serve: Callable[..., Tensor], sizes: list[int], activation: str, bia
 @pytest.mark.parametrize(
     ("serve", "dtype", "close"),
     [
-        (serve_in_turn, torch.float64, 1e-12),
-        (serve_at_once, torch.float32, 1e-5),
-        (serve_at_once, torch.bfloat16, 5e-2),
-        (serve_in_turn, torch.bfloat16, 5e-2),
+        (serve_in_a_loop, torch.float64, 1e-12),
+        (serve_grouped, torch.float32, 1e-5),
+        (serve_grouped, torch.bfloat16, 5e-2),
+        (serve_in_a_loop, torch.bfloat16, 5e-2),
     ],
     ids=["loop fp64", "grouped fp32", "grouped bf16", "loop bf16"],
 )
@@ -84,16 +84,16 @@ def test_outputs_and_gradients_are_those_of_plain_experts(serve, dtype, close, a
 
 def test_an_idle_expert_gets_a_gradient_of_zero():
     """A gradient on every rank in every step: ZeRO waits for ever for one that never comes."""
-    for serve in (serve_in_turn, serve_at_once):
+    for serve in (serve_in_a_loop, serve_grouped):
         made = inputs([3, 0], "relu", True, torch.float32)
-        serve(made[0], SublayerWeights(*made[1:]), "relu", Segments.of([3, 0])).sum().backward()
+        serve(made[0], SublayerWeights(*made[1:]), "relu", ExpertOffsets.of([3, 0])).sum().backward()
         assert all(not tensor.grad[1].any() for tensor in made[1:])
         assert made[5].grad[0].any()
 
 
 def test_no_rows_at_all():
     made = inputs([0, 0], "gelu", True, torch.float32)
-    serve_in_turn(made[0], SublayerWeights(*made[1:]), "gelu", Segments.of([0, 0])).sum().backward()
+    serve_in_a_loop(made[0], SublayerWeights(*made[1:]), "gelu", ExpertOffsets.of([0, 0])).sum().backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in made)
 
 
@@ -104,10 +104,10 @@ def test_grouping_is_for_the_gpu():
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_segments(sizes):
-    segments = Segments.of(sizes)
+    offsets = ExpertOffsets.of(sizes)
     owners = [e for e, size in enumerate(sizes) for _ in range(size)]
-    assert segments.owners().tolist() == owners
+    assert offsets.owners().tolist() == owners
     rows = torch.randn(sum(sizes), 16)
-    assert [e for e, (part, _) in enumerate(segments.split(rows, rows)) for _ in part] == owners
+    assert [e for e, (part, _) in enumerate(offsets.split(rows, rows)) for _ in part] == owners
     wanted = torch.stack([part.sum(0) for part in rows.split(sizes)])
-    torch.testing.assert_close(segment_sums(rows, segments.ends_E), wanted)
+    torch.testing.assert_close(sums_by_expert(rows, offsets.ends_E), wanted)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.experts import ExpertShape
-from stablemoe_ds.moe.segments import Segments
+from stablemoe_ds.moe.routing_pass import RoutingPass
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.routes import RoutingPass, TokenView
+from stablemoe_ds.routing.routes import TokenView
 from stablemoe_ds.routing.stablemoe import StableMoERouter
 
 S, B, D, N, VOCAB = 6, 4, 8, 4, 20
@@ -22,7 +23,8 @@ SHAPE = ExpertShape(D, 12, 2, "relu", "layernorm", 1e-5, True)
 def make(
     top_k: int = 1, shared: bool = False, capacity: float | None = None, fresh: bool = False, parts: int = 1
 ) -> Any:
-    from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
+    from stablemoe_ds.distributed.placement import LayerPlacement
+    from stablemoe_ds.moe.layer import MoELayer
 
     torch.manual_seed(3)
     distilled = DistilledRouter("word", VOCAB, N, dim=5, layers=1, width=D, heads=2, positions=S)
@@ -47,15 +49,15 @@ def dense_reference(layer: Any, hidden_SBD: Tensor, real_T: Tensor, chosen: list
     """Every expert serves every token; a mask then keeps what was chosen."""
     hidden_TD = hidden_SBD.reshape(-1, D)
     scores_TN = hidden_TD @ layer.router.centroids.T
-    alone = [Segments.of([len(hidden_TD) * (e == i) for e in range(N)]) for i in range(N)]
-    stacks = torch.stack([layer.experts(hidden_TD, segments) for segments in alone])
+    alone = [ExpertOffsets.of([len(hidden_TD) * (e == i) for e in range(N)]) for i in range(N)]
+    stacks = torch.stack([layer.experts(hidden_TD, offsets) for offsets in alone])
     keep_TN = torch.zeros(S * B, N)
     for t in range(S * B):
         best = chosen[t] if chosen else scores_TN[t].argsort(descending=True)[: layer.router.top_k]
         keep_TN[t, best] = float(real_T[t])
     out = hidden_TD + torch.einsum("tn,tn,ntd->td", keep_TN, scores_TN.sigmoid(), stacks)
     if layer.shared is not None:
-        out = out + layer.shared(hidden_TD, Segments.of([len(hidden_TD)]))
+        out = out + layer.shared(hidden_TD, ExpertOffsets.of([len(hidden_TD)]))
     return out.view_as(hidden_SBD)
 
 
@@ -108,7 +110,7 @@ def test_padding_passes_unchanged_but_for_the_shared_expert():
         pads = ~tokens.real_T
         wanted = hidden.view(-1, D)[pads]
         if shared:
-            wanted = wanted + layer.shared(wanted, Segments.of([int(pads.sum())]))
+            wanted = wanted + layer.shared(wanted, ExpertOffsets.of([int(pads.sum())]))
         assert torch.equal(out.view(-1, D)[pads], wanted)
         assert not torch.equal(out.view(-1, D)[~pads], hidden.view(-1, D)[~pads])
 
@@ -138,7 +140,7 @@ def test_gate_is_fp32_and_the_stream_keeps_its_precision():
 def test_beyond_capacity_tokens_pass_unchanged(factor, top_k):
     layer, (hidden, tokens) = make(top_k, capacity=factor), inputs()
     free = make(top_k)  # same weights, no capacity
-    out, report = layer(hidden, RoutingPass(tokens, None, draw=5))
+    out, report = layer(hidden, RoutingPass(tokens, None, seed=5))
     counts = report.served_N.tolist()
     capacity = int(factor * sum(counts) / N)
     assert int(report.dropped) == sum(max(0, count - capacity) for count in counts) > 0
@@ -158,12 +160,12 @@ def test_beyond_capacity_tokens_pass_unchanged(factor, top_k):
 
 def test_the_draw_chooses_the_victims_and_recomputation_the_same_ones():
     layer, (hidden, tokens) = make(capacity=0.5), inputs()
-    outs = [layer(hidden, RoutingPass(tokens, None, draw=draw))[0] for draw in (5, 5, 6)]
+    outs = [layer(hidden, RoutingPass(tokens, None, seed=seed))[0] for seed in (5, 5, 6)]
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
     grads = []
     for recompute in (False, True):
-        x, routing = hidden.clone().requires_grad_(), RoutingPass(tokens, None, draw=5)
+        x, routing = hidden.clone().requires_grad_(), RoutingPass(tokens, None, seed=5)
         out = checkpoint(layer, x, routing, use_reentrant=False) if recompute else layer(x, routing)
         out[0].square().sum().backward()
         grads.append(x.grad)
@@ -191,7 +193,8 @@ def test_no_token_at_all():
 
 
 def test_experts_must_divide_over_ranks():
-    from stablemoe_ds.moe.layer import LayerPlacement, MoELayer
+    from stablemoe_ds.distributed.placement import LayerPlacement
+    from stablemoe_ds.moe.layer import MoELayer
 
     with pytest.raises(ValueError, match="4 experts cannot be divided over 3"):
         MoELayer(make().router, SHAPE, LayerPlacement(3, 0, None, lambda counts: counts), block=1, index=0)

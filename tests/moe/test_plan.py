@@ -31,7 +31,7 @@ def test_plan_of_a_single_rank(seed, tokens, experts, top_k):
     (plan,) = plan_dispatch(expert_TK, experts, None)
     pairs = [(e, t, k) for t, row in enumerate(expert_TK.tolist()) for k, e in enumerate(row) if e >= 0]
     assert plan.order_A.tolist() == [t * top_k + k for _, t, k in sorted(pairs)]
-    assert plan.segments.sizes == [sum(e == i for e, _, _ in pairs) for i in range(experts)]
+    assert plan.offsets.sizes == [sum(e == i for e, _, _ in pairs) for i in range(experts)]
     assert plan.send_splits == plan.recv_splits == [len(pairs)]
     assert plan.group_total == len(pairs)
     assert plan.arrival_R is None
@@ -44,7 +44,7 @@ def test_sent_rows_stand_with_their_expert_and_come_back_weighted(seed, tokens, 
     hidden_TD = torch.randn(tokens, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     gate_TK = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(seed))
     rows_RD = send_tokens(hidden_TD, plan, None).wait()
-    owner = plan.segments.owners()
+    owner = plan.offsets.owners()
     back_AD = return_tokens(rows_RD * (owner[:, None] + 1), plan, None).wait()  # expert e multiplies by e + 1
     got = combine(back_AD, gate_TK, plan)
     wanted = torch.zeros_like(hidden_TD)
@@ -83,7 +83,7 @@ def test_parts_are_planned_like_batches_of_their_own(parts):
         (alone,) = plan_dispatch(part_TK, 5, None)
         assert torch.equal(plan.order_A, alone.order_A)
         assert torch.equal(plan.position_TK, alone.position_TK)
-        assert plan.segments.sizes == alone.segments.sizes
+        assert plan.offsets.sizes == alone.offsets.sizes
 
 
 @pytest.mark.parametrize("size", [0, 1, 9])

@@ -8,7 +8,7 @@ import pytest
 
 from stablemoe_ds.config.routers import ROUTERS
 from stablemoe_ds.config.schema import MoEConfig
-from stablemoe_ds.routing.base import BaseRouter
+from stablemoe_ds.routing.base_layers import BaseLayersRouter
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.expert_choice import ExpertChoiceRouter
 from stablemoe_ds.routing.hashed import HashRouter
@@ -21,8 +21,8 @@ CLASSES = {
     "stablemoe": StableMoERouter,
     "stablemoe_balanced": StableMoERouter,
     "stablemoe_stage1": StableMoERouter,
-    "base": BaseRouter,
-    "base_fixed": BaseRouter,
+    "base": BaseLayersRouter,
+    "base_fixed": BaseLayersRouter,
     "switch": SwitchRouter,
     "hash": HashRouter,
     "topk": TopKRouter,

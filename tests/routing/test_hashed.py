@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.fixed import hash_routing
-from stablemoe_ds.routing.hashed import HashRouter, even_table, random_table
-from stablemoe_ds.routing.table import RoutingTable, least_load
+from stablemoe_ds.routing.hashed import HashRouter
+from stablemoe_ds.tables.builders import even_table, random_table
+from stablemoe_ds.tables.table import RoutingTable, least_load
 from tests.routing.batch import D, N, T, alone, stream, tokens
 
 VOCAB, EXPERTS, LAYERS = 4000, 16, 3
@@ -24,7 +25,7 @@ def zipf_counts(exponent: float, vocab: int = VOCAB) -> NDArray[np.int64]:
 
 
 def loads(table_LVK: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    return RoutingTable(table_LVK, EXPERTS, tuple(range(1, LAYERS + 1))).load(counts)
+    return RoutingTable(table_LVK, EXPERTS, tuple(range(1, LAYERS + 1))).expert_load(counts)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

@@ -64,7 +64,7 @@ def small_run(data: TinyData, folder: Path, /, **sections: Any) -> RunConfig:
 
 def train_here(run: RunConfig) -> str:
     """What a rank does: train, and hand back what it printed."""
-    from stablemoe_ds.training.groups import start_world, stop_world
+    from stablemoe_ds.distributed.groups import start_world, stop_world
     from stablemoe_ds.training.trainer import train
 
     with redirect_stdout(io.StringIO()) as out:
@@ -75,8 +75,8 @@ def train_here(run: RunConfig) -> str:
 
 def resave_here(run: RunConfig, source: Path) -> None:
     """What a rank does: take a checkpoint under the layout of ``run``, and write it out again."""
-    from stablemoe_ds.training.checkpoint import Checkpoint
-    from stablemoe_ds.training.restore import restore
+    from stablemoe_ds.checkpoint.reader import Checkpoint
+    from stablemoe_ds.checkpoint.restore import restore
 
     with engine_of(run) as engine:
         checkpoint = Checkpoint.open(source)
@@ -86,7 +86,7 @@ def resave_here(run: RunConfig, source: Path) -> None:
 
 def save_here(engine: Any, progress: Any, tokenizer: str = "", table: Any = None) -> None:
     """Save and wait. Raises what went wrong."""
-    from stablemoe_ds.training.saver import Saver
+    from stablemoe_ds.checkpoint.saver import Saver
 
     saver = Saver(engine, tokenizer, lambda saved: None)
     saver.begin(progress, table)

@@ -85,13 +85,13 @@ def train_with(fault: Fault, run: RunConfig) -> tuple[str, list[str]]:
 
 def state_of(engine: Any) -> dict[str, Tensor]:
     """Master weights, moments and what the model computes with, as this rank knows them. Collective."""
-    from stablemoe_ds.training.masters import MOMENTS, WEIGHT, Masters
+    from stablemoe_ds.checkpoint.fp32_state import MOMENTS, WEIGHT, Fp32State
 
-    masters, state = Masters(engine.deepspeed), {}
+    fp32, state = Fp32State(engine.deepspeed), {}
     for name, parameter in engine.model.named_parameters():
         state[name] = parameter.detach().clone()
-        state |= {f"{name}/{key}": masters.read(parameter, key).clone() for key in (WEIGHT, *MOMENTS)}
-    state["steps"] = torch.tensor(masters.steps)
+        state |= {f"{name}/{key}": fp32.read(parameter, key).clone() for key in (WEIGHT, *MOMENTS)}
+    state["steps"] = torch.tensor(fp32.steps)
     return state
 
 

@@ -12,7 +12,7 @@ from stablemoe_ds.config.schema import OptimizerConfig, ScheduleConfig
 from tests.tiny import VOCAB, tiny_run
 
 if TYPE_CHECKING:
-    from stablemoe_ds.training.groups import Groups
+    from stablemoe_ds.distributed.groups import Groups
 
 PEAK = 3e-3
 

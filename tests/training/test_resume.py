@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.evaluation.records import PROBE_IDS
+from stablemoe_ds.run_directory.probe_records import PROBE_IDS
 from tests.training.runs import (
     STEPS,
     SWITCH,

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from stablemoe_ds.config.routers import ROUTERS
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.run_data import token_counts
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.routing.fixed import hash_routing
-from stablemoe_ds.routing.table import RoutingTable
-from stablemoe_ds.training.data import token_counts
+from stablemoe_ds.tables.table import RoutingTable
 from tests.training.runs import (
     STEPS,
     SWITCH,

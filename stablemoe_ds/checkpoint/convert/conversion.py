@@ -1,0 +1,109 @@
+"""From one model's checkpoint to another model's: dense to experts, more experts, fewer. No model is built for it.
+
+The new checkpoint is the first of its run: ``stablemoe train`` continues from it. Moments of the optimizer are left
+out: they belong to gradients of another model, and Adam begins anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stablemoe_ds.checkpoint.convert.resize_experts import check_replication, merge, replicate
+from stablemoe_ds.checkpoint.convert.upcycle import upcycle
+from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
+from stablemoe_ds.checkpoint.saver import write_share
+from stablemoe_ds.config.rules import check, with_vocabulary
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.distributed.rendezvous import flat
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.run_directory.checkpoint_files import FORMAT, part_of, publish, saved_checkpoints, write_manifest
+from stablemoe_ds.tables.resize import merged_table, replicated_table
+from stablemoe_ds.tables.table import RoutingTable
+
+
+def convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
+    """Write the first checkpoint of ``target`` from ``source``; its path, and what was done in words.
+
+    Raises UserError if the two models differ in more than their experts, if there is nothing to convert, or if the
+    target's run has checkpoints already. Holds the whole model's weights in memory.
+    """
+    target = with_vocabulary(target, source.vocab_size)
+    check(target)
+    source.check_content(moments=False)
+    if saved_checkpoints(target.directory):
+        raise UserError(f"{target.directory} has checkpoints already: name another run_dir")
+    old, new = source.run.moe, target.moe
+    weights = {name: source.read(name) for name in source.tensors}
+    table, progress = source.table(), Progress()
+    if not old.layers and new.facts.routed:
+        _check_same(source.run, target, moe_differs=True)
+        weights = upcycle(weights, target, source.vocab_size)
+        what = f"upcycled: {len(new.layers)} MoE layers of {new.experts} experts, placed '{new.placement}'"
+    elif old.facts.routed and old.experts != new.experts:
+        _check_same(source.run, target, moe_differs=False)
+        progress = source.progress
+        weights, table, what = _regrouped(source, weights, table, new.experts, target.seed)
+    else:
+        raise UserError(
+            f"checkpoint {source.path}: nothing to convert; a dense model can become a Mixture of Experts, and experts "
+            "more or fewer by a whole factor; any layout and precision loads a checkpoint as it is"
+        )
+    return _write(source, target, weights, table, progress), what
+
+
+def _regrouped(
+    source: Checkpoint, weights: dict[str, Tensor], table: RoutingTable | None, experts: int, seed: int
+) -> tuple[dict[str, Tensor], RoutingTable | None, str]:
+    before = source.run.moe.experts
+    small, large = sorted((before, experts))
+    times = large // small
+    if large % small:
+        raise UserError(f"moe.experts: got {experts}: expected {before} times or divided by a whole number")
+    if experts > before:
+        check_replication(source.run.moe, source.progress.stage)
+        grown = replicate(weights, times, seed=None if table is not None else seed)
+        return grown, replicated_table(table, times) if table else None, f"replicated: {times} copies of each expert"
+    shrunk = merge(weights, times)
+    return shrunk, merged_table(table, times) if table else None, f"merged: the mean of each {times} experts"
+
+
+def _check_same(old: RunConfig, new: RunConfig, moe_differs: bool) -> None:
+    """Raise UserError unless the models are the same but for what the conversion changes."""
+    sections = {"model": (old.model, new.model)} | ({} if moe_differs else {"moe": (old.moe, new.moe)})
+    free = {"model.dropout", "model.vocab_size", "model.init_std", "moe.experts", "moe.capacity_factor"}
+    free |= {"moe.balance_weight", "moe.distill_weight", "moe.distilled.lr_scale", "moe.bias_step", "moe.table_load"}
+    for name, (one, other) in sections.items():
+        before, after = (flat(section.model_dump(mode="json"), f"{name}.") for section in (one, other))
+        for key in before:
+            if key not in free and before[key] != after[key]:
+                raise UserError(f"{key}: got {after[key]!r}, but the checkpoint has {before[key]!r}: expected the same")
+
+
+def _write(
+    source: Checkpoint, target: RunConfig, weights: dict[str, Tensor], table: RoutingTable | None, progress: Progress
+) -> Path:
+    """Raises UserError if the disk does not take it."""
+    final = Path(target.directory) / "checkpoints" / f"step-{progress.step:06d}"
+    part = part_of(final)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "optimizer_steps": 0,
+        "loss_scale": None,
+        "tokenizer": source.tokenizer,
+        "vocab_size": source.vocab_size,
+        "run": target.model_dump(mode="json"),
+        "converted_from": str(source.path),
+    }
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: value.contiguous() for name, value in weights.items()}
+        write_manifest(part, manifest | write_share(part, "0000", contiguous, {}, table))
+        publish(part, final, keep=1)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or part}: {error.strerror or error}") from error
+    return final

@@ -1,0 +1,107 @@
+"""A Mixture of Experts from a dense model, as a function on whole tensors by name.
+
+The new model begins by computing what the dense one did:
+
+- Experts after a block start as fresh ones do, with W2 = 0: they add nothing, whatever the router.
+- Experts instead of a block's feed-forward layer are copies of it, W2 and its bias divided by what the gates of a token
+  add up to when all experts are equally good (:func:`neutral_gate`). For router ``hash`` and for ``topk`` with two
+  experts a token or more that is always so. Other gates move with the token from the first update on: what an expert
+  layer adds differs from the dense layer by as much as they depart from that value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from stablemoe_ds.config.schema import MoEConfig, RunConfig
+from stablemoe_ds.distributed.placement import LayerPlacement
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.model.gpt import build_moe_layer
+from stablemoe_ds.model.initialize import start_value
+from stablemoe_ds.model.layout import pieces
+
+ALONE = LayerPlacement(1, 0, None, lambda counts: counts)
+COPIED = {
+    "pre_mlp_layernorm.weight": "norm_weight",
+    "pre_mlp_layernorm.bias": "norm_bias",
+    "mlp.linear_fc1.weight": "w1",
+    "mlp.linear_fc1.bias": "b1",
+    "mlp.linear_fc2.weight": "w2",
+    "mlp.linear_fc2.bias": "b2",
+}
+"""A block's feed-forward layer by name, and what an expert's first sublayer calls the same tensor."""
+
+
+def upcycle(dense: dict[str, Tensor], target: RunConfig, vocab_size: int) -> dict[str, Tensor]:
+    """Weights and router buffers of ``target`` from a dense model's weights.
+
+    Raises UserError if the experts cannot take the place of the feed-forward layers.
+    """
+    moe, replace = target.moe, target.moe.placement == "replace"
+    scale = 1 / neutral_gate(moe) if replace else 1.0
+    width = moe.ffn_hidden_size or target.model.ffn_hidden_size
+    if replace and width != target.model.ffn_hidden_size:
+        raise UserError(
+            f"moe.ffn_hidden_size: got {width}: experts become copies of feed-forward layers "
+            f"{target.model.ffn_hidden_size} wide; nearest that works: null"
+        )
+    weights = {name: value for name, value in dense.items() if not name.startswith("decoder.layers.")}
+    for old, new, block in _stack(target):
+        source = _below(dense, f"decoder.layers.{old}.")
+        has_moe = block in moe.layers
+        kept = {name: value for name, value in source.items() if not (has_moe and replace and name in COPIED)}
+        weights |= {f"decoder.layers.{new}.{name}": value for name, value in kept.items()}
+        if not has_moe:
+            continue
+        fresh = _fresh_layer(target, vocab_size, block, f"decoder.layers.{new + 1}.")
+        if replace:
+            copied = {COPIED[name]: value for name, value in source.items() if name in COPIED}
+            for name in fresh:
+                _, is_expert, rest = name.partition(".experts.")
+                _, sublayer, leaf = rest.rpartition("sublayers.0.")
+                if is_expert and sublayer:
+                    fresh[name] = copied[leaf] * scale if leaf in ("w2", "b2") else copied[leaf].clone()
+        weights |= fresh
+    return weights
+
+
+def neutral_gate(moe: MoEConfig) -> float:
+    """What a token's gates add up to when all experts are equally good.
+
+    Raises UserError for a router that gives tokens different numbers of experts.
+    """
+    if moe.router == "expert_choice":
+        raise UserError(
+            "moe.router: got 'expert_choice': it serves some tokens often and others never, so that experts cannot "
+            "take the place of a feed-forward layer; nearest that works: topk, or moe.placement after"
+        )
+    if moe.router == "hash":
+        return float(moe.top_k)
+    if moe.router == "switch":
+        return moe.top_k / moe.experts
+    if moe.router == "topk" and moe.top_k > 1:
+        return 1.0
+    return 0.5 * moe.top_k
+
+
+def _stack(target: RunConfig) -> Iterator[tuple[int, int, int]]:
+    """Of each block: its index in the dense stack and in the target's, which counts MoE layers, and its number."""
+    new = 0
+    for old in range(target.model.layers):
+        block = old + 1
+        yield old, new, block
+        new += 2 if block in target.moe.layers else 1
+
+
+def _fresh_layer(run: RunConfig, vocab_size: int, block: int, prefix: str) -> dict[str, Tensor]:
+    """The start values of an MoE layer, and its router's buffers, by canonical name."""
+    layer = build_moe_layer(run, vocab_size, ALONE, block, run.moe.layers.index(block))
+    shapes = {prefix + piece.name: piece.shape for piece in pieces(nn.ModuleDict({"moe": layer}), 1)}
+    buffers = {f"{prefix}moe.router.{name}": value for name, value in layer.router.named_buffers()}
+    return {name: start_value(name, shape, run) for name, shape in shapes.items()} | buffers
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

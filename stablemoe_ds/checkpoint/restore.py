@@ -1,0 +1,134 @@
+"""From a checkpoint into a model, under whatever layout it has; and which checkpoint to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stablemoe_ds.checkpoint.fp32_state import MOMENTS, WEIGHT, Fp32State
+from stablemoe_ds.checkpoint.reader import Checkpoint
+from stablemoe_ds.checkpoint.state import TrainingState
+from stablemoe_ds.config.schema import CheckpointConfig
+from stablemoe_ds.distributed.groups import Groups
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.model.layout import pieces
+from stablemoe_ds.run_directory.checkpoint_files import DamagedError, check_hashes, saved_checkpoints
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from. warning: why it is not the newest."""
+
+    checkpoint: Checkpoint
+    warning: str | None = None
+
+
+def find_checkpoint(run_dir: str, model: StableMoEGPT, groups: Groups, config: CheckpointConfig) -> Found | None:
+    """The newest sound checkpoint of a run; None if there is no checkpoint at all. Collective, the same on all ranks.
+
+    Each rank reads a part of the files to check them (``config.verify``). Raises UserError if the newest is damaged
+    and ``config.fallback`` is off, if none is sound, or if the newest is not of this model.
+    """
+    paths = _from_main(saved_checkpoints(run_dir) if groups.world.is_main else [], groups)
+    complaint, refused = "", False
+    for path in paths:
+        checkpoint, fault = _examine(path, model, groups, config.verify == "hash")
+        if fault is None:
+            assert checkpoint is not None
+            if not complaint:
+                return Found(checkpoint)
+            if config.fallback and not refused:
+                return Found(checkpoint, f"{complaint}; going on from {path.name} instead")
+            raise UserError(
+                f"{complaint}; the newest sound one before it is {path}: to go on from it, move the other away"
+                + ("" if refused else ", or set checkpoint.fallback=true")
+            )
+        if not complaint:
+            complaint, refused = str(fault), not isinstance(fault, DamagedError)
+    if complaint:
+        raise UserError(
+            f"{complaint}; no other checkpoint in {run_dir} will do: begin anew in a new run_dir, or with "
+            "checkpoint.resume=false"
+        )
+    return None
+
+
+def _examine(
+    path: Path, model: StableMoEGPT, groups: Groups, hashes: bool
+) -> tuple[Checkpoint | None, UserError | None]:
+    """Open a checkpoint and hold it against its manifest and the model; the first rank's complaint is everybody's."""
+    world, checkpoint, fault = groups.world, None, None
+    try:
+        checkpoint = Checkpoint.at(path)
+        if hashes:
+            check_hashes(path, checkpoint.manifest, checkpoint.files[world.rank :: world.size])
+        for piece in pieces(model, groups.tensor):
+            checkpoint.check_shape(piece.name, piece.shape)
+    except UserError as error:
+        fault = error
+    if world.size == 1:
+        return checkpoint, fault
+    faults: list[Any] = [None] * world.size
+    dist.all_gather_object(faults, fault)
+    return checkpoint, next((fault for fault in faults if fault is not None), None)
+
+
+def _from_main(value: list[Path], groups: Groups) -> list[Path]:
+    if groups.world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, device=groups.world.device)
+    return box[0]
+
+
+def restore(state: TrainingState, checkpoint: Checkpoint) -> None:
+    """Bring weights, master weights and moments to the checkpoint's, under whatever layout that is in training."""
+    fp32, groups = Fp32State(state.deepspeed), state.groups
+    fp32.prepare(state.model.parameters(), checkpoint.optimizer_steps)
+    # What was converted has made no update: its moments are zero, and in no file.
+    for key in (WEIGHT, *MOMENTS) if checkpoint.optimizer_steps else (WEIGHT,):
+        for parameter, value in _local_tensors(state.model, groups, checkpoint, key):
+            fp32.write(parameter, key, value.to(parameter.device))
+    _load_router_state(state.model, checkpoint)
+    if checkpoint.loss_scale is not None and state.run.precision.dtype == "fp16":
+        state.optimizer.loss_scaler.cur_scale = checkpoint.loss_scale
+
+
+@torch.no_grad()
+def load_weights(model: StableMoEGPT, groups: Groups, checkpoint: Checkpoint) -> None:
+    """Load weights alone, for evaluation and generation. Raises UserError if they are not what was written."""
+    if checkpoint.run.checkpoint.verify == "hash":
+        checkpoint.check_content(moments=False)
+    for parameter, value in _local_tensors(model, groups, checkpoint, WEIGHT):
+        parameter.copy_(value)
+    _load_router_state(model, checkpoint)
+
+
+def _load_router_state(model: StableMoEGPT, checkpoint: Checkpoint) -> None:
+    for name, buffer in model.router_state().items():
+        buffer.copy_(checkpoint.read(name, WEIGHT, tuple(buffer.shape)))
+
+
+def _local_tensors(
+    model: StableMoEGPT, groups: Groups, checkpoint: Checkpoint, key: str
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Each local parameter with its values from the checkpoint; rows of stacked experts are put together."""
+    values: dict[int, tuple[torch.nn.Parameter, list[Tensor]]] = {}
+    for piece in pieces(model, groups.tensor):
+        whole = checkpoint.read(piece.name, key, piece.shape)
+        local = piece.local_of(whole, groups.tensor_rank, groups.tensor)
+        if not piece.is_expert:
+            yield piece.parameter, local
+            continue
+        parameter, rows = values.setdefault(id(piece.parameter), (piece.parameter, []))
+        rows.append(local)
+        if len(rows) == parameter.shape[0]:
+            yield parameter, torch.stack(rows)
+            del values[id(piece.parameter)]

@@ -1,0 +1,58 @@
+"""``stablemoe checkpoint``: what is in one, whether it is sound, and how another model gets it."""
+
+from __future__ import annotations
+
+import argparse
+
+from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, settle_libraries, tell
+
+
+def add_to(commands: Subparsers) -> None:
+    subs = add_group(commands, "checkpoint", "what is in a checkpoint, and whether it is sound", "show|verify|convert")
+    for name, text, call in (
+        ("show", "what a checkpoint is: step, model, files", _checkpoint_show),
+        ("verify", "read every byte and hold it against the manifest", _checkpoint_verify),
+        (
+            "convert",
+            "begin a run from another model's checkpoint: dense to experts, more or fewer",
+            _checkpoint_convert,
+        ),
+    ):
+        sub = add_command(subs, name, text, call)
+        sub.add_argument("checkpoint", help="checkpoint or run directory")
+        if name == "convert":
+            words, text = ("RUN.yaml", "key=value"), "the run that is to begin from it, and settings laid over it"
+            sub.add_argument("--to", required=True, nargs="+", metavar=words, help=text)
+        json_argument(sub)
+
+
+def _checkpoint_show(arguments: argparse.Namespace) -> int:
+    settle_libraries()
+    from stablemoe_ds.checkpoint.summary import show
+
+    tell(*show(arguments.checkpoint), arguments.json)
+    return 0
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> int:
+    settle_libraries()
+    from stablemoe_ds.checkpoint.summary import verify
+
+    tell(*verify(arguments.checkpoint), arguments.json)
+    return 0
+
+
+def _checkpoint_convert(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.config.load import load_run
+
+    file, *overrides = arguments.to
+    target = load_run(file, overrides)
+    settle_libraries()
+    from stablemoe_ds.checkpoint.convert.conversion import convert
+    from stablemoe_ds.checkpoint.reader import Checkpoint
+
+    source = Checkpoint.open(arguments.checkpoint)
+    written, what = convert(source, target)
+    facts = {"from": str(source.path), "to": str(written), "what": what}
+    tell(facts, f"{what}; wrote {written}. 'stablemoe train' with the same run continues from it", arguments.json)
+    return 0

@@ -1,0 +1,50 @@
+"""What the command files share: parsers, arguments that recur, answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+Subparsers = Any
+"""What ``add_subparsers`` returns; argparse keeps its type to itself."""
+Command = Callable[[argparse.Namespace], int]
+"""Does what was asked; returns the exit status."""
+
+
+def add_command(commands: Subparsers, name: str, text: str, call: Command) -> argparse.ArgumentParser:
+    """A parser of its own for one command, whose arguments go to ``call``."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(call=call)
+    return parser
+
+
+def add_group(commands: Subparsers, name: str, text: str, members: str) -> Subparsers:
+    """A command that has commands of its own; ``members`` names them in the usage line."""
+    return commands.add_parser(name, help=text).add_subparsers(required=True, metavar=members)
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. schedule.steps=100")
+
+
+def json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def tell(facts: Any, text: str, as_json: bool) -> None:
+    """Print on the main rank only: JSON for a script, text for a person."""
+    from stablemoe_ds.distributed.environment import read_launcher_environment
+
+    rank, _, _ = read_launcher_environment()
+    if rank == 0:
+        print(json.dumps(facts, indent=1) if as_json else text)
+
+
+def settle_libraries() -> None:
+    """Before the first import of torch: see :mod:`stablemoe_ds.distributed.libraries`."""
+    from stablemoe_ds.distributed import libraries
+
+    libraries.settle_libraries()

@@ -1,0 +1,67 @@
+"""``stablemoe routing``: what was learned about routing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, settle_libraries, tell
+from stablemoe_ds.errors import UserError
+
+
+def add_to(commands: Subparsers) -> None:
+    routing = add_group(commands, "routing", "what was learned about routing", "report|table")
+    report = add_command(routing, "report", "load, fluctuation, agreement, what each expert serves", _routing_report)
+    report.add_argument("checkpoint", help="checkpoint or run directory")
+    json_argument(report)
+    report.add_argument("--png", type=Path, help="draw the report, too")
+    table = add_command(routing, "table", "the frozen routing table itself", _routing_table)
+    table.add_argument("checkpoint", help="checkpoint or run directory, or a table file")
+    table.add_argument("--output", type=Path, help="write the table as a safetensors file of its own")
+    json_argument(table)
+
+
+def _routing_report(arguments: argparse.Namespace) -> int:
+    settle_libraries()
+    from stablemoe_ds.checkpoint.reader import Checkpoint
+    from stablemoe_ds.evaluation.plots import draw
+    from stablemoe_ds.evaluation.report_text import render_text
+    from stablemoe_ds.evaluation.run_report import run_report
+
+    report = run_report(Checkpoint.open(arguments.checkpoint))
+    tell(report, render_text(report), arguments.json)
+    if arguments.png:
+        draw(report, arguments.png)
+    return 0
+
+
+def _routing_table(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.tables.table import RoutingTable
+
+    path = Path(arguments.checkpoint)
+    if path.is_file():
+        table = RoutingTable.read(path)
+    else:
+        settle_libraries()
+        from stablemoe_ds.checkpoint.reader import Checkpoint
+
+        checkpoint = Checkpoint.open(path)
+        found = checkpoint.table()
+        if found is None:
+            raise UserError(
+                f"checkpoint {checkpoint.path} has no routing table: it is of stage {checkpoint.progress.stage}"
+            )
+        table = found
+    facts = {
+        "layers": len(table.blocks),
+        "blocks": list(table.blocks),
+        "vocab_size": table.vocab_size,
+        "top_k": table.top_k,
+        "experts": table.experts,
+        "tokenizer": table.tokenizer,
+        "sha256": table.sha256,
+    }
+    if arguments.output:
+        table.save(arguments.output)
+    tell(facts, "\n".join(f"{name:<12}{value}" for name, value in facts.items()), arguments.json)
+    return 0

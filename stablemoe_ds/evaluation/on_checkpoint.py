@@ -1,0 +1,93 @@
+"""What is asked of a checkpoint that takes its model: how well it predicts a text, how it continues one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from stablemoe_ds.checkpoint.reader import Checkpoint
+from stablemoe_ds.config.schema import Source
+from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.distributed.groups import start_world, stop_world
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.evaluation.generate import generate
+from stablemoe_ds.evaluation.perplexity import Evaluation, evaluate, word_perplexity
+from stablemoe_ds.evaluation.trained_model import TrainedModel, check_tokenizer, open_tokenizer
+
+
+@contextmanager
+def opened(path: str) -> Iterator[TrainedModel]:
+    """The model of a checkpoint, alone or under a launcher."""
+    checkpoint = Checkpoint.open(path)
+    check_tokenizer(checkpoint, open_tokenizer(checkpoint))  # before anything slow begins
+    world = start_world(checkpoint.run.parallel.timeout_minutes)
+    try:
+        yield TrainedModel(checkpoint, world)
+    finally:
+        stop_world()
+
+
+def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], str]:
+    """Perplexity of a checkpoint on a prepared corpus, or on its run's validation text: (facts, text).
+
+    In stage 1 with the learned router and with the distilled one; in stage 2 along the frozen routes.
+    """
+    with opened(path) as trained:
+        sources = [Source(path=corpus)] if corpus else trained.run.data.valid
+        data = trained.data.eval_set(sources, None)
+        if data is None:
+            raise UserError("the run names no validation text: name a prepared corpus with --data")
+
+        def measure(routing: Any) -> Evaluation:
+            device = trained.groups.world.device
+            return evaluate(trained.model, data.loader, routing, trained.groups.sum_over_data_ranks, device)
+
+        routing, progress = trained.routing, trained.checkpoint.progress
+        fixed = measure(routing)
+        learned = measure(None) if progress.stage == 1 and routing is not None else None
+    shown = learned or fixed
+    facts: dict[str, Any] = {
+        "checkpoint": str(trained.checkpoint.path),
+        "step": progress.step,
+        "stage": progress.stage,
+        "corpus": [source.path for source in sources],
+        "tokens": shown.tokens,
+        "loss": shown.loss,
+        "perplexity": shown.perplexity,
+        "perplexity_distilled": fixed.perplexity if learned else None,
+        "word_perplexity": word_perplexity(shown, data.words) if data.words else None,
+        "agreement": shown.agreement,
+        "load": shown.load,
+    }
+    lines = [
+        f"{facts['checkpoint']} (step {progress.step}, stage {progress.stage}) on {', '.join(facts['corpus'])}",
+        f"perplexity      {shown.perplexity:.4f} a token, over {shown.tokens:,} tokens",
+    ]
+    if facts["word_perplexity"] is not None:
+        lines.append(f"                {facts['word_perplexity']:.4f} a word, over {data.words:,} words")
+    if learned:
+        lines.append(f"distilled       {fixed.perplexity:.4f} a token; the routers agree on {shown.agreement or 0:.1%}")
+    if shown.load:
+        lines.append("max/mean load   " + ", ".join(f"{load:.2f}" for load in shown.load))
+    return facts, "\n".join(lines)
+
+
+def continue_prompts(path: str, prompts: Sequence[str], **options: Any) -> list[str]:
+    """Continuations of prompts, as text; ``options`` go to ``generate``. An empty prompt starts a new document.
+
+    Raises UserError for a prompt that is no text or longer than the model.
+    """
+    with opened(path) as trained:
+        tokenizer = trained.tokenizer
+        ids = [_ids(tokenizer, number, prompt) for number, prompt in enumerate(prompts, 1)]
+        new = generate(trained.model, ids, trained.routing, eos_id=tokenizer.eos_id, **options)
+    # A model may have more ids than its tokenizer; those spell nothing.
+    return [tokenizer.decode([i for i in part if i < tokenizer.vocab_size]) for part in new]
+
+
+def _ids(tokenizer: Tokenizer, number: int, prompt: str) -> list[int]:
+    try:
+        return tokenizer.encode(prompt) or [tokenizer.eos_id]
+    except UserError as error:
+        raise UserError(f"prompt {number}: {error}") from error

@@ -1,0 +1,43 @@
+"""Which rows belong to which expert, when rows stand sorted by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertOffsets:
+    """Consecutive rows, one run of them an expert.
+
+    sizes: rows of each expert, on the host. ends_E: int32 [E], where each expert's rows end, on the device of the rows.
+    """
+
+    sizes: Sequence[int]
+    ends_E: Tensor  # noqa: N815
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], device: torch.device | str = "cpu") -> ExpertOffsets:
+        """From sizes alone; copies their sums to the device and waits for it."""
+        return cls(sizes, torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device))
+
+    @classmethod
+    def whole(cls, rows: int, device: torch.device) -> ExpertOffsets:
+        """All rows for a single expert; does not wait for the device."""
+        return cls([rows], torch.full((1,), rows, dtype=torch.int32, device=device))
+
+    def split(self, *tensors_RI: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Views of each expert's rows in all these tensors."""
+        return zip(*(rows_RI.split(list(self.sizes)) for rows_RI in tensors_RI), strict=True)
+
+    def owners(self) -> Tensor:
+        """int32 [R]: the expert of each row."""
+        rows_R = torch.arange(sum(self.sizes), dtype=torch.int32, device=self.ends_E.device)
+        return torch.searchsorted(self.ends_E, rows_R, right=True, out_int32=True)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ExpertOffsets:
+        """The same with its tensor changed."""
+        return replace(self, ends_E=change(self.ends_E))

@@ -1,0 +1,86 @@
+"""What a rank does in the tests of moves: train under one layout, take what was saved to another, say the next loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.batch import Batch
+from tests.distributed.cases import batch
+from tests.distributed.worker import engine_of, set_weights, share
+from tests.training.runs import save_here
+
+UPDATES: list[Batch] = [batch(seed) for seed in (1, 2)]
+NEXT: Batch = batch(3)
+
+
+def train_here(run: RunConfig, frozen: bool = False) -> float:
+    """Two updates, a checkpoint, and the loss of the third. frozen: along the table that is frozen before it."""
+    from stablemoe_ds.checkpoint.reader import Progress
+
+    with engine_of(run) as engine:
+        for step, whole in enumerate(UPDATES):
+            engine.set_learning_rate(run.optimizer.lr)
+            sums = _accumulate(engine, whole, step)
+            engine.update()
+            engine.teach_routers(sums)
+        routing = engine.model.frozen_routing() if frozen else None
+        progress = Progress(step=len(UPDATES), stage=2 if frozen else 1)
+        save_here(engine, progress, table=routing.table if routing else None)
+        return _next_loss(engine, routing)
+
+
+def move_here(run: RunConfig, source: Path) -> float:
+    """Take a checkpoint, save it again, and say the loss of the third update."""
+    from stablemoe_ds.routing.fixed import TableRouting
+
+    with engine_of(run) as engine:
+        checkpoint, table = _take(engine, source)
+        save_here(engine, checkpoint.progress, table=table)
+        return _next_loss(engine, TableRouting(table) if table else None)
+
+
+def place_here(run: RunConfig, weights: dict[str, Tensor]) -> float:
+    """Put weights in place without a checkpoint, and say the loss of the third update."""
+    with engine_of(run) as engine:
+        set_weights(engine, weights)
+        return _next_loss(engine, None)
+
+
+def loss_here(run: RunConfig, source: Path) -> float:
+    """Take a checkpoint and say the loss of the third update; a fixed router follows the table of its run's start."""
+    from stablemoe_ds.routing.fixed import TableRouting
+
+    with engine_of(run) as engine:
+        checkpoint, table = _take(engine, source)
+        if run.moe.facts.fixed:
+            return _next_loss(engine, engine.model.frozen_routing(np.ones(checkpoint.vocab_size, dtype=np.int64)))
+        return _next_loss(engine, TableRouting(table) if table else None)
+
+
+def _take(engine: Any, source: Path) -> tuple[Any, Any]:
+    """A checkpoint, taken by the engine, and its table."""
+    from stablemoe_ds.checkpoint.reader import Checkpoint
+    from stablemoe_ds.checkpoint.restore import restore
+
+    checkpoint = Checkpoint.open(source)
+    restore(engine, checkpoint)
+    return checkpoint, checkpoint.table()
+
+
+def _next_loss(engine: Any, routing: Any) -> float:
+    sums = _accumulate(engine, NEXT, len(UPDATES), routing)
+    return float(sums.loss / sums.scored)
+
+
+def _accumulate(engine: Any, whole: Batch, step: int, routing: Any = None) -> Any:
+    from stablemoe_ds.training.routed_batch import RoutedBatch
+
+    groups = engine.groups
+    mine: Sequence[RoutedBatch] = [RoutedBatch(share(whole, groups.data_rank, groups.data_size))]
+    return engine.accumulate(mine, routing, step, False)
