@@ -25,8 +25,10 @@ from stablemoe_ds.data.run_data import RunData
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.routing.fixed import TableRouting
+from stablemoe_ds.routing.fixed import TableRouting, freeze
+from stablemoe_ds.routing.source import LEARNED
 from stablemoe_ds.training.engine import Engine
+from stablemoe_ds.training.figures import UpdateFigures
 from stablemoe_ds.training.planner import Planner
 from stablemoe_ds.training.routed_batch import RoutedBatch
 from stablemoe_ds.training.throughput import peak_flops
@@ -121,7 +123,7 @@ class CountedPlanner(Planner):
 class Contestant:
     """One way to make the same update: an engine and what feeds it.
 
-    waited: seconds of each step in which no batch was there. losses: of each step, before its update.
+    waited: seconds of each step in which no batch was there.
     """
 
     def __init__(self, engine: Engine, data: RunData, table: TableRouting | None) -> None:
@@ -129,11 +131,11 @@ class Contestant:
         self.device = engine.groups.world.device
         self.planner: Planner | None = None
         self.waited: list[float] = []
-        self.losses: list[float] = []
+        self._figures: list[UpdateFigures] = []
 
     def start(self, planner: type[Planner] = Planner) -> None:
         """Begin at the first update of the data."""
-        loader, self.waited, self.losses = iter(self.data.train_loader(0)), [], []
+        loader, self.waited, self._figures = iter(self.data.train_loader(0)), [], []
         self._feed: Iterator[list[RoutedBatch]] = ([RoutedBatch(batch) for batch in step] for step in loader)
         if self.table is not None:
             self.planner = planner(loader, self.table.table, self.engine.groups, self.engine.run.parallel)
@@ -157,11 +159,15 @@ class Contestant:
         engine = self.engine
         engine.freeze_distilled(self.table is not None)
         engine.set_learning_rate(engine.run.optimizer.lr)
-        sums = engine.accumulate(routed, None, len(self.losses), False)
+        figures = engine.accumulate(routed, LEARNED, len(self._figures))
         engine.update()
-        if engine.model.moe_layers:
-            engine.teach_routers(sums)
-        self.losses.append(sums.loss / sums.scored)
+        engine.teach_routers(figures)
+        self._figures.append(figures)
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each step, before its update: nats a token. Collective."""
+        return [figures.totals().mean_loss for figures in self._figures]
 
     def count(self) -> dict[str, Any]:
         """Collectives and host waits of one update, the one before having warmed up."""
@@ -192,7 +198,8 @@ def build(task: Task, groups: Groups) -> dict[str, Contestant]:
                 model = StableMoEGPT(run, task.shape.vocab_size, groups.placement)
             engines[key] = Engine(run, batch_plan(run, task.ranks), groups, model)
         engine = engines[key]
-        table = engine.model.frozen_routing() if name == "stage 2" else None
+        moe, routers = engine.run.moe, engine.model.distilled_routers
+        table = freeze(routers, moe.top_k, tuple(moe.layers)) if name == "stage 2" else None
         data = RunData(run, engine.plan, groups, Tokenizer(task.corpus.tokenizer))
         found[name] = Contestant(engine, data, table if isinstance(table, TableRouting) else None)
     return found

@@ -18,6 +18,8 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.routing.fixed import freeze
+from stablemoe_ds.routing.source import LEARNED
 
 BATCHES = (1, 16)
 PROMPT = 32
@@ -57,11 +59,11 @@ def measure(batch: int, tokens: int, quick: bool, groups: Groups, rounds: int) -
     """Median seconds and tokens a second of each contestant. Raises AssertionError if the cache changes an id."""
     ours, dense = model_of("stablemoe", quick, groups), model_of("dense_deeper", quick, groups)
     ids = torch.randint(4096, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
-    routing = ours.frozen_routing()
+    routes = freeze(ours.distilled_routers, ours.run_config.moe.top_k, tuple(ours.run_config.moe.layers))
     calls = {
-        DENSE: partial(generate, dense, ids, None, max_new_tokens=tokens),
-        CACHED: partial(generate, ours, ids, routing, max_new_tokens=tokens),
-        ANEW: partial(generate, ours, ids, routing, max_new_tokens=tokens, use_cache=False),
+        DENSE: partial(generate, dense, ids, LEARNED, max_new_tokens=tokens),
+        CACHED: partial(generate, ours, ids, routes, max_new_tokens=tokens),
+        ANEW: partial(generate, ours, ids, routes, max_new_tokens=tokens, use_cache=False),
     }
     if calls[CACHED]() != calls[ANEW]():
         raise AssertionError("with the cache the model writes something else than without")

@@ -54,6 +54,14 @@ class RunData:
         layout = (plan.micro_batch, plan.accumulation, groups.data_rank, groups.data_size)
         return TrainLoader(dataset, *layout, start_sample=start_sample, workers=run.data.workers)
 
+    def valid(self, max_tokens: int | None) -> EvalSet | None:
+        """The validation text, or its first ``max_tokens``; None if the run names none."""
+        return self.eval_set(self._run.data.valid, max_tokens)
+
+    def test(self, max_tokens: int | None) -> EvalSet | None:
+        """As :meth:`valid`, of the test text."""
+        return self.eval_set(self._run.data.test, max_tokens)
+
     def eval_set(self, sources: list[Source], max_tokens: int | None) -> EvalSet | None:
         """This rank's share of a corpus to evaluate on; None if none is named."""
         if not sources:

@@ -1,11 +1,13 @@
-"""What one rank does for all."""
+"""What one rank does for all, and what all ranks agree on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import distributed
 
+from stablemoe_ds.distributed.groups import World
 from stablemoe_ds.errors import UserError
 
 
@@ -26,3 +28,31 @@ def on_first_rank(act: Callable[[], None]) -> None:
         distributed.broadcast_object_list(complaint)
     if complaint[0] is not None:
         raise UserError(complaint[0])
+
+
+class StopVote:
+    """Whether any rank was asked to stop. Ranks agree in host memory, so that no device has to be waited for."""
+
+    def __init__(self, world: World) -> None:
+        """Collective."""
+        on_host = distributed.get_backend() == "gloo"
+        self._group = (
+            distributed.group.WORLD if on_host else distributed.new_group(backend="gloo", timeout=world.timeout)
+        )
+        self._alone = world.size == 1
+        self._asked = torch.zeros(1, dtype=torch.int32)
+        self._under_way: distributed.Work | None = None
+
+    def cast(self, asked: bool) -> None:
+        """Begin to tell the others; :meth:`outcome` ends it. Collective, once an update."""
+        self._asked.fill_(asked)
+        if not self._alone:
+            most = distributed.ReduceOp.MAX
+            self._under_way = distributed.all_reduce(self._asked, most, group=self._group, async_op=True)
+
+    def outcome(self) -> bool:
+        """Whether any rank had been asked when it cast its vote; the same on all ranks."""
+        if self._under_way is not None:
+            self._under_way.wait()
+            self._under_way = None
+        return bool(self._asked.item())

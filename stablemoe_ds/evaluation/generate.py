@@ -10,13 +10,13 @@ from torch import Tensor
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.routing.fixed import FixedRouting
+from stablemoe_ds.routing.source import RouteSource
 
 
 def generate(
     model: StableMoEGPT,
     prompts: Sequence[Sequence[int]],
-    routing: FixedRouting | None,
+    routes: RouteSource,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -52,7 +52,7 @@ def generate(
     # Ranks that exchange tokens must make as many calls: rounding may let one of them meet eos before another.
     alone = all(layer.ep_size == 1 for layer in model.moe_layers)
     done_B = length_B >= end_B
-    reader = Reader(model, routing, cache_size=ids_BS.shape if use_cache else None)
+    reader = Reader(model, routes, cache_size=ids_BS.shape if use_cache else None)
     random = torch.Generator().manual_seed(seed)
     with inference(model):
         for position in range(min(lengths), max(ends)):
@@ -73,10 +73,10 @@ class Reader:
     cache_size: sequences and positions the key-value cache has room for; None: no cache.
     """
 
-    def __init__(self, model: StableMoEGPT, routing: FixedRouting | None, cache_size: Sequence[int] | None) -> None:
+    def __init__(self, model: StableMoEGPT, routes: RouteSource, cache_size: Sequence[int] | None) -> None:
         from megatron.core.inference.contexts import StaticInferenceContext
 
-        self.model, self.routing = model, routing
+        self.model, self.routes = model, routes
         self.cache = StaticInferenceContext(*cache_size) if cache_size is not None else None
 
     def next_logits(self, ids_BS: Tensor) -> Tensor:
@@ -87,7 +87,8 @@ class Reader:
         sequences, length = ids_BS.shape
         known = self.cache.sequence_len_offset if self.cache is not None else 0
         # A frozen router may look back, so routes come from the whole history; then those of what is new are kept.
-        new_LTK = self.routing(ids_BS)[:, known * sequences :] if self.routing is not None else None
+        routes_LTK = self.routes(ids_BS)
+        new_LTK = None if routes_LTK is None else routes_LTK[:, known * sequences :]
         logits_BV = self.model.logits(ids_BS[:, known:], new_LTK, self.cache)[:, -1]
         if self.cache is not None:
             self.cache.sequence_len_offset = length

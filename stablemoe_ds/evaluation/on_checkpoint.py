@@ -14,6 +14,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.evaluation.perplexity import Evaluation, evaluate, word_perplexity
 from stablemoe_ds.evaluation.trained_model import TrainedModel, check_tokenizer, open_tokenizer
+from stablemoe_ds.routing.source import LEARNED, RouteSource
 
 
 @contextmanager
@@ -39,13 +40,13 @@ def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], 
         if data is None:
             raise UserError("the run names no validation text: name a prepared corpus with --data")
 
-        def measure(routing: Any) -> Evaluation:
+        def measure(routes: RouteSource) -> Evaluation:
             device = trained.groups.world.device
-            return evaluate(trained.model, data.loader, routing, trained.groups.sum_over_data_ranks, device)
+            return evaluate(trained.model, data.loader, routes, trained.groups.sum_over_data_ranks, device)
 
-        routing, progress = trained.routing, trained.checkpoint.progress
-        fixed = measure(routing)
-        learned = measure(None) if progress.stage == 1 and routing is not None else None
+        routes, progress = trained.routes, trained.checkpoint.progress
+        fixed = measure(routes)
+        learned = measure(LEARNED) if progress.stage == 1 and routes.fixed else None
     shown = learned or fixed
     facts: dict[str, Any] = {
         "checkpoint": str(trained.checkpoint.path),
@@ -81,7 +82,7 @@ def continue_prompts(path: str, prompts: Sequence[str], **options: Any) -> list[
     with opened(path) as trained:
         tokenizer = trained.tokenizer
         ids = [_ids(tokenizer, number, prompt) for number, prompt in enumerate(prompts, 1)]
-        new = generate(trained.model, ids, trained.routing, eos_id=tokenizer.eos_id, **options)
+        new = generate(trained.model, ids, trained.routes, eos_id=tokenizer.eos_id, **options)
     # A model may have more ids than its tokenizer; those spell nothing.
     return [tokenizer.decode([i for i in part if i < tokenizer.vocab_size]) for part in new]
 

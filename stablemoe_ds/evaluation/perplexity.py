@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.distributed.figures import Figures
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
-from stablemoe_ds.routing.fixed import FixedRouting
 from stablemoe_ds.routing.routes import SumOverRanks
+from stablemoe_ds.routing.source import RouteSource
 
 
 @dataclass(frozen=True)
@@ -53,42 +53,42 @@ def word_perplexity(evaluation: Evaluation, words: int) -> float:
 def evaluate(
     model: StableMoEGPT,
     batches: Iterable[Batch],
-    routing: FixedRouting | None,
+    routes: RouteSource,
     sum_over_ranks: SumOverRanks,
     device: torch.device | str,
 ) -> Evaluation:
     """Mean loss, load and agreement of a model.
 
     batches: this rank's share; all ranks must bring the same number, as MoE layers exchange tokens in each.
-    routing: what decides the experts; None: the learned routers (stage 1).
+    routes: what decides the experts.
     sum_over_ranks: adds a float64 tensor up over the data-parallel ranks.
     Raises UserError if no rank has a scored token.
     """
-    layers, experts = len(model.moe_layers), model.run_config.moe.experts
-    total = torch.zeros(4 + layers * experts, dtype=torch.float64, device=device)
+    figures = Figures()
     with inference(model):
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            output = model(batch, None if routing is None else routing(batch.ids))
-            total += _sums(batch, output)
-    loss_sum, scored, routed, agreed, *served = sum_over_ranks(total).tolist()
+            _add(figures, batch, model(batch, routes(batch.ids)))
+    totals = figures.totals(sum_over_ranks)
+    scored, compared = totals.count("scored"), totals.count("compared")
     if not scored:
         raise UserError("nothing to evaluate: the data set has no token to predict; is it shorter than two tokens?")
     return Evaluation(
-        loss=loss_sum / scored,
-        tokens=int(scored),
-        agreement=agreed / routed if routing is None and routed else None,
-        served_LN=tuple(tuple(map(int, served[i * experts : (i + 1) * experts])) for i in range(layers)),
+        loss=totals.number("loss") / scored,
+        tokens=scored,
+        agreement=totals.number("agreed") / compared if compared and not routes.fixed else None,
+        served_LN=tuple(tuple(int(n) for n in row) for row in totals.rows("served_LN")),
     )
 
 
-def _sums(batch: Batch, output: ForwardOutput) -> Tensor:
-    """float64: loss, scored tokens, routed (token, layer) pairs, agreeing pairs, then served tokens by expert."""
+def _add(figures: Figures, batch: Batch, output: ForwardOutput) -> None:
+    """What one batch adds. compared: (token, layer) pairs of which it is known whether the routers agree."""
     # where, not a product: a NaN at padding must not reach the sum.
     loss_BS = torch.where(batch.scored, output.loss_BS.double(), 0.0)
     agreed = [layer.agree for layer in output.layers if layer.agree is not None]
-    head = [loss_BS.sum(), batch.scored.sum(), batch.real.sum() * len(agreed), sum(agreed, loss_BS.new_zeros(()))]
-    return torch.cat([torch.stack([h.double() for h in head]), *(layer.served_N.double() for layer in output.layers)])
+    figures.add(loss=loss_BS.sum(), scored=batch.scored.sum(), compared=batch.real.sum() * len(agreed), agreed=agreed)
+    if output.layers:
+        figures.add(served_LN=torch.stack([layer.served_N for layer in output.layers]))
 
 
 def _exp(nats: float) -> float:

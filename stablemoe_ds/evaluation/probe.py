@@ -14,7 +14,7 @@ from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.moe.routing_pass import LayerReport
-from stablemoe_ds.routing.fixed import FixedRouting
+from stablemoe_ds.routing.source import RouteSource
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ProbeRecord:
 
 
 def record_routes(
-    model: StableMoEGPT, probe: Sequence[Batch], routing: FixedRouting | None, device: torch.device | str
+    model: StableMoEGPT, probe: Sequence[Batch], routes: RouteSource, device: torch.device | str
 ) -> ProbeRecord:
     """What the layers do with the probe tokens, not what a router predicts they would.
 
@@ -50,7 +50,7 @@ def record_routes(
     with inference(model):
         for cpu_batch in probe:
             batch = cpu_batch.to(device)
-            layers = model(batch, None if routing is None else routing(batch.ids)).layers
+            layers = model(batch, routes(batch.ids)).layers
             expert_LBS = torch.stack([_first_expert(layer, batch.ids.shape[0]) for layer in layers])
             parts.append(expert_LBS[:, batch.real])
             served.append(torch.stack([layer.served_N for layer in layers]))

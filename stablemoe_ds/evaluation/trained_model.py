@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.checkpoint.restore import load_weights
 from stablemoe_ds.config.batch import batch_plan
-from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.run_data import RunData, token_counts
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.groups import Groups, World
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.routing.fixed import FixedRouting, TableRouting
+from stablemoe_ds.routing.source import RouteMaker, RouteSource
 
 
 class TrainedModel:
@@ -33,20 +35,18 @@ class TrainedModel:
         self.data = RunData(self.run, batch_plan(self.run, world.size), self.groups, self.tokenizer)
 
     @property
-    def routing(self) -> FixedRouting | None:
-        """Routes by ids: the frozen table in stage 2, what a switch would freeze now in stage 1.
+    def routes(self) -> RouteSource:
+        """Routes by ids: the frozen ones in stage 2, what a switch would freeze now in stage 1.
 
-        None for a dense model, and for routers that are never frozen: there the learned routers are the model.
+        The learned routers of a dense model, and of a run whose routing is never fixed: there they are the model.
         """
-        table = self.checkpoint.table()
-        if table is not None:
-            return TableRouting(table, self.groups.world.device)
-        if not two_stages(self.run):
-            return None
-        counts = None
-        if self.run.moe.router == "stablemoe_balanced":
-            counts = token_counts(self.run.data.train, self.tokenizer, self.checkpoint.vocab_size)
-        return self.model.frozen_routing(counts, self.checkpoint.tokenizer)
+        stage, table = self.checkpoint.progress.stage, self.checkpoint.table()
+        device, tokenizer = self.groups.world.device, self.checkpoint.tokenizer
+        maker = RouteMaker(self.run, self.model.distilled_routers, self._token_counts, tokenizer, device)
+        return maker.frozen() if stage == 1 and maker.can_freeze else maker.restored(stage, table)
+
+    def _token_counts(self) -> NDArray[np.int64]:
+        return token_counts(self.run.data.train, self.tokenizer, self.checkpoint.vocab_size)
 
 
 def for_world(run: RunConfig, world_size: int) -> RunConfig:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -17,11 +16,9 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from numpy.typing import NDArray
 from torch import Tensor
 
 from stablemoe_ds.config.costs import shared_stack
-from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import ModelConfig, RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.placement import LayerPlacement
@@ -34,7 +31,6 @@ from stablemoe_ds.moe.plan import LayerPlan
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_routing
 from stablemoe_ds.routing.routes import TokenView
 
 
@@ -98,25 +94,6 @@ class StableMoEGPT(GPTModel):
     def distilled_routers(self) -> list[DistilledRouter]:
         """The distilled router of each MoE layer; none if nothing is distilled."""
         return [layer.router.distilled for layer in self.moe_layers if layer.router.distilled is not None]
-
-    def frozen_routing(
-        self, token_counts: NDArray[np.int64] | None = None, tokenizer: str = ""
-    ) -> TableRouting | FrozenRouters | None:
-        """What the run would follow if routing were fixed now; None for routers that are never fixed.
-
-        token_counts: int64 [V], for tables that depend on them: hash and stablemoe_balanced; raises ValueError without.
-        tokenizer: fingerprint to write into a table.
-        """
-        run, moe, blocks = self.run_config, self.run_config.moe, tuple(self.run_config.moe.layers)
-        if not moe.facts.fixed and not two_stages(run):
-            return None
-        if token_counts is None and moe.router in ("hash", "stablemoe_balanced"):
-            raise ValueError(f"the table of router {moe.router} depends on token counts: pass them")
-        if token_counts is not None and moe.facts.fixed:
-            return hash_routing(moe, token_counts, run.seed, tokenizer, next(self.parameters()).device)
-        if token_counts is not None and moe.router == "stablemoe_balanced":
-            return freeze_balanced(self.distilled_routers, blocks, token_counts, moe.table_load, tokenizer)
-        return freeze(self.distilled_routers, moe.top_k, blocks, tokenizer)
 
     def router_state(self) -> dict[str, Tensor]:
         """What routers keep beside their parameters, by name: equal on all ranks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,14 +18,6 @@ from stablemoe_ds.tables.builders import even_table, random_table
 from stablemoe_ds.tables.table import RoutingTable, least_load
 
 
-class FixedRouting(Protocol):
-    """A pure function from ids to experts."""
-
-    def __call__(self, ids_BS: Tensor) -> Tensor:
-        """ids int64 [B, S] -> experts int64 [L, T, K], T = S * B in sequence-first order."""
-        ...
-
-
 def _sequence_first(expert_LBSK: Tensor) -> Tensor:
     return expert_LBSK.transpose(1, 2).flatten(1, 2)
 
@@ -34,16 +25,22 @@ def _sequence_first(expert_LBSK: Tensor) -> Tensor:
 class TableRouting:
     """Look every id up in a :class:`RoutingTable`."""
 
+    fixed = True
+
     def __init__(self, table: RoutingTable, device: torch.device | str = "cpu") -> None:
         self.table = table
         self._expert_LVK = torch.tensor(table.expert_LVK, device=device)
 
     def __call__(self, ids_BS: Tensor) -> Tensor:
+        """ids int64 [B, S] -> experts int64 [L, T, K], T = S * B in sequence-first order."""
         return _sequence_first(self._expert_LVK[:, ids_BS].long())
 
 
 class FrozenRouters:
     """A private copy of distilled routers that need more than the id: bigram, cnn, transformer."""
+
+    fixed = True
+    table = None
 
     def __init__(self, routers: Sequence[DistilledRouter], top_k: int) -> None:
         self._routers = [copy.deepcopy(router).requires_grad_(False).eval() for router in routers]
@@ -51,6 +48,7 @@ class FrozenRouters:
 
     @torch.no_grad()
     def __call__(self, ids_BS: Tensor) -> Tensor:
+        """ids int64 [B, S] -> experts int64 [L, T, K], T = S * B in sequence-first order."""
         return _sequence_first(torch.stack([best_experts(router(ids_BS), self._top_k) for router in self._routers]))
 
     def parameters(self) -> list[Tensor]:

@@ -49,14 +49,19 @@ class Display:
             self._task = self._progress.add_task(name, completed=done, total=total, figures="")
             self._progress.start()
 
-    def step(self, step: int, total: int, values: dict[str, Any], line: bool) -> None:
-        """Show the figures of an update; ``line``: leave a line in the log, too."""
+    def advance(self, step: int) -> None:
+        """An update was made whose figures nobody has read."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def step(self, step: int, total: int, values: dict[str, Any]) -> None:
+        """Show the figures of an update: in the live line, or as a line of its own."""
         if not self._active:
             return
         figures = step_fields(values)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, figures=figures)
-        elif line:
+        else:
             width = len(str(total))
             self.console.print(f"step {step:>{width}}/{total} · {figures} · lr {values['lr']:.2e}", markup=False)
 

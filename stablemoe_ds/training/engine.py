@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -20,37 +19,10 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.groups import DeepSpeedMpu, Groups, limit_waiting
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
-from stablemoe_ds.routing.fixed import FixedRouting
+from stablemoe_ds.routing.source import RouteSource
+from stablemoe_ds.training.figures import UpdateFigures, update_figures
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
 from stablemoe_ds.training.routed_batch import RoutedBatch
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """What one update saw, summed over all ranks and accumulation steps; host numbers.
-
-    loss, balance, distill: sums over tokens. scored, real: tokens counted by them. agree: tokens for which the
-    distilled router named the learned expert. dropped: (token, choice) pairs beyond capacity. unserved: (token, layer)
-    pairs without an expert. counts_LN: tokens (times K) by MoE layer and expert. statistics_LN: means of what the
-    routers wanted to know, empty for most.
-    """
-
-    loss: float
-    balance: float
-    distill: float
-    scored: int
-    real: int
-    agree: int
-    dropped: int
-    unserved: int
-    counts_LN: list[list[int]]  # noqa: N815
-    statistics_LN: list[list[float]]  # noqa: N815
-    stop_requested: bool
-
-    @property
-    def loads(self) -> list[float]:
-        """max/mean load of each MoE layer in this update."""
-        return [max(row) * len(row) / max(1, sum(row)) for row in self.counts_LN]
 
 
 def tokens_of(routed: Sequence[RoutedBatch]) -> Tensor:
@@ -69,6 +41,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.run, self.plan, self.groups, self.model = run, plan, groups, model
         self._frozen = False
+        self._norm: Tensor | float = 0.0
         kept = fp32_parameters(model)
 
         def optimizer(_: Any) -> torch.optim.Optimizer:
@@ -109,37 +82,34 @@ class Engine:
                 scale = 0.0 if self._frozen else self.run.moe.distilled.lr_scale
             group["lr"] = lr * scale
 
-    def accumulate(
-        self, routed: Sequence[RoutedBatch], routing: FixedRouting | None, seed: int, stop: bool
-    ) -> StepSums:
+    def accumulate(self, routed: Sequence[RoutedBatch], routes: RouteSource, seed: int) -> UpdateFigures:
         """Forward and backward of one update's micro-batches; gradients are reduced, weights not yet changed.
 
-        routing: fixed routes for batches that come without; None in stage 1.
-        seed: seed of random decisions in this update.
-        stop: this process was asked to stop; every rank learns whether any was.
+        routes: for batches that come without. seed: of random decisions in this update. Waits for no device.
         """
         routed = [micro.to(self.groups.world.device) for micro in routed]
         counted = tokens_of(routed)
         outputs: list[ForwardOutput] = []
         self.deepspeed.train()
-        for output, loss in self.forward(self.deepspeed, routed, counted, routing, seed):
+        for output, loss in self.forward(self.deepspeed, routed, counted, routes, seed):
             self.deepspeed.backward(loss)
             outputs.append(output)
             if len(outputs) < len(routed):
                 self.deepspeed.step()
-        return self._sums(outputs, counted, stop)
+        return update_figures(outputs, counted, self.groups)
 
     def forward(
         self,
         model: Callable[..., ForwardOutput],
         routed: Sequence[RoutedBatch],
         counted: Tensor,
-        routing: FixedRouting | None,
+        routes: RouteSource,
         seed: int,
     ) -> Iterator[tuple[ForwardOutput, Tensor]]:
         """Each micro-batch through ``model`` (this one, or DeepSpeed around it), and its loss to go backward from.
 
-        counted: their :func:`tokens_of`.
+        counted: their :func:`tokens_of`. A loss that is not finite has gradients that are not: whatever drops an
+        update for its gradients drops it for its losses, on all ranks, and nobody has to read them for that.
         """
         groups, moe = self.groups, self.run.moe
         scored, real = groups.sum_over_data_ranks(counted).float().clamp_min(1).unbind()
@@ -148,33 +118,38 @@ class Engine:
         for number, micro in enumerate(routed):
             if self.run.model.dropout:
                 torch.manual_seed(hash((seed, number, groups.data_rank)) & 0x7FFF_FFFF)
-            fixed_LTK = micro.fixed_LTK
-            if fixed_LTK is None and routing is not None:
-                fixed_LTK = routing(micro.batch.ids)
+            fixed_LTK = routes(micro.batch.ids) if micro.fixed_LTK is None else micro.fixed_LTK
             output = model(micro.batch, fixed_LTK, seed * len(routed) + number, micro.plans)
             loss = output.loss_sum * (shares / scored)
             for name, weight in (("balance", moe.balance_weight), ("distill", moe.distill_weight)):
                 auxiliary = output.auxiliary_sum(name)
                 if auxiliary is not None:
                     loss = loss + auxiliary * (weight * shares / real)
-            yield output, loss
+            yield output, loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
-    def update(self, keep: bool = True) -> float:
-        """Clip and step; returns the gradient norm before clipping, not finite if the update was dropped.
+    def update(self, keep: bool = True) -> bool:
+        """Clip and step; False if the update was dropped. Waits for the device, as DeepSpeed does for its decision.
 
         All ranks drop it if any has a gradient that is not finite: weights, moments and Adam's count stay what they
         are. keep: False drops it in any case; equal on all ranks.
         """
         if self.run.parallel.zero_stage == 0:
-            norm = self._clip() if keep else math.inf
-            if not math.isfinite(norm):
+            self._norm = self._clip() if keep else math.inf
+            kept = math.isfinite(float(self._norm))
+            if not kept:
                 self.model.zero_grad(set_to_none=True)  # torch's AdamW passes over what has no gradient
             self.deepspeed.step()
-            return norm
+            return kept
         if not keep:
             self._spoil_gradients()
         self.deepspeed.step()
-        return math.inf if self.optimizer.overflow else float(self.deepspeed.get_global_grad_norm() or 0.0)
+        dropped = bool(self.optimizer.overflow)
+        self._norm = math.inf if dropped else self.deepspeed.get_global_grad_norm() or 0.0
+        return not dropped
+
+    def gradient_norm(self) -> float:
+        """Of the last update, before clipping; infinite if it was dropped. Waits for the device."""
+        return float(self._norm)
 
     def _spoil_gradients(self) -> None:
         """Make DeepSpeed drop the update: the one way that its optimizers of ZeRO 1 and 2 have in common."""
@@ -185,16 +160,19 @@ class Engine:
         for gradient in gradients:
             gradient.fill_(math.nan)
 
-    def teach_routers(self, sums: StepSums) -> None:
-        """Let routers learn what they do not learn by gradient, from what an update has seen."""
-        device = self.groups.world.device
-        for number, (layer, counts) in enumerate(zip(self.model.moe_layers, sums.counts_LN, strict=True)):
-            if next(layer.router.buffers(), None) is None:
-                continue  # without state there is nothing to learn; copying the counts would wait for the device
-            statistic_N = torch.tensor(sums.statistics_LN[number], device=device) if sums.statistics_LN else None
-            layer.router.after_update(torch.tensor(counts, dtype=torch.float32, device=device), statistic_N)
+    def teach_routers(self, figures: UpdateFigures) -> None:
+        """Let routers learn what they do not learn by gradient, from what an update has seen. Waits for no device.
 
-    def _clip(self) -> float:
+        Collective where a router has something to learn; the others have no state.
+        """
+        learning = [(i, m) for i, m in enumerate(self.model.moe_layers) if next(m.router.buffers(), None) is not None]
+        if not learning:
+            return
+        counts_LN, statistics_LN = figures.for_routers()
+        for i, layer in learning:
+            layer.router.after_update(counts_LN[i], None if statistics_LN is None else statistics_LN[i])
+
+    def _clip(self) -> Tensor:
         """Global norm and clipping for ZeRO 0, where DeepSpeed's norm is wrong under expert parallelism."""
         squares = torch.zeros((), device=self.groups.world.device)
         replicas = {True: self.groups.world.size // self.groups.expert, False: self.groups.data_size}
@@ -209,48 +187,4 @@ class Engine:
             factor = (self.run.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
             for _, gradient in gradients:
                 gradient.mul_(factor)
-        return float(norm)
-
-    def _sums(self, outputs: list[ForwardOutput], counted: Tensor, stop: bool) -> StepSums:
-        """One all-reduce and one wait for all that is logged about an update."""
-        groups, zero = self.groups, torch.zeros((), device=counted.device)
-        layers = [layer for output in outputs for layer in output.layers]
-        agree = [layer.agree for layer in layers if layer.agree is not None]
-        aux = {
-            name: sum(((o.auxiliary_sum(name) or zero).detach() for o in outputs), zero)
-            for name in ("balance", "distill")
-        }
-        head = torch.stack(
-            [
-                sum((o.loss_sum.detach() for o in outputs), zero),
-                aux["balance"],
-                aux["distill"],
-                *counted,
-                sum(agree, zero) / max(1, len(agree) // len(outputs)),
-                torch.full((), float(stop), device=counted.device),
-                sum((layer.unserved for layer in layers), zero),
-            ]
-        ).double()
-        per_layer = len(layers) // len(outputs)
-        served = [torch.stack([o.layers[i].served_N for o in outputs]).sum(0) for i in range(per_layer)]
-        known = [layer.statistic_N.double() for layer in layers if layer.statistic_N is not None]
-        told = [torch.stack(known[i::per_layer]).mean(0) / groups.data_size for i in range(per_layer)] if known else []
-        data = groups.sum_over_data_ranks(torch.cat([head, *(row.double() for row in served), *told])).tolist()
-        dropped = 0
-        if self.run.moe.capacity_factor is not None and layers:
-            dropped = int(groups.sum_over_world(torch.stack([layer.dropped for layer in layers]).sum()))
-        experts = self.run.moe.experts
-        rows = [data[start : start + experts] for start in range(len(head), len(data), experts)]
-        return StepSums(
-            loss=data[0],
-            balance=data[1],
-            distill=data[2],
-            scored=int(data[3]),
-            real=int(data[4]),
-            agree=int(data[5]),
-            dropped=dropped,
-            unserved=int(data[7]),
-            counts_LN=[[int(n) for n in row] for row in rows[:per_layer]],
-            statistics_LN=rows[per_layer:],
-            stop_requested=data[6] > 0,
-        )
+        return norm

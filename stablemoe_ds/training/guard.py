@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 from stablemoe_ds.config.schema import FaultsConfig
-from stablemoe_ds.routing.fixed import FixedRouting
+from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.training.engine import Engine, tokens_of
+from stablemoe_ds.training.figures import UpdateTotals
 from stablemoe_ds.training.routed_batch import RoutedBatch
 
+GRADIENT = "the gradient is not finite"
 Spot = tuple[int, int, int, str]
 """Phase (0 forward, 1 backward), position in it, rank, name: the smallest is where it began."""
 
@@ -38,8 +40,14 @@ class Guard:
     def exhausted(self) -> bool:
         return self.dropped >= self._faults.skip_limit
 
-    def objection(self, loss: float, auxiliary: float) -> str | None:
-        """What speaks against an update with these losses, None if nothing does. loss: mean over tokens."""
+    @property
+    def watches_losses(self) -> bool:
+        """Whether the losses of every update have to be read. One that is not finite shows in the gradient."""
+        return self._faults.spike_factor is not None
+
+    def objection(self, totals: UpdateTotals) -> str | None:
+        """What speaks against an update with these losses, None if nothing does."""
+        loss, auxiliary = totals.mean_loss, totals.mean_auxiliary
         if not math.isfinite(loss) or not math.isfinite(auxiliary):
             return f"the loss is {loss}" if not math.isfinite(loss) else f"an auxiliary loss is {auxiliary}"
         factor = self._faults.spike_factor
@@ -48,10 +56,11 @@ class Guard:
         usual = median(self._losses)
         return f"the loss is {loss:.4g}, usual was {usual:.4g}" if loss > factor * usual else None
 
-    def keep(self, loss: float) -> None:
-        """An update was made."""
+    def keep(self, loss: float | None) -> None:
+        """An update was made. loss: nats a token, None if nobody has read it."""
         self.dropped = 0
-        self._losses.append(loss)
+        if loss is not None:
+            self._losses.append(loss)
 
     def drop(self, reason: str) -> None:
         """An update was dropped."""
@@ -65,7 +74,7 @@ class Guard:
         return self.rollbacks <= self._faults.rollback_limit
 
 
-def find_fault(engine: Engine, routed: Sequence[RoutedBatch], routing: FixedRouting | None, seed: int) -> str:
+def find_fault(engine: Engine, routed: Sequence[RoutedBatch], routes: RouteSource, seed: int) -> str:
     """Where the numbers of an update first were not finite: module or parameter, and rank. Collective.
 
     Runs the update once more, looking at every output and gradient, and changes nothing. Gradients are looked at
@@ -84,7 +93,7 @@ def find_fault(engine: Engine, routed: Sequence[RoutedBatch], routing: FixedRout
     seen = [0]
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in engine.model.named_modules()]
     try:
-        for _, loss in engine.forward(engine.model, routed, tokens_of(routed), routing, seed):
+        for _, loss in engine.forward(engine.model, routed, tokens_of(routed), routes, seed):
             # Not backward(): DeepSpeed's hooks would reduce and keep these gradients.
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
             # The last parameter of the model is the first whose gradient is known.

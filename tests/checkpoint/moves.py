@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.routing.source import LEARNED, RouteMaker
 from tests.distributed.cases import batch
 from tests.distributed.worker import engine_of, set_weights, share
 from tests.training.runs import save_here
@@ -29,10 +30,10 @@ def train_here(run: RunConfig, frozen: bool = False) -> float:
             sums = _accumulate(engine, whole, step)
             engine.update()
             engine.teach_routers(sums)
-        routing = engine.model.frozen_routing() if frozen else None
+        routes = _frozen(engine, engine.model.vocab_size) if frozen else LEARNED
         progress = Progress(step=len(UPDATES), stage=2 if frozen else 1)
-        save_here(engine, progress, table=routing.table if routing else None)
-        return _next_loss(engine, routing)
+        save_here(engine, progress, table=routes.table)
+        return _next_loss(engine, routes)
 
 
 def move_here(run: RunConfig, source: Path) -> float:
@@ -42,14 +43,14 @@ def move_here(run: RunConfig, source: Path) -> float:
     with engine_of(run) as engine:
         checkpoint, table = _take(engine, source)
         save_here(engine, checkpoint.progress, table=table)
-        return _next_loss(engine, TableRouting(table) if table else None)
+        return _next_loss(engine, TableRouting(table) if table else LEARNED)
 
 
 def place_here(run: RunConfig, weights: dict[str, Tensor]) -> float:
     """Put weights in place without a checkpoint, and say the loss of the third update."""
     with engine_of(run) as engine:
         set_weights(engine, weights)
-        return _next_loss(engine, None)
+        return _next_loss(engine, LEARNED)
 
 
 def loss_here(run: RunConfig, source: Path) -> float:
@@ -59,8 +60,8 @@ def loss_here(run: RunConfig, source: Path) -> float:
     with engine_of(run) as engine:
         checkpoint, table = _take(engine, source)
         if run.moe.facts.fixed:
-            return _next_loss(engine, engine.model.frozen_routing(np.ones(checkpoint.vocab_size, dtype=np.int64)))
-        return _next_loss(engine, TableRouting(table) if table else None)
+            return _next_loss(engine, _frozen(engine, checkpoint.vocab_size))
+        return _next_loss(engine, TableRouting(table) if table else LEARNED)
 
 
 def _take(engine: Any, source: Path) -> tuple[Any, Any]:
@@ -73,14 +74,19 @@ def _take(engine: Any, source: Path) -> tuple[Any, Any]:
     return checkpoint, checkpoint.table()
 
 
-def _next_loss(engine: Any, routing: Any) -> float:
-    sums = _accumulate(engine, NEXT, len(UPDATES), routing)
-    return float(sums.loss / sums.scored)
+def _frozen(engine: Any, vocab_size: int) -> Any:
+    """What the engine's run follows if its routing is fixed now; every id occurs once."""
+    counts = np.ones(vocab_size, dtype=np.int64)
+    return RouteMaker(engine.run, engine.model.distilled_routers, lambda: counts, "").frozen()
 
 
-def _accumulate(engine: Any, whole: Batch, step: int, routing: Any = None) -> Any:
+def _next_loss(engine: Any, routes: Any) -> float:
+    return float(_accumulate(engine, NEXT, len(UPDATES), routes).totals().mean_loss)
+
+
+def _accumulate(engine: Any, whole: Batch, step: int, routes: Any = LEARNED) -> Any:
     from stablemoe_ds.training.routed_batch import RoutedBatch
 
     groups = engine.groups
     mine: Sequence[RoutedBatch] = [RoutedBatch(share(whole, groups.data_rank, groups.data_size))]
-    return engine.accumulate(mine, routing, step, False)
+    return engine.accumulate(mine, routes, step)

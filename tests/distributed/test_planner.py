@@ -81,8 +81,9 @@ def losses(run: RunConfig, planned: bool) -> list[float]:
         planner = Planner(iter(steps), routing.table, groups, run.parallel) if planned else None
         for step in planner or ([RoutedBatch(micro) for micro in step] for step in steps):
             engine.set_learning_rate(run.optimizer.lr)
-            sums = engine.accumulate(step, routing, 0, False)
-            found += [sums.loss, engine.update()]
+            sums = engine.accumulate(step, routing, 0).totals()
+            engine.update()
+            found += [sums.loss, engine.gradient_norm()]
         if planner:
             planner.close()
     return found

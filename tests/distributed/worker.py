@@ -67,10 +67,11 @@ def train(
 
     weights: whole tensors to start from; None: as the run itself starts.
     """
-    from stablemoe_ds.routing.fixed import TableRouting, freeze
+    from stablemoe_ds.routing.fixed import freeze
+    from stablemoe_ds.routing.source import LEARNED
     from stablemoe_ds.training.routed_batch import RoutedBatch
 
-    outcome, routing = Outcome(), None
+    outcome, routes = Outcome(), LEARNED
     with engine_of(run) as engine:
         groups = engine.groups
         if weights is not None:
@@ -79,27 +80,27 @@ def train(
         for step, micro_batches in enumerate(batches):
             if step == switch:
                 engine.freeze_distilled()
-                routing = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.layers))
+                routes = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.layers))
                 outcome.frozen.append(parts(engine))
             mine = [share(batch, groups.data_rank, groups.data_size) for batch in micro_batches]
             engine.set_learning_rate(run.optimizer.lr)
-            sums = engine.accumulate([RoutedBatch(batch) for batch in mine], routing, step, False)
-            norm = engine.update()
+            sums = engine.accumulate([RoutedBatch(batch) for batch in mine], routes, step).totals()
+            engine.update()
             outcome.steps.append(
                 {
                     "loss": sums.loss / max(1, sums.scored),
                     "balance": sums.balance / max(1, sums.real),
                     "distill": sums.distill / max(1, sums.real),
-                    "norm": norm,
+                    "norm": engine.gradient_norm(),
                     "counts": sums.counts_LN,
                     "dropped": sums.dropped,
                 }
             )
-            if routing is not None:
-                outcome.routes += [routing(batch.ids) for batch in mine]
+            if routes.fixed:
+                outcome.routes += [routes(batch.ids) for batch in mine]
                 outcome.frozen.append(parts(engine))
-                if isinstance(routing, TableRouting):
-                    outcome.tables.append(routing.table.sha256)
+                if routes.table is not None:
+                    outcome.tables.append(routes.table.sha256)
         outcome.end = parts(engine)
     return outcome
 

@@ -12,6 +12,7 @@ from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.perplexity import Evaluation, evaluate, word_perplexity
 from stablemoe_ds.routing.fixed import freeze
+from stablemoe_ds.routing.source import LEARNED
 from tests.tiny import VOCAB
 
 
@@ -62,7 +63,7 @@ def test_does_not_depend_on_batch_size(tiny_model, cut):
     whole = random_batch(6)
     fields = (whole.ids, whole.labels, whole.real, whole.scored)
     parts = [Batch(*(field[i : i + cut] for field in fields)) for i in range(0, 6, cut)]
-    for routing in (None, frozen(tiny_model)):
+    for routing in (LEARNED, frozen(tiny_model)):
         one = evaluate(tiny_model, [whole], routing, identity, "cpu")
         many = evaluate(tiny_model, parts, routing, identity, "cpu")
         assert many.loss == pytest.approx(one.loss, abs=1e-6)
@@ -74,7 +75,7 @@ def test_padding_counts_nowhere(tiny_model):
     real = batch.real.clone()
     real[1, 10:] = False
     padded = replace(batch, real=real, scored=real)
-    result = evaluate(tiny_model, [padded], None, identity, "cpu")
+    result = evaluate(tiny_model, [padded], LEARNED, identity, "cpu")
     assert result.tokens == 26
     assert [sum(served) for served in result.served_LN] == [26, 26]
 
@@ -84,7 +85,7 @@ def test_agreement_and_load_are_those_of_the_layers(tiny_model):
     tiny_model.eval()
     learned = [layer.expert_TK[:, 0] for layer in tiny_model(batch).layers]
     distilled = frozen(tiny_model)(batch.ids)[:, :, 0]
-    result = evaluate(tiny_model, [batch], None, identity, "cpu")
+    result = evaluate(tiny_model, [batch], LEARNED, identity, "cpu")
     same = sum(int((a == b).sum()) for a, b in zip(learned, distilled, strict=True))
     assert result.agreement == pytest.approx(same / 128)
     for layer, chosen in enumerate(learned):
@@ -97,9 +98,9 @@ def test_ranks_are_added_up_before_dividing(tiny_model):
     """The other rank's sums come in through the callable; a mean of means would differ, as the shares differ."""
     mine, theirs = random_batch(1, seed=1), random_batch(5, seed=2)
     sums = []
-    evaluate(tiny_model, [theirs], None, lambda tensor: sums.append(tensor.clone()) or tensor, "cpu")
-    both = evaluate(tiny_model, [mine], None, lambda tensor: tensor + sums[0], "cpu")
-    together = evaluate(tiny_model, [mine, theirs], None, identity, "cpu")
+    evaluate(tiny_model, [theirs], LEARNED, lambda tensor: sums.append(tensor.clone()) or tensor, "cpu")
+    both = evaluate(tiny_model, [mine], LEARNED, lambda tensor: tensor + sums[0], "cpu")
+    together = evaluate(tiny_model, [mine, theirs], LEARNED, identity, "cpu")
     assert both.loss == pytest.approx(together.loss, abs=1e-12)
     assert (both.tokens, both.served_LN, both.agreement) == (together.tokens, together.served_LN, together.agreement)
 
@@ -113,23 +114,23 @@ def test_leaves_the_mode_and_the_gradients_alone(build, training):
         raise RuntimeError("disk gone")
 
     with pytest.raises(RuntimeError, match="disk gone"):
-        evaluate(model, broken(), None, identity, "cpu")
+        evaluate(model, broken(), LEARNED, identity, "cpu")
     assert all(module.training == training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()
 
 
 def test_dense_model_has_no_load(build):
-    result = evaluate(build(moe={"router": "dense", "layers": []}), [random_batch(2)], None, identity, "cpu")
+    result = evaluate(build(moe={"router": "dense", "layers": []}), [random_batch(2)], LEARNED, identity, "cpu")
     assert (result.tokens, result.agreement, result.served_LN, result.load) == (32, None, (), [])
 
 
 def test_nothing_to_score_is_an_error(tiny_model):
     batch = random_batch(1)
     with pytest.raises(UserError, match="no token to predict"):
-        evaluate(tiny_model, [replace(batch, scored=~batch.scored)], None, identity, "cpu")
+        evaluate(tiny_model, [replace(batch, scored=~batch.scored)], LEARNED, identity, "cpu")
     with pytest.raises(UserError, match="no token to predict"):
-        evaluate(tiny_model, [], None, identity, "cpu")
+        evaluate(tiny_model, [], LEARNED, identity, "cpu")
 
 
 def test_perplexity_per_word():

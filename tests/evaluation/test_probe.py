@@ -12,6 +12,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.perplexity import evaluate
 from stablemoe_ds.evaluation.probe import record_routes
 from stablemoe_ds.routing.fixed import freeze
+from stablemoe_ds.routing.source import LEARNED
 from stablemoe_ds.run_directory.probe_records import RecordFolder
 from tests.evaluation.test_perplexity import random_batch
 
@@ -40,7 +41,7 @@ def test_records_what_fixed_routing_says_of_each_real_token(build):
 
 def test_learned_routes_are_those_of_the_layers_and_no_prediction(tiny_model):
     batch = random_batch(2)
-    record = record_routes(tiny_model, [batch], None, "cpu").expert_LP
+    record = record_routes(tiny_model, [batch], LEARNED, "cpu").expert_LP
     tiny_model.eval()
     for layer, report in enumerate(tiny_model(batch).layers):
         assert record[layer].reshape(2, 16).T.reshape(-1).tolist() == report.expert_TK[:, 0].tolist()
@@ -52,14 +53,14 @@ def test_does_not_depend_on_batch_size(tiny_model):
     whole = random_batch(4)
     fields = (whole.ids, whole.labels, whole.real, whole.scored)
     parts = [type(whole)(*(field[i : i + 1] for field in fields)) for i in range(4)]
-    one, many = (record_routes(tiny_model, probe, None, "cpu").expert_LP for probe in ([whole], parts))
+    one, many = (record_routes(tiny_model, probe, LEARNED, "cpu").expert_LP for probe in ([whole], parts))
     np.testing.assert_array_equal(one, many)
 
 
 def test_counts_load_and_agreement_as_evaluation_does(tiny_model):
     batch = random_batch(4)
-    record = record_routes(tiny_model, [batch], None, "cpu")
-    outcome = evaluate(tiny_model, [batch], None, lambda total: total, "cpu")
+    record = record_routes(tiny_model, [batch], LEARNED, "cpu")
+    outcome = evaluate(tiny_model, [batch], LEARNED, lambda total: total, "cpu")
     assert record.served_LN.tolist() == [list(row) for row in outcome.served_LN]
     assert record.agreed / record.compared == outcome.agreement
     fixed = record_routes(tiny_model, [batch], freeze(tiny_model.distilled_routers, 1, (2, 3)), "cpu")
@@ -68,9 +69,9 @@ def test_counts_load_and_agreement_as_evaluation_does(tiny_model):
 
 def test_nothing_to_record_is_refused(tiny_model, build):
     with pytest.raises(ValueError, match="0 probe batches"):
-        record_routes(tiny_model, [], None, "cpu")
+        record_routes(tiny_model, [], LEARNED, "cpu")
     with pytest.raises(ValueError, match="0 MoE layers"):
-        record_routes(build(moe={"router": "dense", "layers": []}), [random_batch(1)], None, "cpu")
+        record_routes(build(moe={"router": "dense", "layers": []}), [random_batch(1)], LEARNED, "cpu")
 
 
 def record(value: int) -> np.ndarray:

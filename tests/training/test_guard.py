@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stablemoe_ds.config.schema import FaultsConfig, RunConfig
+from stablemoe_ds.training.figures import UpdateTotals
 from stablemoe_ds.training.guard import Guard
 from tests.distributed.launch import run_distributed
 from tests.training.runs import STEPS, SWITCH, TinyData, checkpoint_of, history, small_run, tensors_of, train_here
@@ -71,13 +72,13 @@ def train_with(fault: Fault, run: RunConfig) -> tuple[str, list[str]]:
         hooks.append(fault(self, len(hooks) + 1))
         return accumulate(self, *args)
 
-    def watched(self: Any, keep: bool = True) -> float:
+    def watched(self: Any, keep: bool = True) -> bool:
         before = state_of(self)
-        norm = update(self, keep)
-        if not math.isfinite(norm):
+        kept = update(self, keep)
+        if not kept:
             after = state_of(self)
             changed.extend(name for name in before if not torch.equal(before[name], after[name]))
-        return norm
+        return kept
 
     Engine.accumulate, Engine.update = begin, watched  # type: ignore[method-assign]
     return train_here(run), changed
@@ -210,9 +211,14 @@ def test_gives_up_with_an_error(data: TinyData, tmp_path: Path) -> None:
 def test_a_spike_is_measured_against_the_median_of_a_full_window() -> None:
     guard = Guard(FaultsConfig(spike_factor=2.0, spike_window=3))
     for loss in (4.0, 100.0, 4.0):
-        assert guard.objection(loss, 0.0) is None
+        assert guard.objection(totals(loss)) is None
         guard.keep(loss)
-    assert guard.objection(7.9, 0.0) is None
-    assert guard.objection(8.1, 0.0) == "the loss is 8.1, usual was 4"
-    assert Guard(FaultsConfig()).objection(1e9, 0.0) is None, "off by default"
-    assert guard.objection(1.0, math.nan) == "an auxiliary loss is nan"
+    assert guard.objection(totals(7.9)) is None
+    assert guard.objection(totals(8.1)) == "the loss is 8.1, usual was 4"
+    assert Guard(FaultsConfig()).objection(totals(1e9)) is None, "off by default"
+    assert guard.objection(totals(1.0, math.nan)) == "an auxiliary loss is nan"
+
+
+def totals(loss: float, auxiliary: float = 0.0) -> UpdateTotals:
+    """Of an update of one token."""
+    return UpdateTotals(loss, auxiliary, 0.0, 1, 1, 0, 0, 0, [])

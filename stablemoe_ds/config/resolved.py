@@ -1,0 +1,32 @@
+"""A run with what only its tokenizer and the number of its processes decide, worked out once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stablemoe_ds.config.batch import BatchPlan, batch_plan
+from stablemoe_ds.config.rules import check, with_vocabulary
+from stablemoe_ds.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """run: with ``model.vocab_size`` filled in. batch: how an update's tokens are cut over ``world_size`` processes."""
+
+    run: RunConfig
+    world_size: int
+    batch: BatchPlan
+
+    @property
+    def vocab_size(self) -> int:
+        return self.run.model.vocab_size or 0
+
+
+def resolve(run: RunConfig, world_size: int, tokenizer_size: int | None) -> ResolvedRun:
+    """Hold a run against every rule and settle it. tokenizer_size: ids of its tokenizer, None if it has none.
+
+    Raises UserError for a run that cannot work.
+    """
+    check(run, world_size)
+    run = with_vocabulary(run, tokenizer_size if tokenizer_size is not None else run.model.vocab_size or 0)
+    return ResolvedRun(run, world_size, batch_plan(run, world_size))

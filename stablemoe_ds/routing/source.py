@@ -1,0 +1,74 @@
+"""Where the routes of a run come from: one value, made here from a run or from a checkpoint, and passed along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablemoe_ds.config.rules import two_stages
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.routing.distilled import DistilledRouter
+from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_routing
+from stablemoe_ds.tables.table import RoutingTable
+
+
+class Learned:
+    """The model's own routers decide, from hidden states: stage 1, and routers that are never fixed."""
+
+    fixed = False
+    table = None
+
+    def __call__(self, ids_BS: Tensor) -> None:
+        """No routes are known beforehand."""
+        return
+
+
+LEARNED = Learned()
+FixedSource = TableRouting | FrozenRouters
+RouteSource = Learned | FixedSource
+"""A function from ids int64 [B, S] to experts int64 [L, T, K], or to None where the learned routers decide.
+
+fixed: whether it gives routes. table: the :class:`RoutingTable` it looks them up in, where it is one.
+"""
+
+
+@dataclass(frozen=True)
+class RouteMaker:
+    """Makes the source of routes of one model.
+
+    routers: the distilled router of each MoE layer. token_counts: gives int64 [V], how often the training text has
+    each id; called for tables that depend on it. tokenizer: fingerprint to write into a table.
+    """
+
+    run: RunConfig
+    routers: Sequence[DistilledRouter]
+    token_counts: Callable[[], NDArray[np.int64]]
+    tokenizer: str
+    device: torch.device | str = "cpu"
+
+    @property
+    def can_freeze(self) -> bool:
+        """Whether the routing of this run is fixed at some time."""
+        return self.run.moe.facts.fixed or two_stages(self.run)
+
+    def frozen(self) -> FixedSource:
+        """What the run follows if its routing is fixed now. Raises ValueError if it never is."""
+        moe, blocks = self.run.moe, tuple(self.run.moe.layers)
+        if not self.can_freeze:
+            raise ValueError(f"router {moe.router} of this run is never fixed")
+        if moe.facts.fixed:
+            return hash_routing(moe, self.token_counts(), self.run.seed, self.tokenizer, self.device)
+        if moe.router == "stablemoe_balanced":
+            return freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer)
+        return freeze(self.routers, moe.top_k, blocks, self.tokenizer)
+
+    def restored(self, stage: int, table: RoutingTable | None) -> RouteSource:
+        """What a checkpoint of this stage follows: the table in it, which was frozen then, before all else."""
+        if stage == 1:
+            return LEARNED
+        return TableRouting(table, self.device) if table is not None else self.frozen()

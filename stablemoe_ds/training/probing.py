@@ -1,0 +1,132 @@
+"""Where a fixed set of validation tokens goes as training goes on: records on disk, and what a plateau is judged by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.distributed.figures import Figures
+from stablemoe_ds.distributed.groups import Groups
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.evaluation.probe import record_routes
+from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.routing.source import RouteSource
+from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
+from stablemoe_ds.training.callback import Callback, RunState, Update
+from stablemoe_ds.training.reporter import Reporter
+from stablemoe_ds.training.stages import RoutingState
+
+PROBES_PER_RUN = 50
+
+
+class Probing(Callback):
+    """A record every ``logging.probe_every`` updates, and one at the end.
+
+    history: the records of stage 1 so far.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        groups: Groups,
+        model: StableMoEGPT,
+        batches: Sequence[Batch],
+        state: RunState,
+        reporter: Reporter,
+    ) -> None:
+        """``batches``: this rank's share of the tokens; empty without MoE layers, and then nothing is recorded."""
+        self._every = run.logging.probe_every or max(1, run.schedule.steps // PROBES_PER_RUN)
+        self._groups, self._model, self._batches = groups, model, batches
+        self._state, self._reporter = state, reporter
+        self._records = RecordFolder(reporter.folder / "probe")
+        self.history: list[RoutingState] = []
+        self._last_LP: NDArray[np.int16] | None = None
+
+    def restore(self, step: int | None) -> None:
+        """Take up the records up to ``step``, or begin without any for None. Collective.
+
+        Raises UserError, on all ranks, if they were made with a probe of another size.
+        """
+        if self._reporter.main:
+            self._records.truncate_after(-1 if step is None else step)
+        dist.barrier()
+        records = None if step is None else self._records.load_all()
+        if self._batches:
+            ids = self._joined(np.concatenate([batch.ids[batch.real].numpy() for batch in self._batches]))
+            if records is not None and records.expert_RLP.shape[-1] != len(ids):
+                raise UserError(
+                    f"{self._records.folder}: holds records of {records.expert_RLP.shape[-1]} tokens, now they would "
+                    f"be of {len(ids)}: set logging.probe_tokens as it was, or move that folder away"
+                )
+            if self._reporter.main:
+                np.save(self._reporter.folder / PROBE_IDS, ids)
+        if step is not None:
+            self._last_LP = None if records is None else records.expert_RLP[-1]
+            settled = [line["settled"] for line in self._reporter.metrics.read() if line.get("settled")]
+            self.history = [RoutingState(**state) for state in settled]
+
+    def after_update(self, update: Update) -> None:
+        if update.step % self._every == 0 or update.last:
+            self.record(self._state.routes)
+
+    def record(self, routes: RouteSource) -> RoutingState | None:
+        """As :meth:`look`, and keep it: on disk, and in stage 1 for the judgement of a plateau."""
+        began, before_LP = time.perf_counter(), self._last_LP
+        measured = self._measure(routes)
+        if measured is None:
+            return None
+        state, self._last_LP = measured
+        learned = not routes.fixed and before_LP is not None
+        if learned:
+            self.history.append(state)
+        if self._reporter.main:
+            self._records.append(state.step, self._last_LP)
+        line = {
+            "churn": None if before_LP is None else state.churn,
+            "settled": asdict(state) if learned else None,
+            "seconds": time.perf_counter() - began,
+        }
+        self._reporter.log("probe", state.step, line)
+        return state
+
+    def look(self, routes: RouteSource) -> RoutingState | None:
+        """Where the tokens go now, compared with the record before, and keep nothing; None if there is no probe."""
+        measured = self._measure(routes)
+        return None if measured is None else measured[0]
+
+    def _measure(self, routes: RouteSource) -> tuple[RoutingState, NDArray[np.int16]] | None:
+        """The state, and int16 [L, P], the experts of all ranks' tokens."""
+        if not self._batches:
+            return None
+        device = self._groups.world.device
+        local = record_routes(self._model, self._batches, routes, device)
+        expert_LP = self._joined(local.expert_LP)
+        figures = Figures()
+        figures.add(agreed=torch.tensor(local.agreed), compared=torch.tensor(local.compared))
+        figures.add(served_LN=torch.from_numpy(local.served_LN))
+        totals = figures.totals(lambda packed: self._groups.sum_over_data_ranks(packed.to(device)))
+        agreed, compared = totals.count("agreed"), totals.count("compared")
+        served_LN = np.array(totals.rows("served_LN"))
+        state = RoutingState(
+            step=self._state.progress.step,
+            agreement=agreed / compared if compared else 1.0,
+            churn=float((expert_LP != self._last_LP).mean()) if self._last_LP is not None else 1.0,
+            load=float((served_LN.max(1) / served_LN.mean(1)).max()),
+        )
+        return state, expert_LP
+
+    def _joined(self, local: NDArray[Any]) -> NDArray[Any]:
+        """What all data ranks have of the probe, [..., P], in the order of its windows, whoever they were dealt to."""
+        ends = np.cumsum([int(batch.real.sum()) for batch in self._batches])
+        ranks: list[Any] = [None] * self._groups.data_size
+        dist.all_gather_object(ranks, np.split(local, ends[:-1], axis=-1), group=self._groups.data_group)
+        return np.concatenate([part for turn in zip(*ranks, strict=True) for part in turn], axis=-1)

@@ -1,0 +1,50 @@
+"""What a run tells: its history on disk, experiment trackers, and the lines that a person reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.run_directory.metrics import Kind, MetricsLog
+from stablemoe_ds.training.display import Display
+from stablemoe_ds.training.trackers import Tracker, make_trackers, scalars
+
+
+class Reporter:
+    """Writes on the main rank; on the others all methods do nothing."""
+
+    def __init__(self, run: RunConfig, main: bool) -> None:
+        self.main, self.folder = main, Path(run.directory)
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+        self.display = Display(main)
+        self.say = self.display.say
+        self._run, self._trackers = run, list[Tracker]()
+
+    def begin(self, step: int | None) -> None:
+        """Go on from the history up to ``step``, or begin an empty one for None. Collective."""
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.metrics.truncate_after(-1 if step is None else step)
+        dist.barrier()
+        self._trackers = make_trackers(self._run, self.main)
+
+    def log(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+        """A line in the history, and the numbers in it to the trackers."""
+        if self.main:
+            self.metrics.append(kind, step, **values)
+        for tracker in self._trackers:
+            tracker.log(scalars(values, kind), step)
+
+    def fault(self, step: int, what: str, where: str = "") -> None:
+        """Something went wrong that the run survives."""
+        self.log("fault", step, {"what": what, "where": where})
+        self.say(f"WARNING: {what}{': ' if where else ''}{where}", "bold red")
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        self.display.close()
+        for tracker in self._trackers:
+            tracker.close()
