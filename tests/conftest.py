@@ -20,7 +20,9 @@ with suppress(ImportError):  # the tests that need a GPU do without it
     settings.load_profile("ci")  # the same examples every time; --hypothesis-profile default draws others
 
 if TYPE_CHECKING:
+    from stablemoe_ds.config.schema import RunConfig
     from stablemoe_ds.distributed.groups import Groups
+    from tests.training.runs import TinyData
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,19 @@ def world_groups() -> Iterator[Groups]:
         os.environ.pop(name, None)
     yield Groups(world, 1, 1)
     stop_world()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """A tokenizer and corpora for runs of seconds."""
+    from tests.training.runs import tiny_data
+
+    return tiny_data(tmp_path_factory.getbasetemp() / "tiny-data")
+
+
+@pytest.fixture(scope="session")
+def finished(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run over both stages that has come to its end."""
+    from tests.training.runs import finished_run
+
+    return finished_run(data, tmp_path_factory.getbasetemp() / "finished")
