@@ -44,7 +44,7 @@ class TrainedModel:
         if not two_stages(self.run):
             return None
         counts = None
-        if self.run.moe.router == "stablemoe_balanced":
+        if self.run.moe.facts.needs_counts:
             counts = token_counts(self.run.data.train, self.tokenizer, self.checkpoint.vocab_size)
         return self.model.frozen_routing(counts, self.checkpoint.tokenizer)
 

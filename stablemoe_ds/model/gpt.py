@@ -110,11 +110,11 @@ class StableMoEGPT(GPTModel):
         run, moe, blocks = self.run_config, self.run_config.moe, tuple(self.run_config.moe.layers)
         if not moe.facts.fixed and not two_stages(run):
             return None
-        if token_counts is None and moe.router in ("hash", "stablemoe_balanced"):
+        if token_counts is None and moe.facts.needs_counts:
             raise ValueError(f"the table of router {moe.router} depends on token counts: pass them")
         if token_counts is not None and moe.facts.fixed:
             return hash_routing(moe, token_counts, run.seed, tokenizer, next(self.parameters()).device)
-        if token_counts is not None and moe.router == "stablemoe_balanced":
+        if token_counts is not None and moe.facts.needs_counts:
             return freeze_balanced(self.distilled_routers, blocks, token_counts, moe.table_load, tokenizer)
         return freeze(self.distilled_routers, moe.top_k, blocks, tokenizer)
 
