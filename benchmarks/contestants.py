@@ -18,6 +18,7 @@ from benchmarks.rates import copy_rate, least_bytes, matrix_rate
 from benchmarks.switch import switch_gpt
 from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.costs import flops_per_token, parameters
+from stablemoe_ds.config.routers import ROUTERS
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
@@ -83,7 +84,7 @@ class Task:
 
 def run_of(task: Task, router: str) -> RunConfig:
     """A run of this shape. Router dense_deeper with one expert is the dense model of equal FLOPs."""
-    s, dense = task.shape, router == "dense_deeper"
+    s, dense = task.shape, not ROUTERS[router].routed
     run = RunConfig.model_validate(
         {
             "run_dir": task.folder,
@@ -96,7 +97,7 @@ def run_of(task: Task, router: str) -> RunConfig:
             "data": {"tokenizer": task.corpus.tokenizer, "train": task.corpus.prefix, "sequence_length": s.sequence},
             "optimizer": {"lr": 1e-6},
             "schedule": {"steps": task.rounds + 10, "tokens_per_step": s.tokens},
-            "stages": {"at_step": 1} if router == "stablemoe" else {},
+            "stages": {"at_step": 1} if ROUTERS[router].distilled else {},
             "parallel": {"expert": 1 if dense else task.ranks, "micro_batch": s.micro},
             "precision": {"dtype": s.dtype},
         }

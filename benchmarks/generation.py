@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
+from stablemoe_ds.config.routers import ROUTERS
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 from stablemoe_ds.evaluation.generate import generate
@@ -38,7 +39,7 @@ def model_of(router: str, quick: bool, groups: Groups) -> StableMoEGPT:
                 "ffn_hidden_size": 4 * width,
                 "vocab_size": 4096,
             },
-            "moe": {"router": router, "layers": [layers // 2, layers], "experts": 1 if router != "stablemoe" else 8},
+            "moe": {"router": router, "layers": [layers // 2, layers], "experts": 8 if ROUTERS[router].routed else 1},
             "data": {"sequence_length": 256},
             "optimizer": {"lr": 1e-3},
             "schedule": {"steps": 1, "tokens_per_step": 256},

@@ -92,9 +92,9 @@ def shared_stack(run: RunConfig) -> tuple[int, int]:
     """(inner width, sublayers) of what serves every token in an MoE layer or its place; (0, 0) if nothing does."""
     moe = run.moe
     width = moe.ffn_hidden_size or run.model.ffn_hidden_size
-    if moe.router == "dense_deeper":
+    if moe.facts.layer == "deep":
         return width, moe.sublayers * moe.experts
-    if moe.router == "dense_wider":
+    if moe.facts.layer == "wide":
         return width * moe.experts, moe.sublayers
     return width * moe.shared_experts, moe.sublayers if moe.shared_experts else 0
 

@@ -137,17 +137,18 @@ class MoEConfig(Section):
 
     @model_validator(mode="after")
     def _has_layers(self) -> MoEConfig:
-        if self.router == "dense" and self.layers:
-            raise ValueError("router 'dense' has no MoE layer: leave moe.layers empty, or name another router")
-        if self.router != "dense" and not self.layers:
+        facts = self.facts
+        if facts.layer == "none" and self.layers:
+            raise ValueError(f"router '{self.router}' has no MoE layer: leave moe.layers empty, or name another router")
+        if facts.layer != "none" and not self.layers:
             raise ValueError(f"router '{self.router}' needs moe.layers, e.g. [6]; or set router: dense")
         if self.top_k > self.experts:
             raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")
-        if self.top_k > 1 and self.router in ("base", "base_fixed", "stablemoe_balanced"):
+        if self.top_k > 1 and facts.one_expert:
             raise ValueError(f"router '{self.router}' gives a token one expert, not top_k {self.top_k}: set top_k 1")
-        if self.router in ("dense_deeper", "dense_wider") and self.shared_experts:
+        if facts.layer in ("deep", "wide") and self.shared_experts:
             raise ValueError(f"router '{self.router}' has no experts, shared ones neither: set shared_experts 0")
-        if self.router == "stablemoe_balanced" and self.distilled.kind != "word":
+        if facts.table_from == "scores and counts" and self.distilled.kind != "word":
             raise ValueError(f"a {self.distilled.kind} router has no table to balance: set distilled.kind word")
         return self
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
+import pkgutil
+
 from stablemoe_ds.config.schema import MoEConfig
-from stablemoe_ds.routing.base_layers import BaseLayersRouter
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.expert_choice import ExpertChoiceRouter
-from stablemoe_ds.routing.hashed import HashRouter
 from stablemoe_ds.routing.router import Router
-from stablemoe_ds.routing.stablemoe import StableMoERouter
-from stablemoe_ds.routing.switch import SwitchRouter
-from stablemoe_ds.routing.topk import TopKRouter
 
 
 def make_router(moe: MoEConfig, hidden_size: int, heads: int, vocab: int, positions: int) -> Router:
@@ -18,24 +14,13 @@ def make_router(moe: MoEConfig, hidden_size: int, heads: int, vocab: int, positi
 
     heads, positions: of a distilled transformer. Raises ValueError for a name that has no experts to choose from.
     """
-    shape = (hidden_size, moe.experts, moe.top_k, moe.router_input == "normalized")
+    facts = moe.facts
+    if facts.made_by is None:
+        raise ValueError(f"router {moe.router} has no experts to choose from")
     distilled = None
-    if moe.facts.distilled:
+    if facts.distilled:
         kind = moe.distilled
         sizes = {"dim": kind.dim, "layers": kind.layers, "width": hidden_size, "heads": heads, "positions": positions}
         distilled = DistilledRouter(kind.kind, vocab, moe.experts, **sizes)
-    match moe.router:
-        case "stablemoe" | "stablemoe_balanced" | "stablemoe_stage1":
-            return StableMoERouter(*shape, distilled)
-        case "base" | "base_fixed":
-            return BaseLayersRouter(*shape, distilled)
-        case "switch":
-            return SwitchRouter(*shape)
-        case "topk":
-            return TopKRouter(*shape, moe.bias_step)
-        case "expert_choice":
-            return ExpertChoiceRouter(*shape)
-        case "hash":
-            return HashRouter(moe.experts, moe.top_k)
-        case _:
-            raise ValueError(f"router {moe.router} has no experts to choose from")
+    made_by: type[Router] = pkgutil.resolve_name(f"stablemoe_ds.routing.{facts.made_by}")
+    return made_by.from_config(moe, hidden_size, distilled)

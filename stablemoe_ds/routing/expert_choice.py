@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.losses import count_tokens
 from stablemoe_ds.routing.router import CentroidRouter
 from stablemoe_ds.routing.routes import NOT_ROUTED, Routes, SumOverRanks, TokenView
@@ -26,8 +27,10 @@ class ExpertChoiceRouter(CentroidRouter):
 
     threshold_N: Tensor  # noqa: N815
 
-    def __init__(self, hidden_size: int, experts: int, top_k: int, normalize: bool) -> None:
-        super().__init__(hidden_size, experts, top_k, normalize)
+    def __init__(
+        self, hidden_size: int, experts: int, top_k: int, normalize: bool, distilled: DistilledRouter | None = None
+    ) -> None:
+        super().__init__(hidden_size, experts, top_k, normalize, distilled)
         self.register_buffer("threshold_N", torch.full((experts,), 1 / experts))
 
     def forward(

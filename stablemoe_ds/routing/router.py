@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.chosen import chosen_affinity
 from stablemoe_ds.routing.distilled import DistilledRouter, Fp32Module
 from stablemoe_ds.routing.losses import count_tokens, distillation_sum
@@ -29,6 +32,11 @@ class Router(Fp32Module):
         """``distilled``: router of token ids that learns to imitate this one, if there is to be a stage 2."""
         super().__init__()
         self.experts, self.top_k, self.distilled = experts, top_k, distilled
+
+    @classmethod
+    def from_config(cls, moe: MoEConfig, hidden_size: int, distilled: DistilledRouter | None) -> Self:
+        """A router of this kind as the configuration has it."""
+        return cls(moe.experts, moe.top_k, distilled)
 
     def forward(
         self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks
@@ -58,6 +66,10 @@ class CentroidRouter(Router):
         super().__init__(experts, top_k, distilled)
         self.normalize = normalize
         self.centroids = nn.Parameter(torch.empty(experts, hidden_size))
+
+    @classmethod
+    def from_config(cls, moe: MoEConfig, hidden_size: int, distilled: DistilledRouter | None) -> Self:
+        return cls(hidden_size, moe.experts, moe.top_k, moe.router_input == "normalized", distilled)
 
     def affinity(self, hidden_TD: Tensor) -> Tensor:
         """fp32 [T, N]: <E_i, h_t>; with ``normalize``, of h_t at unit root mean square."""

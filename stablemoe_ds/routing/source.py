@@ -63,7 +63,7 @@ class RouteMaker:
             raise ValueError(f"router {moe.router} of this run is never fixed")
         if moe.facts.fixed:
             return hash_routing(moe, self.token_counts(), self.run.seed, self.tokenizer, self.device)
-        if moe.router == "stablemoe_balanced":
+        if moe.facts.needs_counts:
             return freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer)
         return freeze(self.routers, moe.top_k, blocks, self.tokenizer)
 

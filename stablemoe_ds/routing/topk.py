@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
+from stablemoe_ds.config.schema import MoEConfig
+from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.router import CentroidRouter, best_experts
 from stablemoe_ds.routing.routes import Routes, SumOverRanks, TokenView
 
@@ -23,6 +27,10 @@ class TopKRouter(CentroidRouter):
         super().__init__(hidden_size, experts, top_k, normalize)
         self.bias_step = bias_step
         self.register_buffer("bias_N", torch.zeros(experts))
+
+    @classmethod
+    def from_config(cls, moe: MoEConfig, hidden_size: int, distilled: DistilledRouter | None) -> Self:
+        return cls(hidden_size, moe.experts, moe.top_k, moe.router_input == "normalized", moe.bias_step)
 
     def forward(
         self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks

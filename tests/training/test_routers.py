@@ -33,7 +33,7 @@ from tests.training.runs import (
 
 pytestmark = pytest.mark.timeout(900)  # the first test of them waits for a run of every router
 DISTILLED = [name for name, facts in ROUTERS.items() if facts.distilled]
-LAYOUT_INDEPENDENT = [name for name in ROUTERS if name not in ("base", "base_fixed", "expert_choice")]
+LAYOUT_INDEPENDENT = [name for name, facts in ROUTERS.items() if not facts.by_micro_batch]
 STATE = {"topk": "bias_N", "expert_choice": "threshold_N"}
 
 

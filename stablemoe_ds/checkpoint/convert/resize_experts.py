@@ -29,10 +29,10 @@ def check_replication(moe: MoEConfig, stage: int) -> None:
     moe: of the smaller model. stage: 2 once the distilled routers are frozen, into a table if they see single ids.
     """
     reason, choosing = None, stage == 1 or (moe.facts.distilled and moe.distilled.kind != "word")
-    if moe.router == "switch":
-        reason = "a softmax over copies gives each a share of the gate only"
-    elif moe.router == "expert_choice":
+    if moe.facts.experts_choose:
         reason = "each copy would choose the same tokens"
+    elif moe.facts.gate_facts.over_all_experts:
+        reason = "a softmax over copies gives each a share of the gate only"
     elif choosing and moe.top_k > 1:
         reason = "the best experts of a token would be copies of one"
     if reason is not None:

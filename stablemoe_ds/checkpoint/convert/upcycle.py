@@ -72,18 +72,12 @@ def neutral_gate(moe: MoEConfig) -> float:
 
     Raises UserError for a router that gives tokens different numbers of experts.
     """
-    if moe.router == "expert_choice":
+    if moe.facts.experts_choose:
         raise UserError(
-            "moe.router: got 'expert_choice': it serves some tokens often and others never, so that experts cannot "
+            f"moe.router: got '{moe.router}': it serves some tokens often and others never, so that experts cannot "
             "take the place of a feed-forward layer; nearest that works: topk, or moe.placement after"
         )
-    if moe.router == "hash":
-        return float(moe.top_k)
-    if moe.router == "switch":
-        return moe.top_k / moe.experts
-    if moe.router == "topk" and moe.top_k > 1:
-        return 1.0
-    return 0.5 * moe.top_k
+    return moe.facts.gate_facts.neutral(moe.top_k, moe.experts)
 
 
 def _stack(target: RunConfig) -> Iterator[tuple[int, int, int]]:
