@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.costs import flops_per_token, parameters
 from stablemoe_ds.config.memory import memory_per_rank
 from stablemoe_ds.config.rules import switch_step
@@ -45,6 +46,7 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
         "parallel": {"data": plan.data_parallel, "tensor": run.parallel.tensor, "expert": run.parallel.expert},
         "zero_stage": run.parallel.zero_stage,
         "memory_per_rank": {f"zero{stage}": {**asdict(m), "total": m.total} for stage, m in memory.items()},
+        "warnings": cautions(run, world_size),
     }
 
 
@@ -91,6 +93,7 @@ def render(facts: dict[str, Any]) -> str:
         cells = f"{_bytes(row['weights']):>12}{_bytes(row['gradients']):>12}{_bytes(row['optimizer']):>12}"
         lines.append(f"  ZeRO {stage[-1]:<11}{cells}{_bytes(row['activations']):>14}{_bytes(row['total']):>12}{mark}")
     lines.append("* an estimate, with experts evenly loaded; library buffers come on top")
+    lines += [f"WARNING: {text}" for text in facts["warnings"]]
     return "\n".join(line.rstrip() for line in lines)
 
 

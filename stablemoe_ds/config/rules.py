@@ -12,6 +12,9 @@ from stablemoe_ds.config.messages import show
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 
+PROBES_PER_RUN = 50
+"""Records of the probe set in a run that does not say how many."""
+
 
 def check(run: RunConfig, world_size: int | None = None) -> None:
     """Hold a run against every rule; those about the number of processes only if ``world_size`` is given.
@@ -40,6 +43,11 @@ def switch_step(run: RunConfig) -> int | None:
     if stages.at_fraction is not None:
         return round(stages.at_fraction * run.schedule.steps)
     return stages.at_step
+
+
+def probe_every(run: RunConfig) -> int:
+    """Updates between two records of the probe set."""
+    return run.logging.probe_every or max(1, run.schedule.steps // PROBES_PER_RUN)
 
 
 def with_vocabulary(run: RunConfig, tokenizer_size: int) -> RunConfig:
@@ -121,6 +129,9 @@ def _stages(run: RunConfig) -> Iterator[str]:
         yield _breach(
             f"stages.{given[0]}", value, f"stage 1 must end inside the run, after 1 to {steps - 1} updates", advice
         )
+    if stages.plateau is not None and round(stages.plateau.latest * steps) < 1:
+        reason = f"of {steps} updates that is none, so routing would be frozen before it has learned anything"
+        yield _breach("stages.plateau.latest", stages.plateau.latest, reason, f"{min(1.0, 1 / steps):.3g}")
     if given and run.moe.distill_weight == 0:
         reason = "the distilled router learns nothing, so the switch would freeze noise"
         yield _breach("moe.distill_weight", 0, reason, "0.3 (the default), or stages.never true")

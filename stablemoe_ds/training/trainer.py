@@ -15,10 +15,11 @@ from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
 from stablemoe_ds.checkpoint.restore import Found, find_checkpoint, restore
 from stablemoe_ds.checkpoint.saver import Saved, Saver
 from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.costs import flops_per_token
 from stablemoe_ds.config.difference import differences
 from stablemoe_ds.config.messages import show
-from stablemoe_ds.config.rules import check, two_stages, with_vocabulary
+from stablemoe_ds.config.rules import check, probe_every, two_stages, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.run_data import EvalSet, RunData, token_counts
@@ -35,7 +36,7 @@ from stablemoe_ds.routing.fixed import FixedRouting, TableRouting
 from stablemoe_ds.run_directory.progress import reported_steps
 from stablemoe_ds.tables.table import RoutingTable, least_load
 from stablemoe_ds.training.engine import Engine, StepSums
-from stablemoe_ds.training.guard import Guard, find_fault
+from stablemoe_ds.training.guard import DropWatch, Guard, find_fault
 from stablemoe_ds.training.observer import Observer
 from stablemoe_ds.training.optimizer import learning_rate
 from stablemoe_ds.training.planner import Planner
@@ -43,7 +44,6 @@ from stablemoe_ds.training.routed_batch import RoutedBatch
 from stablemoe_ds.training.stages import StageSchedule, switch_warnings
 from stablemoe_ds.training.throughput import peak_flops
 
-PROBES_PER_RUN = 50
 GRADIENT = "the gradient is not finite"
 
 
@@ -76,7 +76,7 @@ class Trainer:
         self.observer = Observer(run, self.groups, self.model, probe)
         self.say = self.observer.display.say
         self.saver = Saver(self.engine, self.fingerprint, self._tell_saved)
-        self.schedule, self.guard = StageSchedule(run), Guard(run.faults)
+        self.schedule, self.guard, self.drops = StageSchedule(run), Guard(run.faults), DropWatch()
         self.progress, self.saved_step = Progress(), 0
         self.routing: FixedRouting | None = None
         self.peak, _ = peak_flops(world.device, run.precision.dtype)
@@ -110,7 +110,6 @@ class Trainer:
     def _train(self, steps: int) -> bool:
         """Update until the end of the run; False if it was asked to stop before."""
         run, observer = self.run, self.observer
-        probe_every = run.logging.probe_every or max(1, steps // PROBES_PER_RUN)
         updates, seconds = 0, 0.0
         loader = self._loader()
         self._switch_if_due()
@@ -121,6 +120,8 @@ class Trainer:
             with at_most(self.world.timeout.total_seconds(), "reading the next batch"):
                 batches = next(feed)
             sums, figures = self._update(batches)
+            if warning := self.drops.warning(figures["drop_rate"]):
+                self.say(f"WARNING: update {self.progress.step}: {warning}", "bold red")
             self.saver.poll()
             if self.guard.exhausted:
                 self._go_back()
@@ -137,7 +138,7 @@ class Trainer:
             if logged:
                 observer.log("train", done, figures)
                 updates, seconds = 0, 0.0
-            if done % probe_every == 0 or last:
+            if done % probe_every(run) == 0 or last:
                 observer.routing_state(done, self.routing)
             if run.logging.eval_every and done % run.logging.eval_every == 0 and not last:
                 self._validate(self.valid_quick)
@@ -370,6 +371,8 @@ class Trainer:
             f"micro-batches x {plan.micro_batch} sequences x {run.data.sequence_length} tokens; "
             f"{run.schedule.steps:,} updates, {stages}"
         )
+        for caution in cautions(run, self.world.size):
+            self.say(f"WARNING: {caution}", "bold red")
         if before is None:
             return
         self.say(f"continuing after update {self.progress.step}, in stage {self.progress.stage}", "bold")

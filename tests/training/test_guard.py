@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablemoe_ds.config.schema import FaultsConfig, RunConfig
-from stablemoe_ds.training.guard import Guard
+from stablemoe_ds.training.guard import DropWatch, Guard
 from tests.distributed.launch import run_distributed
 from tests.training.runs import STEPS, SWITCH, TinyData, checkpoint_of, history, small_run, tensors_of, train_here
 
@@ -216,3 +216,13 @@ def test_a_spike_is_measured_against_the_median_of_a_full_window() -> None:
     assert guard.objection(8.1, 0.0) == "the loss is 8.1, usual was 4"
     assert Guard(FaultsConfig()).objection(1e9, 0.0) is None, "off by default"
     assert guard.objection(1.0, math.nan) == "an auxiliary loss is nan"
+
+
+def test_a_high_drop_rate_is_said_once() -> None:
+    watch = DropWatch()
+    assert watch.warning(None) is None
+    assert watch.warning(0.3) is None
+    said = watch.warning(0.97)
+    assert said is not None
+    assert said.startswith("capacity drops 97% of what is routed")
+    assert watch.warning(1.0) is None
