@@ -35,6 +35,7 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
             "components": {name: getattr(counts, name) for name in COMPONENTS},
         },
         "flops_per_token": flops,
+        "causal_flops_per_token": flops_per_token(run, causal=True),
         "forward_macs_per_token": flops // 6,
         "training": {
             "tokens": tokens,
@@ -80,6 +81,7 @@ def render(facts: dict[str, Any]) -> str:
         "",
         f"training FLOPs per token  {facts['flops_per_token']:>18,}  "
         f"forward {_scaled(facts['forward_macs_per_token'])}MACs",
+        f"  with a causal mask      {facts['causal_flops_per_token']:>18,}  half of attention's pairs are masked",
         f"tokens                    {training['tokens']:>18,}  {_scaled(training['flops'])}FLOPs in all",
         f"updates                   {training['steps']:>18,}  "
         + (f"stage 2 from update {switch + 1}" if switch else ""),

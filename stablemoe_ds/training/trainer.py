@@ -79,7 +79,7 @@ class Trainer:
         self.schedule, self.guard, self.drops = StageSchedule(run), Guard(run.faults), DropWatch()
         self.progress, self.saved_step = Progress(), 0
         self.routing: FixedRouting | None = None
-        self.peak, _ = peak_flops(world.device, run.precision.dtype)
+        self.peak, self.peak_source = peak_flops(world.device, run.precision.dtype)
         self.flops_per_token = flops_per_token(run)
         self.stop, self.place = stop or StopRequest(), place or Place()
         self._closing = ExitStack()
@@ -371,6 +371,8 @@ class Trainer:
             f"micro-batches x {plan.micro_batch} sequences x {run.data.sequence_length} tokens; "
             f"{run.schedule.steps:,} updates, {stages}"
         )
+        each = "GPU" if self.world.device.type == "cuda" else "process"
+        self.say(f"MFU is relative to {self.peak / 1e12:,.4g} TFLOP/s a {each}: {self.peak_source}")
         for caution in cautions(run, self.world.size):
             self.say(f"WARNING: {caution}", "bold red")
         if before is None:
