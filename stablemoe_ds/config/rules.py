@@ -21,7 +21,8 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
 
     Raises UserError with one line for each breach.
     """
-    found = [*_model(run), *_moe(run), *_schedule(run), *_stages(run), *_precision(run), *_tensor(run), *conflicts(run)]
+    rules = (_model, _moe, _data, _schedule, _stages, _precision, _tensor, conflicts)
+    found = [line for rule in rules for line in rule(run)]
     if world_size is not None:
         found += _world(run, world_size)
     if found:
@@ -67,6 +68,20 @@ def with_vocabulary(run: RunConfig, tokenizer_size: int) -> RunConfig:
     return run
 
 
+def with_document_end(run: RunConfig, eos_id: int | None) -> RunConfig:
+    """The run with ``data.eos_id`` filled in from the tokenizer where it is null and documents are kept apart.
+
+    eos_id: the tokenizer's; None without one. Raises UserError if nothing says where a document ends.
+    """
+    data = run.data
+    if data.document_mask == "none" or data.eos_id is not None:
+        return run
+    if eos_id is None:
+        reason = "nothing says which id ends a document"
+        raise UserError(_breach("data.eos_id", None, reason, "the id, or the tokenizer's file in data.tokenizer"))
+    return run.model_copy(update={"data": data.model_copy(update={"eos_id": eos_id})})
+
+
 def _breach(key: str, value: Any, expected: str, nearest: object) -> str:
     return f"{key}: got {show(value)}: {expected}; nearest that works: {nearest}"
 
@@ -102,6 +117,15 @@ def _moe(run: RunConfig) -> Iterator[str]:
     elif moe.facts.routed and moe.experts % expert:
         near = nearest_divisor(moe.experts, expert)
         yield _breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
+
+
+def _data(run: RunConfig) -> Iterator[str]:
+    data, vocab = run.data, run.model.vocab_size
+    if data.document_mask != "none" and data.eos_id is None and data.tokenizer is None:
+        reason = "documents are kept apart, but nothing says which id ends one"
+        yield _breach("data.eos_id", None, reason, "the id, or data.document_mask none")
+    if data.eos_id is not None and vocab is not None and data.eos_id >= vocab:
+        yield _breach("data.eos_id", data.eos_id, f"expected an id below model.vocab_size {vocab}", "null")
 
 
 def _schedule(run: RunConfig) -> Iterator[str]:

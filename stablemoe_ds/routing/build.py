@@ -13,17 +13,30 @@ from stablemoe_ds.routing.switch import SwitchRouter
 from stablemoe_ds.routing.topk import TopKRouter
 
 
-def make_router(moe: MoEConfig, hidden_size: int, heads: int, vocab: int, positions: int) -> Router:
+def make_router(
+    moe: MoEConfig, hidden_size: int, heads: int, vocab: int, positions: int, eos_id: int | None = None
+) -> Router:
     """The router ``moe.router`` names, uninitialised.
 
-    heads, positions: of a distilled transformer. Raises ValueError for a name that has no experts to choose from.
+    heads, positions: of a distilled transformer. eos_id: see :class:`DistilledRouter`.
+    Raises ValueError for a name that has no experts to choose from.
     """
     shape = (hidden_size, moe.experts, moe.top_k, moe.router_input == "normalized")
     distilled = None
     if moe.facts.distilled:
         kind = moe.distilled
-        sizes = {"dim": kind.dim, "layers": kind.layers, "width": hidden_size, "heads": heads, "positions": positions}
-        distilled = DistilledRouter(kind.kind, vocab, moe.experts, **sizes)
+        distilled = DistilledRouter(
+            kind.kind,
+            vocab,
+            moe.experts,
+            dim=kind.dim,
+            layers=kind.layers,
+            width=hidden_size,
+            heads=heads,
+            positions=positions,
+            bigram_start=kind.bigram_start,
+            eos_id=eos_id,
+        )
     match moe.router:
         case "stablemoe" | "stablemoe_balanced" | "stablemoe_stage1":
             return StableMoERouter(*shape, distilled)

@@ -19,7 +19,7 @@ from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.costs import flops_per_token
 from stablemoe_ds.config.difference import differences
 from stablemoe_ds.config.messages import show
-from stablemoe_ds.config.rules import check, probe_every, two_stages, with_vocabulary
+from stablemoe_ds.config.rules import check, probe_every, two_stages, with_document_end, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.run_data import EvalSet, RunData, token_counts
@@ -60,6 +60,7 @@ class Trainer:
         check(run, world.size)
         tokenizer = Tokenizer(run.data.tokenizer) if run.data.tokenizer else None
         run = with_vocabulary(run, tokenizer.vocab_size if tokenizer else run.model.vocab_size or 0)
+        run = with_document_end(run, tokenizer.eos_id if tokenizer else None)
         self.run, self.world, self.tokenizer = run, world, tokenizer
         self.fingerprint = tokenizer.fingerprint if tokenizer else ""
         self.plan = batch_plan(run, world.size)
