@@ -99,13 +99,16 @@ def shared_stack(run: RunConfig) -> tuple[int, int]:
     return width * moe.shared_experts, moe.sublayers if moe.shared_experts else 0
 
 
-def flops_per_token(run: RunConfig) -> int:
+def flops_per_token(run: RunConfig, causal: bool = False) -> int:
     """Floating-point operations of one training step per token: forward, and twice that backward.
 
     6 for each active weight of a matrix product (output matrix counted, embedding lookup, norms, biases and routers
     not), and 12 * blocks * width * sequence for attention over the whole sequence: PaLM's convention (Chowdhery et
     al. 2022, appendix B), which does not halve for the causal mask and counts nothing that is recomputed. A sixth
     of it is the multiply-adds of a forward pass, as the paper's table has them.
+
+    causal: count only the pairs that the causal mask leaves, (sequence + 1) / 2 a token. A kernel that skips the
+    others can then reach a share of the peak of 1, but not more.
     """
     m, moe = run.model, run.moe
     d, layers = m.hidden_size, len(moe.layers)
@@ -118,7 +121,8 @@ def flops_per_token(run: RunConfig) -> int:
         expert_width += moe.sublayers * moe.top_k * (moe.ffn_hidden_size or m.ffn_hidden_size)
     weights = m.layers * (2 * d * d + 2 * d * kv_width) + vocabulary(run) * d
     weights += matrices * d * (dense_ffns * m.ffn_hidden_size + layers * expert_width)
-    return 6 * weights + 12 * m.layers * d * run.data.sequence_length
+    pairs = 6 * (run.data.sequence_length + 1) if causal else 12 * run.data.sequence_length
+    return 6 * weights + m.layers * d * pairs
 
 
 def _norm(run: RunConfig) -> int:

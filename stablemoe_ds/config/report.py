@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.costs import flops_per_token, parameters
 from stablemoe_ds.config.memory import memory_per_rank
 from stablemoe_ds.config.rules import switch_step
@@ -34,6 +35,7 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
             "components": {name: getattr(counts, name) for name in COMPONENTS},
         },
         "flops_per_token": flops,
+        "causal_flops_per_token": flops_per_token(run, causal=True),
         "forward_macs_per_token": flops // 6,
         "training": {
             "tokens": tokens,
@@ -45,6 +47,7 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
         "parallel": {"data": plan.data_parallel, "tensor": run.parallel.tensor, "expert": run.parallel.expert},
         "zero_stage": run.parallel.zero_stage,
         "memory_per_rank": {f"zero{stage}": {**asdict(m), "total": m.total} for stage, m in memory.items()},
+        "warnings": cautions(run, world_size),
     }
 
 
@@ -78,6 +81,7 @@ def render(facts: dict[str, Any]) -> str:
         "",
         f"training FLOPs per token  {facts['flops_per_token']:>18,}  "
         f"forward {_scaled(facts['forward_macs_per_token'])}MACs",
+        f"  with a causal mask      {facts['causal_flops_per_token']:>18,}  half of attention's pairs are masked",
         f"tokens                    {training['tokens']:>18,}  {_scaled(training['flops'])}FLOPs in all",
         f"updates                   {training['steps']:>18,}  "
         + (f"stage 2 from update {switch + 1}" if switch else ""),
@@ -91,6 +95,7 @@ def render(facts: dict[str, Any]) -> str:
         cells = f"{_bytes(row['weights']):>12}{_bytes(row['gradients']):>12}{_bytes(row['optimizer']):>12}"
         lines.append(f"  ZeRO {stage[-1]:<11}{cells}{_bytes(row['activations']):>14}{_bytes(row['total']):>12}{mark}")
     lines.append("* an estimate, with experts evenly loaded; library buffers come on top")
+    lines += [f"WARNING: {text}" for text in facts["warnings"]]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stablemoe_ds.config.batch import BatchPlan, batch_plan
-from stablemoe_ds.config.rules import check, with_vocabulary
+from stablemoe_ds.config.rules import check, with_document_end, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 
 
@@ -22,11 +22,13 @@ class ResolvedRun:
         return self.run.model.vocab_size or 0
 
 
-def resolve(run: RunConfig, world_size: int, tokenizer_size: int | None) -> ResolvedRun:
-    """Hold a run against every rule and settle it. tokenizer_size: ids of its tokenizer, None if it has none.
+def resolve(run: RunConfig, world_size: int, tokenizer: tuple[int, int | None] | None) -> ResolvedRun:
+    """Hold a run against every rule and settle it.
 
+    tokenizer: how many ids it has, and the one that ends a document; None where the run names no tokenizer.
     Raises UserError for a run that cannot work.
     """
     check(run, world_size)
-    run = with_vocabulary(run, tokenizer_size if tokenizer_size is not None else run.model.vocab_size or 0)
+    size, eos_id = tokenizer if tokenizer is not None else (run.model.vocab_size or 0, None)
+    run = with_document_end(with_vocabulary(run, size), eos_id)
     return ResolvedRun(run, world_size, batch_plan(run, world_size))

@@ -12,13 +12,17 @@ from stablemoe_ds.config.messages import show
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 
+PROBES_PER_RUN = 50
+"""Records of the probe set in a run that does not say how many."""
+
 
 def check(run: RunConfig, world_size: int | None = None) -> None:
     """Hold a run against every rule; those about the number of processes only if ``world_size`` is given.
 
     Raises UserError with one line for each breach.
     """
-    found = [*_model(run), *_moe(run), *_schedule(run), *_stages(run), *_precision(run), *_tensor(run), *conflicts(run)]
+    rules = (_model, _moe, _data, _schedule, _stages, _precision, _tensor, conflicts)
+    found = [line for rule in rules for line in rule(run)]
     if world_size is not None:
         found += _world(run, world_size)
     if found:
@@ -42,6 +46,11 @@ def switch_step(run: RunConfig) -> int | None:
     return stages.at_step
 
 
+def probe_every(run: RunConfig) -> int:
+    """Updates between two records of the probe set."""
+    return run.logging.probe_every or max(1, run.schedule.steps // PROBES_PER_RUN)
+
+
 def with_vocabulary(run: RunConfig, tokenizer_size: int) -> RunConfig:
     """The run with ``model.vocab_size`` filled in from the tokenizer where it is null.
 
@@ -57,6 +66,20 @@ def with_vocabulary(run: RunConfig, tokenizer_size: int) -> RunConfig:
     if found := list(_cut_vocabulary(run)):
         raise UserError("\n".join(found))
     return run
+
+
+def with_document_end(run: RunConfig, eos_id: int | None) -> RunConfig:
+    """The run with ``data.eos_id`` filled in from the tokenizer where it is null and documents are kept apart.
+
+    eos_id: the tokenizer's; None without one. Raises UserError if nothing says where a document ends.
+    """
+    data = run.data
+    if data.document_mask == "none" or data.eos_id is not None:
+        return run
+    if eos_id is None:
+        reason = "nothing says which id ends a document"
+        raise UserError(_breach("data.eos_id", None, reason, "the id, or the tokenizer's file in data.tokenizer"))
+    return run.model_copy(update={"data": data.model_copy(update={"eos_id": eos_id})})
 
 
 def _breach(key: str, value: Any, expected: str, nearest: object) -> str:
@@ -96,6 +119,15 @@ def _moe(run: RunConfig) -> Iterator[str]:
         yield _breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
 
 
+def _data(run: RunConfig) -> Iterator[str]:
+    data, vocab = run.data, run.model.vocab_size
+    if data.document_mask != "none" and data.eos_id is None and data.tokenizer is None:
+        reason = "documents are kept apart, but nothing says which id ends one"
+        yield _breach("data.eos_id", None, reason, "the id, or data.document_mask none")
+    if data.eos_id is not None and vocab is not None and data.eos_id >= vocab:
+        yield _breach("data.eos_id", data.eos_id, f"expected an id below model.vocab_size {vocab}", "null")
+
+
 def _schedule(run: RunConfig) -> Iterator[str]:
     warmup, steps = run.schedule.warmup_steps, run.schedule.steps
     if warmup >= steps and warmup:
@@ -121,6 +153,9 @@ def _stages(run: RunConfig) -> Iterator[str]:
         yield _breach(
             f"stages.{given[0]}", value, f"stage 1 must end inside the run, after 1 to {steps - 1} updates", advice
         )
+    if stages.plateau is not None and round(stages.plateau.latest * steps) < 1:
+        reason = f"of {steps} updates that is none, so routing would be frozen before it has learned anything"
+        yield _breach("stages.plateau.latest", stages.plateau.latest, reason, f"{min(1.0, 1 / steps):.3g}")
     if given and run.moe.distill_weight == 0:
         reason = "the distilled router learns nothing, so the switch would freeze noise"
         yield _breach("moe.distill_weight", 0, reason, "0.3 (the default), or stages.never true")

@@ -53,6 +53,11 @@ class DistilledConfig(Section):
     kind: Literal["word", "bigram", "cnn", "transformer"] = Field("word", description="how features are made of ids")
     dim: PositiveInt = Field(50, description="feature width; a transformer uses the model's hidden size instead")
     layers: PositiveInt = Field(1, description="layers of the transformer kind")
+    bigram_start: Literal["zero", "itself"] = Field(
+        "zero",
+        description="what the bigram kind averages the first token of a sequence (or document) with, which has none "
+        "before it: a vector of zeros, or itself as in the authors' code",
+    )
     lr_scale: float = Field(
         1.0,
         gt=0,
@@ -168,6 +173,13 @@ class DataConfig(Section):
     valid: list[Source] = Field(default_factory=list, description="validation corpora, read from end to end")
     test: list[Source] = Field(default_factory=list, description="test corpora, read from end to end")
     sequence_length: PositiveInt = Field(1024, description="tokens of one training sequence")
+    document_mask: Literal["none", "attention", "attention_and_positions"] = Field(
+        "none",
+        description="none: a token attends to all that is before it in its sequence, other documents included; "
+        "attention: to its own document only, in training and evaluation; attention_and_positions: learned positions "
+        "start at each document, too (rotary ones are relative, so it makes no difference to them)",
+    )
+    eos_id: int | None = Field(None, ge=0, description="id that ends each document; null: the tokenizer's")
     workers: int = Field(1, ge=0, description="processes that read ahead; 0: the training process reads itself")
 
     @field_validator("train", "valid", "test", mode="before")

@@ -22,13 +22,16 @@ from stablemoe_ds.config.costs import shared_stack
 from stablemoe_ds.config.schema import ModelConfig, RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.placement import LayerPlacement
+from stablemoe_ds.model.attention import CachedSelfAttention, SdpaAttention
 from stablemoe_ds.model.blocks import DenseBlock, DenseStack, MoEBlock, require_compiler
+from stablemoe_ds.model.document_mask import Documents, can_be_fast
 from stablemoe_ds.model.initialize import initialize_parameters
-from stablemoe_ds.model.parts import CachedSelfAttention, DeviceRotaryEmbedding, Norm, RowLinear, SdpaAttention
+from stablemoe_ds.model.parts import DeviceRotaryEmbedding, Norm, RowLinear
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import LayerPlan
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
+from stablemoe_ds.ops.documents import document_starts
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.routes import TokenView
@@ -115,27 +118,42 @@ class StableMoEGPT(GPTModel):
         """
         real_T = batch.real.transpose(0, 1).flatten()
         routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, seed, plans)
-        loss_BS = self._run(batch.ids, routing, labels=batch.labels).float()
+        loss_BS = self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart).float()
         return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
 
-    def logits(self, ids_BS: Tensor, fixed_LTK: Tensor | None, cache: Any = None) -> Tensor:
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether :meth:`forward`, and so training and evaluation, keeps a sequence's documents apart."""
+        return self.run_config.data.document_mask != "none"
+
+    def logits(self, ids_BS: Tensor, fixed_LTK: Tensor | None, cache: Any = None, apart: bool = False) -> Tensor:
         """fp32 [B, S, V]: scores of the next id at each position, or [B, 1, V] of the last one with a cache.
 
         cache: megatron-core ``StaticInferenceContext``; ``ids_BS`` then continue at its offset.
+        apart: keep the documents of a sequence apart; otherwise a sequence is one document, as a prompt is.
         """
         real_T = torch.ones(ids_BS.numel(), dtype=torch.bool, device=ids_BS.device)
         routing = RoutingPass(TokenView(ids_BS, real_T), fixed_LTK)
-        return self._run(ids_BS, routing, cache=cache).float()
+        return self._run(ids_BS, routing, cache=cache, apart=apart).float()
 
-    def _run(self, ids_BS: Tensor, routing: RoutingPass, labels: Tensor | None = None, cache: Any = None) -> Tensor:
+    def _run(
+        self, ids_BS: Tensor, routing: RoutingPass, labels: Tensor | None = None, cache: Any = None, apart: bool = False
+    ) -> Tensor:
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb.device = ids_BS.device
         first = cache.sequence_len_offset if cache is not None else 0
         positions_BS = torch.arange(first, first + ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+        documents = None
+        if apart:
+            start_BS = document_starts(ids_BS, document_end(self.run_config))
+            dropout = self.config.attention_dropout if self.training else 0.0
+            documents = Documents.of(start_BS, can_be_fast(ids_BS.device, self.config.kv_channels, dropout))
+            if self.run_config.data.document_mask == "attention_and_positions":
+                positions_BS = positions_BS - start_BS
         return super().forward(
             ids_BS,
             positions_BS,
-            None,
+            documents,
             labels=labels,
             inference_context=cache,
             extra_block_kwargs={"context": routing},
@@ -167,6 +185,18 @@ def transformer_config(run: RunConfig, layers: int) -> TransformerConfig:
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
     )
+
+
+def document_end(run: RunConfig) -> int | None:
+    """Id that ends a document; None if a sequence is one document to the model.
+
+    Raises ValueError if documents are to be kept apart and the id is unknown.
+    """
+    if run.data.document_mask == "none":
+        return None
+    if run.data.eos_id is None:
+        raise ValueError("data.eos_id is unknown, so documents have no end: see rules.with_document_end")
+    return run.data.eos_id
 
 
 def _leave(tensor: Tensor) -> Tensor:
@@ -210,7 +240,7 @@ def build_moe_layer(run: RunConfig, vocab_size: int, placement: LayerPlacement, 
     """The MoE layer number ``index`` (from 0), at block ``block`` (from 1), uninitialised."""
     m, moe = run.model, run.moe
     return MoELayer(
-        make_router(moe, m.hidden_size, m.heads, vocab_size, run.data.sequence_length),
+        make_router(moe, m.hidden_size, m.heads, vocab_size, run.data.sequence_length, document_end(run)),
         expert_shape(m, moe.ffn_hidden_size or m.ffn_hidden_size, moe.sublayers),
         placement,
         block=block,

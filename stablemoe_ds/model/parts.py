@@ -5,51 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
-
-
-class SdpaAttention(nn.Module):
-    """Core attention by ``torch.scaled_dot_product_attention``, causal, with grouped queries.
-
-    Queries that are fewer than the keys stand at the end of the sequence (decoding with a key-value cache).
-    """
-
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__()
-        self.dropout, self.scale = config.attention_dropout, softmax_scale
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """[Sq, B, heads, d], [Sk, B, groups, d] twice -> [Sq, B, heads * d]. ``attention_mask`` must be None."""
-        if attention_mask is not None:
-            raise ValueError("only causal attention without a mask is supported")
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        n_query, n_key = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < n_query < n_key:  # one query sees every key; as many queries as keys are plain causal
-            mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=n_query == n_key,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
-class CachedSelfAttention(SelfAttention):
-    """megatron-core's self-attention whose key-value cache lives where the weights live."""
-
-    def _allocate_memory(self, length: int, batch: int, dim: int, dtype: torch.dtype) -> Tensor:
-        weight = self.linear_proj.weight
-        return torch.empty(length, batch, self.num_query_groups_per_partition, dim, dtype=dtype, device=weight.device)
 
 
 class RowLinear(RowParallelLinear):

@@ -9,7 +9,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from stablemoe_ds.distributed.placement import LayerPlacement
-from stablemoe_ds.moe.capacity import kept_rows
+from stablemoe_ds.moe.capacity import capacity_of, kept_rows
 from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
 from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.experts import Experts, ExpertShape
@@ -120,7 +120,7 @@ class MoELayer(MoE):
         """What this rank's experts add to the rows that came, [R, D]; and how many rows exceeded capacity."""
         if self.capacity_factor is None or not self.training:
             return self.experts(rows_RD, plan.offsets), 0
-        capacity = int(self.capacity_factor * plan.group_total / self.num_experts)
+        capacity = capacity_of(self.capacity_factor, plan.group_total, self.num_experts)
         kept, sizes = kept_rows(plan.offsets.sizes, capacity, self.first_expert, seed * 1009 + self.index)
         kept = kept.to(rows_RD.device)
         served = self.experts(rows_RD.index_select(0, kept), ExpertOffsets.of(sizes, rows_RD.device))

@@ -9,10 +9,13 @@ from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.router import Router
 
 
-def make_router(moe: MoEConfig, hidden_size: int, heads: int, vocab: int, positions: int) -> Router:
+def make_router(
+    moe: MoEConfig, hidden_size: int, heads: int, vocab: int, positions: int, eos_id: int | None = None
+) -> Router:
     """The router ``moe.router`` names, uninitialised.
 
-    heads, positions: of a distilled transformer. Raises ValueError for a name that has no experts to choose from.
+    heads, positions: of a distilled transformer. eos_id: see :class:`DistilledRouter`.
+    Raises ValueError for a name that has no experts to choose from.
     """
     facts = moe.facts
     if facts.made_by is None:
@@ -20,7 +23,17 @@ def make_router(moe: MoEConfig, hidden_size: int, heads: int, vocab: int, positi
     distilled = None
     if facts.distilled:
         kind = moe.distilled
-        sizes = {"dim": kind.dim, "layers": kind.layers, "width": hidden_size, "heads": heads, "positions": positions}
-        distilled = DistilledRouter(kind.kind, vocab, moe.experts, **sizes)
+        distilled = DistilledRouter(
+            kind.kind,
+            vocab,
+            moe.experts,
+            dim=kind.dim,
+            layers=kind.layers,
+            width=hidden_size,
+            heads=heads,
+            positions=positions,
+            bigram_start=kind.bigram_start,
+            eos_id=eos_id,
+        )
     made_by: type[Router] = pkgutil.resolve_name(f"stablemoe_ds.routing.{facts.made_by}")
     return made_by.from_config(moe, hidden_size, distilled)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stablemoe_ds.ops.documents import causal_mask, document_starts
+
 CNN_TAPS = 5
 
 
@@ -41,33 +43,48 @@ class WordFeatures(nn.Module):
 
 
 class BigramFeatures(WordFeatures):
-    """Mean of the vectors of this id and the one before it; the first position has none before it."""
+    """Mean of the vectors of this id and the one before it.
+
+    The first token of a document has none before it: ``start`` says whether zeros stand in for it, or the token itself.
+    """
+
+    def __init__(self, vocab: int, dim: int, start: str, eos_id: int | None) -> None:
+        super().__init__(vocab, dim)
+        self.start, self.eos_id = start, eos_id
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         word = self.embedding(ids_BS)
         before = F.pad(word, (0, 0, 1, 0))[:, :-1]
-        return (word + before) / 2
+        is_first_BS = document_starts(ids_BS, self.eos_id) == torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        stand_in = word if self.start == "itself" else torch.zeros_like(word)
+        return (word + torch.where(is_first_BS[..., None], stand_in, before)) / 2
 
 
 class CnnFeatures(WordFeatures):
-    """A causal convolution of five scalar taps, shared by all dimensions, over the id vectors."""
+    """A causal convolution of five scalar taps, shared by all dimensions, over the id vectors of a document."""
 
-    def __init__(self, vocab: int, dim: int) -> None:
+    def __init__(self, vocab: int, dim: int, eos_id: int | None) -> None:
         super().__init__(vocab, dim)
-        self.taps = nn.Parameter(torch.empty(CNN_TAPS))
+        self.taps, self.eos_id = nn.Parameter(torch.empty(CNN_TAPS)), eos_id
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         word = self.embedding(ids_BS)
         length = word.shape[1]
         padded = F.pad(word, (0, 0, CNN_TAPS - 1, 0))
         shifted = torch.stack([padded[:, tap : tap + length] for tap in range(CNN_TAPS)])
-        return torch.einsum("k,kbsd->bsd", self.taps, shifted)
+        back_K = torch.arange(CNN_TAPS - 1, -1, -1, device=ids_BS.device)  # how far each tap looks back
+        inside_BS = torch.arange(length, device=ids_BS.device) - document_starts(ids_BS, self.eos_id)
+        seen_KBS = inside_BS >= back_K[:, None, None]
+        return torch.einsum("k,kbsd->bsd", self.taps, shifted * seen_KBS[..., None])
 
 
 class TransformerFeatures(nn.Module):
-    """A small causal Transformer with its own embedding (paper's transformer-N)."""
+    """A small causal Transformer with its own embedding (paper's transformer-N).
 
-    def __init__(self, vocab: int, width: int, layers: int, heads: int, positions: int) -> None:
+    With ``eos_id`` each document is seen by itself, its positions counted from its beginning.
+    """
+
+    def __init__(self, vocab: int, width: int, layers: int, heads: int, positions: int, eos_id: int | None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, width)
         self.positions = nn.Embedding(positions, width)
@@ -75,27 +92,44 @@ class TransformerFeatures(nn.Module):
             width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True, activation="relu"
         )
         self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.width = width
+        self.width, self.heads, self.eos_id = width, heads, eos_id
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         length = ids_BS.shape[1]
-        x = self.embedding(ids_BS) * self.width**0.5 + self.positions.weight[:length]
-        mask = nn.Transformer.generate_square_subsequent_mask(length, device=ids_BS.device)
-        return self.encoder(x, mask=mask, is_causal=True)
+        x = self.embedding(ids_BS) * self.width**0.5
+        if self.eos_id is None:
+            mask = nn.Transformer.generate_square_subsequent_mask(length, device=ids_BS.device)
+            return self.encoder(x + self.positions.weight[:length], mask=mask, is_causal=True)
+        start_BS = document_starts(ids_BS, self.eos_id)
+        unseen_BSS = ~causal_mask(start_BS)
+        position_BS = torch.arange(length, device=ids_BS.device) - start_BS
+        return self.encoder(x + self.positions(position_BS), mask=unseen_BSS.repeat_interleave(self.heads, dim=0))
 
 
 class DistilledRouter(Fp32Module):
     """Affinity of each position to each expert, from ids alone: <Ehat_i, D(x)_t> (paper eq. 9)."""
 
     def __init__(
-        self, kind: str, vocab: int, experts: int, *, dim: int, layers: int, width: int, heads: int, positions: int
+        self,
+        kind: str,
+        vocab: int,
+        experts: int,
+        *,
+        dim: int,
+        layers: int,
+        width: int,
+        heads: int,
+        positions: int,
+        bigram_start: str = "zero",
+        eos_id: int | None = None,
     ) -> None:
+        """``eos_id``: id that ends a document, to look back no further than its beginning; None: as far as ids go."""
         super().__init__()
         makers: dict[str, Callable[[], Any]] = {
             "word": lambda: WordFeatures(vocab, dim),
-            "bigram": lambda: BigramFeatures(vocab, dim),
-            "cnn": lambda: CnnFeatures(vocab, dim),
-            "transformer": lambda: TransformerFeatures(vocab, width, layers, heads, positions),
+            "bigram": lambda: BigramFeatures(vocab, dim, bigram_start, eos_id),
+            "cnn": lambda: CnnFeatures(vocab, dim, eos_id),
+            "transformer": lambda: TransformerFeatures(vocab, width, layers, heads, positions, eos_id),
         }
         self.kind = kind
         self.features = makers[kind]()

@@ -74,6 +74,25 @@ class Guard:
         return self.rollbacks <= self._faults.rollback_limit
 
 
+class DropWatch:
+    """Says once that capacity drops most of what is routed: experts hardly learn then, and no loss says why."""
+
+    HIGH = 0.5
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def warning(self, drop_rate: float | None) -> str | None:
+        """What to say of an update. drop_rate: share of its (token, choice) pairs; None where there is no capacity."""
+        if self._said or drop_rate is None or drop_rate <= self.HIGH:
+            return None
+        self._said = True
+        return (
+            f"capacity drops {drop_rate:.0%} of what is routed, and experts do not learn from it; a larger "
+            "moe.capacity_factor (or null), a larger parallel.micro_batch, or a larger moe.balance_weight helps"
+        )
+
+
 def find_fault(engine: Engine, routed: Sequence[RoutedBatch], routes: RouteSource, seed: int) -> str:
     """Where the numbers of an update first were not finite: module or parameter, and rank. Collective.
 

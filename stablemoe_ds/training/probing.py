@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from stablemoe_ds.config.rules import probe_every
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.figures import Figures
@@ -24,8 +25,6 @@ from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.stages import RoutingState
-
-PROBES_PER_RUN = 50
 
 
 class Probing(Callback):
@@ -44,7 +43,7 @@ class Probing(Callback):
         reporter: Reporter,
     ) -> None:
         """``batches``: this rank's share of the tokens; empty without MoE layers, and then nothing is recorded."""
-        self._every = run.logging.probe_every or max(1, run.schedule.steps // PROBES_PER_RUN)
+        self._every = probe_every(run)
         self._groups, self._model, self._batches = groups, model, batches
         self._state, self._reporter = state, reporter
         self._records = RecordFolder(reporter.folder / "probe")

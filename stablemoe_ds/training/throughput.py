@@ -6,22 +6,29 @@ import time
 
 import torch
 
-DENSE_BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "V100": 125e12}
-"""FLOP/s of one GPU at bf16 (fp16 for V100) without sparsity, from NVIDIA's data sheets (SXM where there are two)."""
-
+from stablemoe_ds.training.data_sheets import DATA_SHEETS, data_sheet
 
 MEASURING_SECONDS = 0.25
 """How long to look for the best rate of a matrix product when a run starts."""
 
 
 def peak_flops(device: torch.device, dtype: str) -> tuple[float, str]:
-    """(FLOP/s, where the number comes from): the data sheet of a known GPU at 16 bit, else a measured product."""
-    if device.type == "cuda" and dtype != "fp32":
-        name = torch.cuda.get_device_name(device)
-        for model, flops in DENSE_BF16_PEAK.items():
-            if model in name:
-                return flops, f"data sheet, {model}"
-    return _measured_flops(device, dtype), "measured matrix product"
+    """(FLOP/s, where the number comes from): a data sheet if the GPU has one, else a matrix product measured here.
+
+    dtype: fp32, bf16 or fp16. In fp32 tensor cores count only if torch is allowed to use them (TF32).
+    """
+    if device.type != "cuda":
+        return _measured_flops(device, dtype), "a matrix product measured here"
+    name = torch.cuda.get_device_name(device)
+    sheet = data_sheet(name)
+    tf32 = dtype == "fp32" and torch.get_float32_matmul_precision() != "highest"
+    unit = "tf32" if tf32 else dtype
+    tera = getattr(DATA_SHEETS[sheet], unit) if sheet else None
+    if tera is not None:
+        return tera * 1e12, f"the data sheet of {sheet} for {unit}"
+    return _measured_flops(
+        device, dtype
+    ), f"a matrix product measured here, as no data sheet is known of {name} for {unit}"
 
 
 def _measured_flops(device: torch.device, dtype: str) -> float:

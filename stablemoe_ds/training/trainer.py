@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
 from stablemoe_ds.checkpoint.restore import Found, find_checkpoint, restore
+from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.difference import differences
 from stablemoe_ds.config.messages import show
 from stablemoe_ds.config.resolved import resolve
@@ -56,7 +57,8 @@ class Trainer:
         stop: a request that may have come already. place: kept up to date for whoever wants to know where the run is.
         """
         self.tokenizer = Tokenizer(run.data.tokenizer) if run.data.tokenizer else None
-        resolved = resolve(run, world.size, self.tokenizer.vocab_size if self.tokenizer else None)
+        known = (self.tokenizer.vocab_size, self.tokenizer.eos_id) if self.tokenizer else None
+        resolved = resolve(run, world.size, known)
         self.run, self.world, self.plan = resolved.run, world, resolved.batch
         run, fingerprint = self.run, self.tokenizer.fingerprint if self.tokenizer else ""
         self.groups = Groups(world, run.parallel.tensor, run.parallel.expert)
@@ -76,9 +78,9 @@ class Trainer:
             run, state, engine, self.feed, self.routes, counts, reporter, probing=self.probing, validation=validation
         )
         self.saving = Saving(run, state, engine, fingerprint, reporter)
-        log = UpdateLog(resolved, world, state, engine, reporter)
+        self.log = UpdateLog(resolved, world, state, engine, reporter)
         # A checkpoint comes after the switch, so that a run which continues from it does not switch once more.
-        self.callbacks: list[Callback] = [log, self.probing, validation, self.switch, self.saving]
+        self.callbacks: list[Callback] = [self.log, self.probing, validation, self.switch, self.saving]
 
     def fit(self) -> bool:
         """Train to the end. Returns False if the run was asked to stop and left a checkpoint."""
@@ -262,6 +264,11 @@ class Trainer:
             f"micro-batches x {plan.micro_batch} sequences x {run.data.sequence_length} tokens; "
             f"{run.schedule.steps:,} updates, {stages}"
         )
+        each = "GPU" if self.world.device.type == "cuda" else "process"
+        peak, sheet = self.log.peak
+        self.reporter.say(f"MFU is relative to {peak / 1e12:,.4g} TFLOP/s a {each}: {sheet}")
+        for caution in cautions(run, self.world.size):
+            self.reporter.say(f"WARNING: {caution}", "bold red")
         if before is None:
             return
         self.reporter.say(

@@ -10,20 +10,25 @@ from stablemoe_ds.distributed.groups import World
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.engine import Engine
 from stablemoe_ds.training.figures import UpdateTotals
+from stablemoe_ds.training.guard import DropWatch
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.throughput import peak_flops
 
 
 class UpdateLog(Callback):
-    """A line every ``logging.every`` updates; its speed is of all updates since the line before."""
+    """A line every ``logging.every`` updates; its speed is of all updates since the line before.
+
+    peak: what MFU is relative to: FLOP/s of one device, and where that number comes from.
+    """
 
     def __init__(
         self, resolved: ResolvedRun, world: World, state: RunState, engine: Engine, reporter: Reporter
     ) -> None:
         self._run, self._plan, self._state = resolved.run, resolved.batch, state
         self._engine, self._reporter = engine, reporter
-        peak, _ = peak_flops(world.device, self._run.precision.dtype)
-        self._peak, self._flops = peak * world.size, flops_per_token(self._run)
+        self.peak = peak_flops(world.device, self._run.precision.dtype)
+        self._peak, self._flops = self.peak[0] * world.size, flops_per_token(self._run)
+        self._drops = DropWatch()
         self.begin()
 
     def begin(self) -> None:
@@ -38,6 +43,8 @@ class UpdateLog(Callback):
         figures = self._figures(update.figures.totals(), update.lr) | self._speed()
         self._reporter.display.step(update.step, steps, figures)
         self._reporter.log("train", update.step, figures)
+        if warning := self._drops.warning(figures["drop_rate"]):
+            self._reporter.say(f"WARNING: update {update.step}: {warning}", "bold red")
         self.begin()
 
     def _figures(self, totals: UpdateTotals, lr: float) -> dict[str, Any]:

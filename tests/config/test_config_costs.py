@@ -156,3 +156,13 @@ def test_page_for_people_shows_the_numbers() -> None:
     for text in ("124,442,880", "453,500,928", "939,391,488", "32 processes", "stage 2 from update 6001", "(this run)"):
         assert text in page
     assert "1024 a sequence x 8 a micro-batch x 2 accumulated x 32 ranks" in page
+
+
+@pytest.mark.parametrize("length", [1, 2, 16])
+def test_causal_flops_count_the_pairs_that_the_mask_leaves(make: Make, length: int) -> None:
+    run = make(f"data.sequence_length={length}")
+    seen = sum(key <= query for query in range(length) for key in range(length))
+    # Two products (scores, values) of a multiply and an add for each pair and channel; backward costs twice forward.
+    saved = (length * length - seen) * 2 * 2 * 3 * run.model.hidden_size * run.model.layers
+    assert (flops_per_token(run) - flops_per_token(run, causal=True)) * length == saved
+    assert report(run)["causal_flops_per_token"] == flops_per_token(run, causal=True)

@@ -53,6 +53,11 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
             "parallel.dispatch_parts: got 2: with moe.capacity_factor an expert's share is of the tokens",
             "1",
         ),
+        (
+            "stages.at_step=null stages.plateau.latest=0.004 stages.plateau.earliest=0",
+            "stages.plateau.latest: got 0.004: of 100 updates that is none",
+            "0.01",
+        ),
         ("parallel.expert=3", "parallel.expert: got 3: expected a divisor of moe.experts 8", "4"),
         ("DENSE parallel.expert=2", "parallel.expert: got 2: router 'dense' has no experts to spread", "1"),
         (

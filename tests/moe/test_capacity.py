@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stablemoe_ds.moe.capacity import kept_rows
+from stablemoe_ds.moe.capacity import capacity_of, kept_rows
 
 SPLITS = [5, 0, 12, 3, 30]
 
@@ -45,3 +45,20 @@ def test_victims_are_not_the_last_to_arrive():
         served[kept_rows([10], 4, 0, draw)[0]] += 1
     assert served.sum() == 4000
     assert (served - 400).abs().max() < 5 * (1000 * 0.4 * 0.6) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("factor", "routed", "experts", "capacity"),
+    [
+        (1.0, 32, 64, 1),  # half a token each
+        (0.01, 256, 4, 1),
+        (1.0, 0, 8, 1),
+        (1.0, 64, 64, 1),
+        (2.0, 100, 32, 7),  # 6.25
+        (0.1, 30, 1, 3),  # in floating point a little more than 3
+        (1.1, 40, 4, 11),
+        (1.25, 524_288, 32, 20_480),
+    ],
+)
+def test_capacity_is_rounded_up_and_never_zero(factor, routed, experts, capacity):
+    assert capacity_of(factor, routed, experts) == capacity

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stablemoe_ds.config.schema import FaultsConfig, RunConfig
 from stablemoe_ds.training.figures import UpdateTotals
-from stablemoe_ds.training.guard import Guard
+from stablemoe_ds.training.guard import DropWatch, Guard
 from tests.distributed.launch import run_distributed
 from tests.training.runs import STEPS, SWITCH, TinyData, checkpoint_of, history, small_run, tensors_of, train_here
 
@@ -222,3 +222,13 @@ def test_a_spike_is_measured_against_the_median_of_a_full_window() -> None:
 def totals(loss: float, auxiliary: float = 0.0) -> UpdateTotals:
     """Of an update of one token."""
     return UpdateTotals(loss, auxiliary, 0.0, 1, 1, 0, 0, 0, [])
+
+
+def test_a_high_drop_rate_is_said_once() -> None:
+    watch = DropWatch()
+    assert watch.warning(None) is None
+    assert watch.warning(0.3) is None
+    said = watch.warning(0.97)
+    assert said is not None
+    assert said.startswith("capacity drops 97% of what is routed")
+    assert watch.warning(1.0) is None
