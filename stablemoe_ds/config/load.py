@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from stablemoe_ds.config import yamltext
 from stablemoe_ds.config.messages import cut, error_messages, printable, show
+from stablemoe_ds.config.paths import WRITTEN
 from stablemoe_ds.config.schema import RunConfig, Section
 from stablemoe_ds.config.textfile import LARGEST_YAML, read_text
 from stablemoe_ds.errors import UserError
@@ -47,7 +48,7 @@ def load_section(schema: type[Kind], path: str | Path, overrides: Sequence[str],
 
     try:
         # By way of JSON: pydantic is strict there (no true for 1, no text for numbers) and still takes lists as tuples.
-        return schema.model_validate_json(json.dumps(tree), strict=True)
+        return schema.model_validate_json(json.dumps(tree), strict=True, context=WRITTEN)
     except ValidationError as error:
         raise UserError(error_messages(error, origin, schema)) from error
 

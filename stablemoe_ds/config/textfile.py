@@ -41,7 +41,7 @@ def read_text(path: str | Path, what: str, largest: int) -> str:
             data = file.read(largest + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{where}: cannot be read: {reason}; expected {what}") from error
+        raise UserError(f"{where}: cannot read it: {reason}; expected {what}") from error
     if len(data) > largest:
         raise UserError(f"{where}: larger than {largest} bytes; expected {what}")
     return _decoded(data, where, what)

@@ -49,7 +49,7 @@ REFUSED = {
     "an integer without digits": ("seed: -_\n", ":1:7: "),
     "a control character": (
         "name: a\nrun_dir: b\x1b[31m\n",
-        ":2:11: this is not YAML that can be read: the character U+001B",
+        ":2:11: the character U+001B is not allowed",
     ),
     "an escape too large": ('name: "\\UFFFFFFFF"\n', ":1:"),
     "half a pair": ('name: "\\ud800"\n', ":1:7: "),
