@@ -14,6 +14,7 @@ from annotated_types import Ge
 from pydantic import Field, StringConstraints, model_validator
 
 from stablemoe_ds.config.load import load_run, load_section
+from stablemoe_ds.config.paths import PathText
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig, Section
 from stablemoe_ds.errors import UserError
@@ -26,12 +27,12 @@ class SuiteConfig(Section):
     """Runs that differ in nothing but their variant and their seed."""
 
     name: Label = Field(description="what the suite is called")
-    run: str = Field(description="YAML file of the run that all variants start from, relative to this file")
+    run: PathText = Field(description="YAML file of the run that all variants start from, relative to this file")
     overrides: list[str] = Field(default_factory=list, description="key=value, laid over the run in every variant")
     variants: dict[Label, list[str]] = Field(min_length=1, description="by label: key=value, laid over all of that")
     seeds: list[Annotated[int, Ge(0)]] = Field(min_length=1, description="each variant runs once with each")
     reference: Label = Field(description="label of the variant that the others are held against")
-    output: str | None = Field(None, description="where everything goes; null: runs/compare/<name>")
+    output: PathText | None = Field(None, description="where everything goes; null: runs/compare/<name>")
 
     @model_validator(mode="after")
     def _coherent(self) -> SuiteConfig:

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from stablemoe_ds.config import yamltext
 from stablemoe_ds.config.messages import cut, error_messages, printable, show
+from stablemoe_ds.config.paths import WRITTEN
 from stablemoe_ds.config.schema import RunConfig, Section
+from stablemoe_ds.config.textfile import LARGEST_YAML, read_text
 from stablemoe_ds.errors import UserError
 
-LARGEST_FILE = 1 << 17
-"""Bytes of YAML, which take up to two seconds to read."""
 Kind = TypeVar("Kind", bound=Section)
 
 
@@ -34,7 +34,7 @@ def load_section(schema: type[Kind], path: str | Path, overrides: Sequence[str],
     Raises UserError, one line for each thing that is wrong.
     """
     where = printable(str(path))
-    tree = yamltext.parse(_read(path, where), where)
+    tree = yamltext.parse(read_text(path, "a short YAML file", LARGEST_YAML), where)
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else show(tree)
         raise UserError(f"{where}: expected sections such as {top} at the top, found {found}")
@@ -48,7 +48,7 @@ def load_section(schema: type[Kind], path: str | Path, overrides: Sequence[str],
 
     try:
         # By way of JSON: pydantic is strict there (no true for 1, no text for numbers) and still takes lists as tuples.
-        return schema.model_validate_json(json.dumps(tree), strict=True)
+        return schema.model_validate_json(json.dumps(tree), strict=True, context=WRITTEN)
     except ValidationError as error:
         raise UserError(error_messages(error, origin, schema)) from error
 
@@ -56,21 +56,6 @@ def load_section(schema: type[Kind], path: str | Path, overrides: Sequence[str],
 def dump_run(run: RunConfig) -> str:
     """YAML of every setting of a run, defaults included; ``load_run`` reads it back to an equal run."""
     return yamltext.dump(run.model_dump(mode="json"))
-
-
-def _read(path: str | Path, where: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{where}: cannot read the configuration: {reason}") from error
-    if len(data) > LARGEST_FILE:
-        raise UserError(f"{where}: larger than {LARGEST_FILE} bytes; expected a short YAML file")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start} is not UTF-8 text; expected a YAML file") from error
 
 
 def _lay(tree: dict[str, Any], override: str) -> str:

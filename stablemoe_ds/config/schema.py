@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from stablemoe_ds.config.paths import NameText, PathText, expanded_within, if_written
 from stablemoe_ds.config.routers import ROUTERS, RouterFacts, RouterName
 
 DecayRate = Annotated[float, Ge(0), Lt(1)]
@@ -161,14 +162,17 @@ class MoEConfig(Section):
 class Source(Section):
     """One corpus of a blend, as ``stablemoe data prepare`` has written it: .bin, .idx, .json and .counts.npy."""
 
-    path: str = Field(description="common path of these files, without the endings")
+    path: PathText = Field(description="common path of these files, without the endings")
     weight: float = Field(1.0, gt=0, description="share of this source in the blend, relative to the others")
 
 
 class DataConfig(Section):
-    """Tokenizer, corpora and how they are cut into sequences. Paths start in the directory a command is given in."""
+    """Tokenizer, corpora and how they are cut into sequences.
 
-    tokenizer: str | None = Field(None, description="sentencepiece .model file")
+    Paths start in the directory a command is given in; ~ and ~user at the start of one are home directories.
+    """
+
+    tokenizer: PathText | None = Field(None, description="sentencepiece .model file")
     train: list[Source] = Field(default_factory=list, description="blend to train on: paths, or {path, weight}")
     valid: list[Source] = Field(default_factory=list, description="validation corpora, read from end to end")
     test: list[Source] = Field(default_factory=list, description="test corpora, read from end to end")
@@ -356,8 +360,8 @@ class LoggingConfig(Section):
 class RunConfig(Section):
     """A whole run. ``load.load_run`` makes one from YAML and ``key=value`` overrides."""
 
-    name: str = Field("run", description="what this run is called")
-    run_dir: str | None = Field(None, description="where it leaves everything; null: runs/<name>")
+    name: NameText = Field("run", description="what this run is called")
+    run_dir: PathText | None = Field(None, description="where it leaves everything; null: runs/<name>")
     seed: int = Field(1234, ge=0, description="initialisation, data order and random victims follow from it")
     model: ModelConfig
     moe: MoEConfig = Field(default_factory=lambda: MoEConfig(router="dense"))
@@ -370,7 +374,9 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged last into the derived DeepSpeed config")
+    deepspeed: Annotated[dict[str, Any], if_written(expanded_within)] = Field(
+        default_factory=dict, description="merged last into the derived DeepSpeed config"
+    )
 
     @property
     def directory(self) -> str:

@@ -11,11 +11,15 @@ from annotated_types import Ge, Lt
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from stablemoe_ds.config.load import load_section
+from stablemoe_ds.config.messages import cut, printable
+from stablemoe_ds.config.paths import PathText, expanded, if_written
 from stablemoe_ds.config.schema import Section
+from stablemoe_ds.config.textfile import LARGEST_LIST, read_text
 from stablemoe_ds.errors import UserError
 
 Launcher = Literal["local", "deepspeed", "torchrun", "mpi", "slurm"]
 SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d))?(?::(?P<third>\d\d))?")
+HOST = re.compile(r"[\w\[][\w.:@%\[\]-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 RENDERED = {
@@ -43,7 +47,31 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _host(name: str) -> str:
+    if not HOST.fullmatch(name):
+        raise ValueError(f"'{cut(name)}' is no name or address of a machine; expected e.g. node1 or 10.0.0.1")
+    return name
+
+
+def _mount(mount: str) -> str:
+    """``~`` on the host's side; what it is in the container, only the image knows."""
+    host, colon, container = mount.partition(":")
+    return expanded(host) + colon + container if host.startswith("~") else mount
+
+
+def _image(image: str) -> str:
+    return expanded(image) if image.startswith("~") else image
+
+
+def _in_container(path: str) -> str:
+    if path.startswith("~"):
+        raise ValueError("home is another directory in the container: write the path out")
+    return expanded(path)
+
+
 Text = Annotated[str, AfterValidator(_one_line)]
+Place = Annotated[PathText, AfterValidator(_one_line)]
+Host = Annotated[str, AfterValidator(_host)]
 Port = Annotated[int, Ge(1024), Lt(65536)]
 
 
@@ -109,9 +137,13 @@ class ContainerConfig(Section):
     """The image in which ranks run. The working directory is mounted in it."""
 
     kind: Literal["docker", "apptainer", "pyxis"] = Field(description="what starts it; pyxis: srun --container-image")
-    image: Text = Field(description="name, file or folder of the image")
-    mounts: list[Text] = Field(default_factory=list, description="further mounts, HOST:CONTAINER")
-    workdir: Text | None = Field(None, description="where working_directory is in the container; null: same path")
+    image: Annotated[Text, if_written(_image)] = Field(description="name, file or folder of the image")
+    mounts: list[Annotated[Text, if_written(_mount)]] = Field(
+        default_factory=list, description="further mounts, HOST:CONTAINER"
+    )
+    workdir: Annotated[Text, if_written(_in_container)] | None = Field(
+        None, description="where working_directory is in the container; null: same path"
+    )
 
     @field_validator("mounts")
     @classmethod
@@ -146,16 +178,16 @@ class ClusterConfig(Section):
     processes_per_node: PositiveInt = Field(1, description="ranks of a machine: its GPUs, or processes on CPUs")
     threads_per_process: PositiveInt = Field(1, description="OMP_NUM_THREADS, and SLURM's --cpus-per-task")
     device: Literal["gpu", "cpu"] = Field("gpu", description="what the ranks compute on")
-    hosts: list[Text] = Field(default_factory=list, description="names of the machines; more than nodes: spare ones")
-    hostfile: Text | None = Field(None, description="instead of hosts: a file with 'NAME slots=N' lines")
-    working_directory: Text | None = Field(
+    hosts: list[Host] = Field(default_factory=list, description="names of the machines; more than nodes: spare ones")
+    hostfile: Place | None = Field(None, description="instead of hosts: a file with 'NAME slots=N' lines")
+    working_directory: Place | None = Field(
         None, description="folder that all nodes share, where ranks start; null: where launch is called"
     )
-    python: Text | None = Field(
+    python: Place | None = Field(
         None, description="interpreter on the nodes; null: the one that runs launch, 'python' in a container"
     )
-    run_dir: Text | None = Field(None, description="folder for run directories; null: where each run says")
-    log_dir: Text | None = Field(None, description="folder for the ranks' logs; null: in the run directory")
+    run_dir: Place | None = Field(None, description="folder for run directories; null: where each run says")
+    log_dir: Place | None = Field(None, description="folder for the ranks' logs; null: in the run directory")
     restarts: int = Field(3, ge=0, description="give up after so many attempts in a row without a newer checkpoint; "
                           "0: never start again")  # fmt: skip
     launcher_args: list[Text] = Field(
@@ -243,23 +275,26 @@ def load_cluster(path: str | Path) -> ClusterConfig:
         return cluster
     hosts = _read_hostfile(cluster.hostfile, cluster.processes_per_node)
     if len(hosts) < cluster.nodes:
-        raise UserError(f"{path}: nodes: got {cluster.nodes}: {cluster.hostfile} has {len(hosts)} hosts")
+        raise UserError(
+            f"{printable(str(path))}: nodes: got {cluster.nodes}: {cluster.hostfile} has {len(hosts)} hosts"
+        )
     return cluster.model_copy(update={"hosts": hosts, "hostfile": None})
 
 
 def _read_hostfile(path: str, processes: int) -> list[str]:
     """Names of a hostfile as DeepSpeed and Open MPI write it; comments and empty lines are left out."""
+    where = f"hostfile {path}"
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hostfile {path}: cannot be read: {error}") from error
-    hosts = []
+        lines = read_text(path, "a hostfile, one machine a line", LARGEST_LIST).split("\n")
+    except UserError as error:
+        raise UserError(f"hostfile {error}") from error
+    hosts: dict[str, None] = {}
     for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split()
-        if not words:
+        name, *slots = line.partition("#")[0].split() or [""]
+        if not name:
             continue
-        if words[1:] not in ([], [f"slots={processes}"]) or words[0] in hosts:
-            raise UserError(f"hostfile {path}:{number}: got '{line.strip()}': expected 'NAME slots={processes}' once "
+        if slots not in ([], [f"slots={processes}"]) or name in hosts or not HOST.fullmatch(name):
+            raise UserError(f"{where}:{number}: got '{cut(line.strip())}': expected 'NAME slots={processes}' once "
                             "for each machine, as processes_per_node says")  # fmt: skip
-        hosts.append(words[0])
-    return hosts
+        hosts[name] = None
+    return list(hosts)

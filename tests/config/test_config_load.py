@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stablemoe_ds.config.load import dump_run, load_run
 from stablemoe_ds.config.schema import RunConfig
@@ -160,12 +161,36 @@ def test_message_is_printable_on_one_line_whatever_was_typed(small: Path) -> Non
 
 
 def test_dumped_run_reads_back_equal(small: Path, tmp_path: Path) -> None:
-    texts = ["6e-4", "no", "null", "010", "1:30", "a: b", "# c", "", "é\u2028", " x ", "2020-01-01", "0x1F", "[a"]
+    texts = [
+        "6e-4",
+        "no",
+        "null",
+        "010",
+        "1:30",
+        "a: b",
+        "# c",
+        "",
+        "é\u2028",
+        " x ",
+        "2020-01-01",
+        "0x1F",
+        "0o17",
+        "08",
+        "1_0",
+        ".inf",
+        "<<",
+        "=",
+        "True",
+        "[a",
+        "\x7f",
+        "-_",
+    ]
     run = load_run(small, ["deepspeed.x=[1, 2.5e-7, null, {y: true}]", "optimizer.eps=1e-12"])
     run = RunConfig.model_validate({**run.model_dump(), "deepspeed": {"texts": texts, **run.deepspeed}})
     again = tmp_path / "again.yaml"
     again.write_text(dump_run(run), encoding="utf-8")
     assert load_run(again) == run
+    assert yaml.safe_load(again.read_text(encoding="utf-8"))["deepspeed"] == run.deepspeed, "also by YAML 1.1"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stablemoe_ds.config.load import LARGEST_FILE, load_run
+from stablemoe_ds.config import yamltext
+from stablemoe_ds.config.load import load_run
+from stablemoe_ds.config.textfile import LARGEST_YAML
 from stablemoe_ds.errors import UserError
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -33,7 +35,24 @@ REFUSED = {
     "nothing as a key": ("model: {null: 2}\n", "must be a name"),
     "a list as a key": ("model: {[1]: 2}\n", "must be a name"),
     "an integer of a megabit": (f"seed: {'9' * 100_000}\n", "out of range"),
-    "an integer that is none": ("seed: !!int abc\n", "invalid literal"),
+    "an integer that is none": ("seed: !!int abc\n", "the tag"),
+    "a tag of YAML's own": ("seed: !!int 5\n", "the tag"),
+    "a merge key": ("model: {<<: {layers: 1}}\n", ":1:9: "),
+    "an alias as a key": ("a: &a b\nmodel: {*a : 1}\n", ":2:9: "),
+    "an alias of nothing": ("a: *b\n", ":1:4: "),
+    "a date": ("name: run\nrun_dir: 2020-01-01\n", ":2:10: this is not YAML that can be read: the date 2020-01-01"),
+    "a moment": ("name: 2020-01-01 10:00:00\n", "put quotes around it"),
+    "infinity": ("deepspeed: {a: [1, .inf]}\n", ":1:20: "),
+    "less than all": ("seed: -.INF\n", ":1:7: "),
+    "no number": ("seed: .nan\n", ":1:7: "),
+    "an integer of 65 bits": ("seed: 0x8000000000000000\n", ":1:7: "),
+    "an integer without digits": ("seed: -_\n", ":1:7: "),
+    "a control character": (
+        "name: a\nrun_dir: b\x1b[31m\n",
+        ":2:11: the character U+001B is not allowed",
+    ),
+    "an escape too large": ('name: "\\UFFFFFFFF"\n', ":1:"),
+    "half a pair": ('name: "\\ud800"\n', ":1:7: "),
     "an endless number": ("optimizer: {lr: 1e400}\n", "out of range"),
 }
 
@@ -57,12 +76,33 @@ def test_refused_on_one_line(tmp_path: Path, name: str) -> None:
     assert not trace.exists(), "it was executed"
 
 
-@pytest.mark.parametrize(
-    "value", [".nan", ".inf", "-.inf", "2020-01-01", "1:30", "0x10", "010", "1e", "NaN", "=", "<<"]
-)
-def test_what_yaml_takes_for_a_number_or_a_date_is_text_here(small: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["1:30", "1e", "NaN", "=", "no", "off", "y", "1.2.3", "6e-4x", "190:20:30.15"])
+def test_what_yaml_1_1_takes_for_something_else_is_text(small: Path, value: str) -> None:
     message = refusal(small, small.read_bytes(), f"optimizer.lr={value}")
     assert message == f'override optimizer.lr={value}: optimizer.lr: got "{value}": expected a number'
+    small.write_bytes(b"%YAML 1.1\n---\n" + small.read_bytes())
+    assert load_run(small, [f"name={value}"]).name == value, "a directive does not change the rules"
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "2020-01-01", "<<"])
+def test_what_yaml_1_2_takes_for_no_plain_value_is_refused(small: Path, value: str) -> None:
+    message = refusal(small, small.read_bytes(), f"name={value}")
+    assert message.startswith(f"override name={value}:1:1: this is not YAML that can be read: ")
+    assert load_run(small, [f"name='{value}'"]).name == value
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("010", 10), ("-7", -7), ("0x10", 16), ("0o17", 15), ("1_000", 1000), ("08", 8), ("0", 0)]
+)
+def test_integers_are_those_of_yaml_1_2(text: str, number: int) -> None:
+    assert yamltext.parse(f"a: {text}", "here") == {"a": number}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("6e-4", 6e-4), ("1E3", 1e3), (".5", 0.5), ("-1.", -1.0), ("1_0.5e+2", 1050.0), ("08.5", 8.5)]
+)
+def test_numbers_with_an_exponent_need_no_point(text: str, number: float) -> None:
+    assert yamltext.parse(f"a: {text}", "here") == {"a": number}
 
 
 def test_mark_at_the_start_is_left_out(small: Path) -> None:
@@ -73,19 +113,21 @@ def test_mark_at_the_start_is_left_out(small: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "cp500"])
 def test_other_encodings_are_refused(small: Path, encoding: str) -> None:
-    assert refusal(small, small.read_text().encode(encoding)).startswith(f"{small}: ")
+    message = refusal(small, small.read_text().encode(encoding))
+    assert message.startswith(f"{small}:")
+    assert "save it as UTF-8" in message
 
 
 def test_fifty_megabytes_are_not_read(small: Path) -> None:
     os.truncate(small, 50_000_000)
-    with pytest.raises(UserError, match=f"larger than {LARGEST_FILE} bytes"):
+    with pytest.raises(UserError, match=f"larger than {LARGEST_YAML} bytes"):
         load_run(small)
 
 
 @pytest.mark.parametrize("unit", ["a: 1\n", "{},", "[1],", "&a b,", "- x\n", "#\n", "\\x41", "'", ": ", "\r", "? a\n"])
 def test_largest_file_of_anything_ends_in_a_complaint(small: Path, unit: str) -> None:
     for start in ("", "moe: {layers: [", 'name: "'):
-        message = refusal(small, (start + unit * LARGEST_FILE)[: LARGEST_FILE // 4].encode())
+        message = refusal(small, (start + unit * LARGEST_YAML)[: LARGEST_YAML // 4].encode())
         assert all(len(line) < 800 for line in message.splitlines())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,11 @@ def complaint(text: str, folder: Path) -> str:
         ("launcher: slurm\nenvironment: {HF_TOKEN: abc}", "looks like a secret, which would end up in files"),
         ("launcher: slurm\nenvironment: {A-B: abc}", "'A-B' is no name of a variable"),
         ("launcher: slurm\nforward: [A]\nenvironment: {A: x}", "A is both in environment and in forward"),
-        ('launcher: slurm\npython: "a\\nb"', "expected one line of printable text"),
+        ('launcher: slurm\npython: "a\\nb"', "the character U+000A cannot be seen"),
+        ('launcher: slurm\nsetup: ["a\\nb"]', "expected one line of printable text"),
+        ("launcher: slurm\nrun_dir: ~nobody-here/runs", "there is no user 'nobody-here'"),
+        ("launcher: mpi\nhosts: [-oProxyCommand=x]", "is no name or address of a machine"),
+        ("launcher: mpi\nhosts: [a b]", "is no name or address of a machine"),
         ("launcher: slurm\nslurm: {options: {nodes: 4}}", "--nodes follows from nodes; set that instead"),
         ("launcher: slurm\nslurm: {options: {--mem: 4}}", "write it without dashes"),
         ("launcher: slurm\nslurm: {time: soon}", "expected e.g. 24:00:00"),
@@ -74,6 +79,45 @@ def test_hostfile_has_to_fit(hosts: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(hosts)
     text = f"launcher: mpi\nnodes: 2\nprocesses_per_node: 4\nhostfile: {tmp_path}/hosts\n"
     assert told in complaint(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "nodes: got 2: "),
+        (b"\xff\xfen\x001\x00", "UTF-16 text; expected a hostfile, one machine a line in UTF-8: save it as UTF-8"),
+        (b"n1\n# caf\xe9\nn2\n", "hosts:2: byte 8 is not UTF-8 text (0xe9; Latin-1?)"),
+        (b"n1\nn\x002\n", "hosts:2:2: the character U+0000 is not allowed"),
+        (b"n1\nn2\x1b[2J\n", "hosts:2:3: the character U+001B is not allowed"),
+        ("n1\nn\u202e2\n".encode(), "hosts:2: got 'n\\u202e2': expected 'NAME slots=4'"),
+        (b"n1\n-oProxyCommand=x\n", "hosts:2: got '-oProxyCommand=x'"),
+        (b"n1\n" * (1 << 21), "larger than 4194304 bytes"),
+        (b"n1\n" + b"x" * 9000 + b" y\n", "hosts:2: got 'xxx"),
+    ],
+    ids=["empty", "utf-16", "latin-1", "nul", "escape", "right to left", "an option", "huge", "a long line"],
+)
+def test_hostfile_is_read_as_strictly_as_yaml(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(content)
+    message = complaint(f"launcher: mpi\nnodes: 2\nprocesses_per_node: 4\nhostfile: {tmp_path}/hosts\n", tmp_path)
+    assert told in message
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+def test_hostfile_with_a_mark_and_other_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfn1 slots=4\r\nn2\r\n")
+    (tmp_path / "c.yaml").write_text(f"launcher: mpi\nnodes: 2\nprocesses_per_node: 4\nhostfile: {tmp_path}/hosts\n")
+    assert load_cluster(tmp_path / "c.yaml").hosts == ["n1", "n2"]
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "nothing"])
+def test_hostfile_that_is_no_file(kind: str, tmp_path: Path) -> None:
+    if kind == "a pipe":
+        os.mkfifo(tmp_path / "hosts")
+    if kind == "a folder":
+        (tmp_path / "hosts").mkdir()
+    message = complaint(f"launcher: mpi\nnodes: 2\nhostfile: {tmp_path}/hosts\n", tmp_path)
+    assert message.startswith(f"hostfile {tmp_path}/hosts: cannot read it: ")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_starts_by_hand() -> None:
     ("model", "mask"), [({}, "attention"), (PAPER, "attention_and_positions"), (PAPER, "attention")]
 )
 def test_logits_are_those_of_each_document_alone(build: Any, model: Any, mask: str, frozen: bool, kind: str) -> None:
-    """Rotary positions are relative; learned ones start again, or else each document alone is given those it has here."""
+    """Rotary positions are relative; learned ones start again, or each document alone is given those it has here."""
     packed = build(model=model, moe={"distilled": {"kind": kind}}, **with_mask(mask)).eval()
     moved = bool(model) and mask == "attention"
     routing = packed.frozen_routing() if frozen else None
