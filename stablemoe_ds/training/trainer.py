@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from stablemoe_ds.checkpoint.attached import check_tokenizer, to_attach
 from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
 from stablemoe_ds.checkpoint.restore import Found, find_checkpoint, restore
 from stablemoe_ds.config.difference import differences
@@ -26,7 +27,6 @@ from stablemoe_ds.distributed.signals import StopRequest
 from stablemoe_ds.distributed.together import StopVote
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.run_report import run_report, write_report
-from stablemoe_ds.evaluation.trained_model import check_tokenizer
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import RouteMaker
 from stablemoe_ds.run_directory.progress import reported_steps
@@ -75,7 +75,8 @@ class Trainer:
         self.switch = StageSwitch(
             run, state, engine, self.feed, self.routes, counts, reporter, probing=self.probing, validation=validation
         )
-        self.saving = Saving(run, state, engine, fingerprint, reporter)
+        attached = to_attach(self.tokenizer, counts)
+        self.saving = Saving(run, state, engine, fingerprint, attached, reporter)
         log = UpdateLog(resolved, world, state, engine, reporter)
         # A checkpoint comes after the switch, so that a run which continues from it does not switch once more.
         self.callbacks: list[Callback] = [log, self.probing, validation, self.switch, self.saving]
