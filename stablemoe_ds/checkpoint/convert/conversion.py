@@ -23,6 +23,7 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.rendezvous import flat
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import FORMAT, part_of, publish, saved_checkpoints, write_manifest
+from stablemoe_ds.run_directory.lock import only_writer
 from stablemoe_ds.tables.resize import merged_table, replicated_table
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -31,11 +32,16 @@ def convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
     """Write the first checkpoint of ``target`` from ``source``; its path, and what was done in words.
 
     Raises UserError if the two models differ in more than their experts, if there is nothing to convert, or if the
-    target's run has checkpoints already. Holds the whole model's weights in memory.
+    target's run has checkpoints already or is being trained. Holds the whole model's weights in memory.
     """
     target = with_vocabulary(target, source.vocab_size)
     check(target)
     source.check_content(moments=False)
+    with only_writer(target.directory):
+        return _convert(source, target)
+
+
+def _convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
     if saved_checkpoints(target.directory):
         raise UserError(f"{target.directory} has checkpoints already: name another run_dir")
     old, new = source.run.moe, target.moe
