@@ -15,6 +15,7 @@ from stablemoe_ds.evaluation.report import routing_report
 from stablemoe_ds.evaluation.specialisation import IdUse, use_of_pairs, use_of_table
 from stablemoe_ds.run_directory.metrics import MetricsLog
 from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
+from stablemoe_ds.run_directory.rewind import METRICS, PROBE, REPORTS
 
 
 def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dic
     """
     run, folder = checkpoint.run, checkpoint.run_directory
     tokenizer = open_tokenizer(checkpoint, tokenizer_file)
-    records = RecordFolder(folder / "probe").load_all() if folder else None
+    records = RecordFolder(folder / PROBE).load_all() if folder else None
     table = checkpoint.table()
     uses: list[IdUse] = []
     if table is not None:
@@ -42,7 +43,7 @@ def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dic
         name=run.name,
         steps=run.schedule.steps,
         tokens_per_step=run.schedule.tokens_per_step,
-        metrics=MetricsLog(folder / "metrics.jsonl").read() if folder else [],
+        metrics=MetricsLog(folder / METRICS).read() if folder else [],
         records=records,
         uses=uses,
         piece=tokenizer.piece,
@@ -51,7 +52,7 @@ def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dic
 
 def write_report(report: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.png``; returns their paths."""
-    text, picture = folder / "report.json", folder / "report.png"
+    text, picture = (folder / name for name in REPORTS)
     text.write_text(json.dumps(report, indent=1) + "\n")
     draw(report, picture)
     return text, picture

@@ -238,7 +238,7 @@ class Trainer:
 
     def _restore_history(self, step: int | None) -> None:
         """What was recorded up to ``step``; None: nothing."""
-        self.reporter.begin(step)
+        self.reporter.begin(step, self.state.routes.table)
         self.probing.restore(step)
 
     def _report(self) -> None:
