@@ -97,7 +97,6 @@ def only_writer(run_dir: str | Path) -> Iterator[None]:
     path = Path(run_dir) / LOCK
     made = not path.parent.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         file = _take(path)
     except OSError as error:
         raise UserError(f"cannot write into run directory {run_dir}: {error.strerror}: {error.filename}") from error
@@ -129,6 +128,7 @@ def _take(path: Path) -> FileIO:
     """The lock file, opened, locked and with our name in it. Raises InUseError or OSError."""
     began = time.monotonic()
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)  # who had it before may have just removed what it had made
         file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         free = _lock(file, fcntl.LOCK_EX)
         writer = _read(file)

@@ -56,7 +56,7 @@ def test_a_checkpoint_is_not_converted_into_a_run_that_is_being_trained(finished
 
 def test_a_killed_run_is_continued_at_once(data: TinyData, tmp_path: Path) -> None:
     run = small_run(data, tmp_path / "run", schedule={"steps": 10_000}, data={"workers": 1})
-    short = ["train", run_file(run, tmp_path / "run.yaml"), "schedule.steps=3"]
+    short = ["train", run_file(run, tmp_path / "run.yaml"), "schedule.steps=8"]
     metrics = Path(run.directory) / "metrics.jsonl"
     with started(tmp_path, [short[:2]], {}) as ranks:
         wait_until("updates", lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
