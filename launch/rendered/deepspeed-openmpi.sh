@@ -6,6 +6,7 @@ node01 slots=8
 node02 slots=8
 END_OF_FILE
 cat > runs/paper-base/launch/20260101-120000-000-login/deepspeed_env <<'END_OF_FILE'
+STABLEMOE_LAUNCH=20260101-120000-000-login
 OMP_NUM_THREADS=4
 PYTHONUNBUFFERED=1
 PYTHONFAULTHANDLER=1
@@ -16,8 +17,8 @@ GLOO_SOCKET_IFNAME=eth0
 MASTER_ADDR=node01
 MASTER_PORT=29500
 END_OF_FILE
-env OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TTY_COMPATIBLE=0 STABLEMOE_WORLD_SIZE=16 \
-    NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0 \
+env STABLEMOE_LAUNCH=20260101-120000-000-login OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 \
+    TTY_COMPATIBLE=0 STABLEMOE_WORLD_SIZE=16 NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0 \
     DS_ENV_FILE=runs/paper-base/launch/20260101-120000-000-login/deepspeed_env /shared/moe/.venv/bin/python -m \
     deepspeed.launcher.runner --quiet --no_local_rank --master_port 29500 --hostfile \
     runs/paper-base/launch/20260101-120000-000-login/hostfile --master_addr node01 --force_multi --launcher \

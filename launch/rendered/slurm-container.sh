@@ -15,6 +15,7 @@
 set -eo pipefail
 set -u
 
+export STABLEMOE_LAUNCH=20260101-120000-000-login
 export OMP_NUM_THREADS=8
 export PYTHONUNBUFFERED=1
 export PYTHONFAULTHANDLER=1

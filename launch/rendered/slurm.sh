@@ -21,6 +21,7 @@ module load cuda/13.0
 set -u
 
 : "${WANDB_API_KEY:?has to be set where the job is submitted}"
+export STABLEMOE_LAUNCH=20260101-120000-000-login
 export OMP_NUM_THREADS=8
 export PYTHONUNBUFFERED=1
 export PYTHONFAULTHANDLER=1

@@ -7,6 +7,7 @@ them into a model.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from stablemoe_ds.config.messages import error_messages
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import (
+    CHECKPOINTS,
     MANIFEST,
     DamagedError,
     check_hashes,
     check_sizes,
-    newest_checkpoint,
     read_manifest,
     saved_checkpoints,
+    saved_in,
 )
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -60,7 +62,8 @@ def moments_file(part: str) -> str:
 class Checkpoint:
     """An opened checkpoint; tensors are read when asked for.
 
-    tensors: the part each tensor is in, by canonical name. manifest: all that the checkpoint says of itself.
+    tensors: the part each tensor is in, by canonical name. started_in: the directory training was started in, "" if
+    it is not known. manifest: all that the checkpoint says of itself.
     """
 
     path: Path
@@ -71,21 +74,27 @@ class Checkpoint:
     optimizer_steps: int
     tensors: dict[str, str]
     loss_scale: float | None
+    started_in: str
     manifest: dict[str, Any] = field(repr=False)
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a checkpoint directory, or the newest one of a run directory; sizes are checked, content is not.
+        """Open a checkpoint directory, or the newest one of a run directory or of a folder of checkpoints.
+
+        Sizes are checked, content is not.
 
         Raises UserError if there is none, or if it is damaged or of another format; it names the newest sound one.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
-            newest = newest_checkpoint(path)
-            if newest is None:
-                raise UserError(f"no checkpoint at {path}: expected {MANIFEST}, or checkpoints/ as in a run directory")
-            path = newest
+            saved = saved_checkpoints(path) or saved_in(path)
+            if not saved:
+                raise UserError(
+                    f"no checkpoint at {path}: expected {MANIFEST}, or {CHECKPOINTS}/ as in a run directory, or what "
+                    "is in that folder"
+                )
+            path = saved[0]
         try:
             return cls.at(path)
         except DamagedError as error:
@@ -106,6 +115,7 @@ class Checkpoint:
                 optimizer_steps=manifest["optimizer_steps"],
                 tensors=manifest["tensors"],
                 loss_scale=manifest["loss_scale"],
+                started_in=manifest.get("started_in", ""),
                 manifest=manifest,
             )
         except ValidationError as error:
@@ -117,6 +127,12 @@ class Checkpoint:
     def files(self) -> list[str]:
         """Names of its files, the manifest not among them."""
         return list(self.manifest["files"])
+
+    @property
+    def run_directory(self) -> Path | None:
+        """The run directory it lies in; None if it was copied out of one."""
+        folder = Path(os.path.abspath(self.path)).parent  # links are kept: checkpoints/ may be one to a larger disk
+        return folder.parent if folder.name == CHECKPOINTS else None
 
     def check_content(self, moments: bool = True) -> None:
         """Read every byte. Raises UserError if one is not what was written, naming the newest sound checkpoint.
@@ -192,7 +208,7 @@ def check_everything(path: Path) -> Checkpoint:
 
 def advice(damaged: Path) -> str:
     """What to use instead of a damaged checkpoint: the newest of its run that is sound, found by reading them."""
-    for path in saved_checkpoints(damaged.parent.parent):
+    for path in saved_in(damaged.parent):
         if path == damaged:
             continue
         try:

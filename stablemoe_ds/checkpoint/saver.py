@@ -9,11 +9,12 @@ copied is therefore finished even if the run breaks in the meantime.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -63,25 +64,34 @@ class _Job:
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     table: RoutingTable | None
+    attached: Mapping[str, bytes]
     manifest: dict[str, Any]
 
 
 class Saver:
     """One process's part in saving. At most one checkpoint is being written at a time."""
 
-    def __init__(self, state: TrainingState, tokenizer: str, tell: Callable[[Saved], None]) -> None:
+    def __init__(
+        self,
+        state: TrainingState,
+        tokenizer: str,
+        tell: Callable[[Saved], None],
+        attached: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Set host memory aside. Collective.
 
         tokenizer: fingerprint for the manifest. tell: called with each outcome, in the thread that calls us.
+        attached: content of the files that every checkpoint carries, by name; see :mod:`.attached`.
         """
         self._state, self._world, self._tell = state, state.groups.world, tell
-        self._run_dir = Path(state.run.directory)
+        self._run_dir, self._attached = Path(state.run.directory), attached or {}
         self._snapshot = Snapshot(state)
         self._described = {
             "format": FORMAT,
             "tokenizer": tokenizer,
             "vocab_size": state.model.vocab_size,
             "run": state.run.model_dump(mode="json"),
+            "started_in": os.getcwd(),
         }
         # One thread for all saves: an update would have to wait for a new one to be scheduled.
         self._writer = ThreadPoolExecutor(1, "saver")
@@ -103,9 +113,9 @@ class Saver:
             return
         weights, moments = self._snapshot.take()
         if self._world.is_main:
-            job = _Job(progress.step, final, weights, moments, table, self._manifest(progress))
+            job = _Job(progress.step, final, weights, moments, table, self._attached, self._manifest(progress))
         else:
-            job = _Job(progress.step, final, weights, moments, None, {})
+            job = _Job(progress.step, final, weights, moments, None, {}, {})
         self._pending = self._writer.submit(self._work, job)
 
     def poll(self) -> None:
@@ -160,7 +170,8 @@ class Saver:
         """The thread: write this rank's share; on rank 0 make it a checkpoint when all have written theirs."""
         part = part_of(job.final)
         try:
-            receipt = write_share(part, f"{self._world.rank:04d}", job.weights, job.moments, job.table)
+            number = f"{self._world.rank:04d}"
+            receipt = write_share(part, number, job.weights, job.moments, job.table, job.attached)
             _leave(part, self._world.rank, receipt)
             if self._world.is_main:
                 receipts = self._receipts(part)
@@ -200,11 +211,16 @@ class Saver:
 
 
 def write_share(
-    folder: Path, part: str, weights: dict[str, Tensor], moments: dict[str, Tensor], table: RoutingTable | None = None
+    folder: Path,
+    part: str,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    table: RoutingTable | None,
+    attached: Mapping[str, bytes],
 ) -> dict[str, Any]:
     """Write what one rank has, and see that the disk holds it; its receipt: sizes, hashes, names of tensors.
 
-    part: the rank's number, in the names of its files. Raises OSError.
+    part: the rank's number, in the names of its files. attached: content of other files by name. Raises OSError.
     """
     files = []
     for name, tensors in ((weights_file(part), weights), (moments_file(part), moments)):
@@ -215,6 +231,10 @@ def write_share(
         table.save(folder / TABLE)
         flush(folder / TABLE)
         files.append(folder / TABLE)  # reading one checks it against its own digest
+    for name, content in attached.items():
+        (folder / name).write_bytes(content)
+        flush(folder / name)
+        files.append(folder / name)
     return {
         "files": {file.name: file.stat().st_size for file in files},
         "sha256": {file.name: sha256_of(file) for file in files},

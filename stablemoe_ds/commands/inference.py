@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from stablemoe_ds.commands.parsing import Subparsers, add_command, json_argument, settle_libraries, tell
+from stablemoe_ds.commands.parsing import (
+    Subparsers,
+    add_command,
+    json_argument,
+    settle_libraries,
+    tell,
+    tokenizer_argument,
+)
 
 
 def add_to(commands: Subparsers) -> None:
@@ -15,11 +22,17 @@ def add_to(commands: Subparsers) -> None:
 
     generation = add_command(commands, "generate", "continue a prompt", _generate)
     generation.add_argument("checkpoint", help="checkpoint or run directory")
+    tokenizer_argument(generation)
     generation.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
     generation.add_argument("--tokens", type=int, default=64, help="new tokens at most (default 64)")
     generation.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default)")
     generation.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens that reach this")
-    generation.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+    generation.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the draw (default 0); it gives a prompt the same continuation, whatever other prompts there are",
+    )
     generation.add_argument("--no-cache", action="store_true", help="read everything anew for each token")
     json_argument(generation)
 
@@ -40,6 +53,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     texts = continue_prompts(
         arguments.checkpoint,
         arguments.prompt,
+        arguments.tokenizer,
         max_new_tokens=arguments.tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,

@@ -34,6 +34,10 @@ def json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
+def tokenizer_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that carries none; default: its own")
+
+
 def tell(facts: Any, text: str, as_json: bool) -> None:
     """Print on the main rank only: JSON for a script, text for a person."""
     from stablemoe_ds.distributed.environment import read_launcher_environment

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, settle_libraries, tell
+from stablemoe_ds.commands.parsing import (
+    Subparsers,
+    add_command,
+    add_group,
+    json_argument,
+    settle_libraries,
+    tell,
+    tokenizer_argument,
+)
 from stablemoe_ds.errors import UserError
 
 
@@ -13,6 +21,7 @@ def add_to(commands: Subparsers) -> None:
     routing = add_group(commands, "routing", "what was learned about routing", "report|table")
     report = add_command(routing, "report", "load, fluctuation, agreement, what each expert serves", _routing_report)
     report.add_argument("checkpoint", help="checkpoint or run directory")
+    tokenizer_argument(report)
     json_argument(report)
     report.add_argument("--png", type=Path, help="draw the report, too")
     table = add_command(routing, "table", "the frozen routing table itself", _routing_table)
@@ -28,7 +37,7 @@ def _routing_report(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.evaluation.report_text import render_text
     from stablemoe_ds.evaluation.run_report import run_report
 
-    report = run_report(Checkpoint.open(arguments.checkpoint))
+    report = run_report(Checkpoint.open(arguments.checkpoint), arguments.tokenizer)
     tell(report, render_text(report), arguments.json)
     if arguments.png:
         draw(report, arguments.png)

@@ -17,6 +17,7 @@ from stablemoe_ds.comparison.state import state_of
 from stablemoe_ds.comparison.suite import Suite, SuiteRun
 from stablemoe_ds.comparison.table import markdown, write_csv
 from stablemoe_ds.config.rules import check
+from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.corpus import read_sources
 from stablemoe_ds.errors import UserError
 
@@ -68,7 +69,7 @@ def report(suite: Suite) -> int:
 def _head(suite: Suite, finished: Sequence[SuiteRun]) -> list[str]:
     """What was run, on what, with which seeds."""
     config, sources = suite.config, finished[0].run.data.train
-    corpora = ", ".join(f"{info.prefix} ({info.tokens:,} tokens)" for info in read_sources(sources))
+    corpora = ", ".join(map(_corpus, sources))
     tokens = sorted({one.run.schedule.steps * one.run.schedule.tokens_per_step for one in finished})
     kept = suite.output / HARDWARE
     hardware = kept.read_text(encoding="utf-8").strip() if kept.exists() else _hardware()
@@ -81,6 +82,15 @@ def _head(suite: Suite, finished: Sequence[SuiteRun]) -> list[str]:
         f"- seeds: {', '.join(map(str, config.seeds))}; {len(finished)} of {len(suite.runs)} runs are finished",
         f"- reference: {config.reference}",
     ]
+
+
+def _corpus(source: Source) -> str:
+    """A corpus by its path, and how large it is if it is still there: a report does not need it."""
+    try:
+        (info,) = read_sources([source])
+    except UserError:
+        return source.path
+    return f"{info.prefix} ({info.tokens:,} tokens)"
 
 
 def _hardware() -> str:

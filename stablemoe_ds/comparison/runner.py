@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,10 +14,14 @@ from dataclasses import dataclass
 from stablemoe_ds.comparison.state import state_of
 from stablemoe_ds.comparison.suite import SuiteRun
 from stablemoe_ds.config.load import dump_run
+from stablemoe_ds.distributed.environment import MEANT_SIZE
 from stablemoe_ds.distributed.signals import StopRequest
+from stablemoe_ds.errors import BAD_INPUT
+from stablemoe_ds.run_directory.lock import LAUNCH, writer_of
 
 Say = Callable[[str], None]
-LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "STABLEMOE_WORLD_SIZE")
+LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", MEANT_SIZE, LAUNCH)
+LEFT_ALONE = "left alone, another process is training it"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def train_all(runs: Sequence[SuiteRun], jobs: int, say: Say) -> list[SuiteRun]:
                         say(f"[{number}/{len(runs)}] {run}: {state_of(run)}, log {run.beside('log')}")
                         active.append(child)
                     else:
-                        say(f"[{number}/{len(runs)}] {run}: left alone, another process is training it")
+                        say(f"[{number}/{len(runs)}] {run}: {LEFT_ALONE}")
                 if stop.asked and not told:
                     told = True
                     say(f"asked to stop: {len(active)} run(s) save first")
@@ -78,13 +81,11 @@ def train_all(runs: Sequence[SuiteRun], jobs: int, say: Say) -> list[SuiteRun]:
 
 
 def _start(number: int, run: SuiteRun, threads: int) -> Child | None:
-    """Train a run from its resolved YAML. None if somebody else does: its log is locked as long as they live."""
+    """Train a run from its resolved YAML. None if another process does."""
+    if writer_of(run.folder) is not None:
+        return None
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with run.beside("log").open("ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
         run.beside("yaml").write_text(dump_run(run.run), encoding="utf-8")
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         environment = {"OMP_NUM_THREADS": str(threads), **environment, "PYTHONUNBUFFERED": "1"}
@@ -106,6 +107,8 @@ def _ending(child: Child) -> str:
         return f"finished after {took}"
     if code in (0, -signal.SIGUSR1):  # the latter before it had begun to listen
         return f"stopped after {took}"
+    if code == BAD_INPUT and writer_of(child.run.folder) is not None:  # it began in the same moment as this one
+        return LEFT_ALONE
     lines = child.run.beside("log").read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     return f"FAILED after {took} with exit code {code}: {last}"

@@ -66,14 +66,25 @@ class RunData:
         """This rank's share of a corpus to evaluate on; None if none is named."""
         if not sources:
             return None
-        dataset = EvalDataset(sources, self._run.data.sequence_length, max_tokens, self._tokenizer)
-        loader = EvalLoader(dataset, self._plan.micro_batch, self._groups.data_rank, self._groups.data_size)
-        return EvalSet(loader, dataset.words)
+        return eval_set(sources, self._run, self._plan.micro_batch, self._groups, max_tokens, self._tokenizer)
 
     def probe(self) -> list[Batch]:
         """The fixed tokens whose routing is recorded: the start of the validation text, else of the training text."""
         probe = self.eval_set(self._run.data.valid or self._run.data.train, self._run.logging.probe_tokens)
         return list(probe.loader) if probe else []
+
+
+def eval_set(
+    sources: Sequence[Source],
+    run: RunConfig,
+    micro_batch: int,
+    groups: Groups,
+    max_tokens: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> EvalSet:
+    """This rank's share of corpora to evaluate on. max_tokens, tokenizer: see :class:`EvalDataset`."""
+    dataset = EvalDataset(sources, run.data.sequence_length, max_tokens, tokenizer)
+    return EvalSet(EvalLoader(dataset, micro_batch, groups.data_rank, groups.data_size), dataset.words)
 
 
 def token_counts(sources: Sequence[Source], tokenizer: Tokenizer | None, vocab_size: int) -> NDArray[np.int64]:

@@ -38,6 +38,8 @@ class Tokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.files = [self.path]
+        """Everything that has to be copied along, under the same names."""
         try:
             with open_file(path) as file:
                 model = file.read()

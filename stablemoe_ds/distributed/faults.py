@@ -23,6 +23,7 @@ import torch.distributed as dist
 from stablemoe_ds.distributed.groups import World
 from stablemoe_ds.errors import BAD_INPUT, CLUSTER_FAULT, OWN_FAULT, RunError, UserError
 from stablemoe_ds.run_directory.checkpoint_files import newest_checkpoint
+from stablemoe_ds.run_directory.lock import InUseError
 from stablemoe_ds.run_directory.progress import REFUSED
 
 LOST = "lost contact"
@@ -61,6 +62,8 @@ def naming_faults(world: World, run_dir: str, place: Place) -> Iterator[None]:
         mine.unlink()  # of an attempt before this one
     try:
         yield
+    except InUseError:
+        raise  # nothing is written into the directory of another process, not even word of that
     except UserError as error:
         line = _last_line(error) if _WORKER in str(error) else str(error)  # a reader's comes wrapped in a traceback
         if world.size > 1:  # alone there is nobody to read it, and bad input is refused before anything is written

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import distributed
@@ -16,18 +17,26 @@ def on_first_rank(act: Callable[[], None]) -> None:
     if not distributed.is_initialized():
         act()
         return
-    complaint: list[str | None] = ["the first rank failed"]
+    complaint: list[UserError | None] = [UserError("the first rank failed")]
     try:
         if distributed.get_rank() == 0:
             act()
         complaint = [None]
     except UserError as error:
-        complaint = [str(error)]
+        complaint = [error]
         raise
     finally:
         distributed.broadcast_object_list(complaint)
     if complaint[0] is not None:
-        raise UserError(complaint[0])
+        raise complaint[0]
+
+
+@contextmanager
+def on_first_rank_within(context: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter a context on one rank while the others wait. A UserError of entering it is raised on all of them."""
+    with ExitStack() as stack:
+        on_first_rank(lambda: stack.enter_context(context))
+        yield
 
 
 class StopVote:

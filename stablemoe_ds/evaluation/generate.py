@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -32,8 +34,11 @@ def generate(
     one call, then one position at a time, where longer prompts still supply their own next id.
 
     temperature: 0 takes the best id; otherwise logits are divided by it. top_p: draw among the likeliest ids that
-    together reach this probability. The same seed gives the same draw. use_cache: False reads everything anew for
-    each id, which is slow and gives the same.
+    together reach this probability. use_cache: False reads everything anew for each id, which is slow and gives the
+    same.
+    seed: what is drawn for a prompt follows from it and from the prompt's own ids, whichever other prompts there are
+    and in whichever order. Equal prompts have equal continuations; another seed gives another one. Scores of one prompt
+    among several are those of it alone up to rounding.
     Under expert parallelism all ranks must call it together, with the same arguments.
     Raises UserError for a prompt or an option that cannot be used, and if the model computes NaN.
     """
@@ -53,13 +58,14 @@ def generate(
     alone = all(layer.ep_size == 1 for layer in model.moe_layers)
     done_B = length_B >= end_B
     reader = Reader(model, routes, cache_size=ids_BS.shape if use_cache else None)
-    random = torch.Generator().manual_seed(seed)
+    draws = [_random_of(prompt, seed) for prompt in prompts]
     with inference(model):
         for position in range(min(lengths), max(ends)):
             if alone and done_B.all():
                 break
-            chosen_B = choose(reader.next_logits(ids_BS[:, :position]), temperature, top_p, random)
             free_B = position >= length_B
+            drawing = [draw if free else None for draw, free in zip(draws, free_B.tolist(), strict=True)]
+            chosen_B = choose(reader.next_logits(ids_BS[:, :position]), temperature, top_p, drawing)
             ids_BS[:, position] = torch.where(free_B, chosen_B, ids_BS[:, position])
             done_B |= free_B & ((chosen_B == eos_id) if eos_id is not None else False)
             done_B |= position + 1 >= end_B
@@ -101,17 +107,29 @@ class Reader:
         return logits_BV
 
 
-def choose(logits_BV: Tensor, temperature: float, top_p: float, random: torch.Generator) -> Tensor:
+def _random_of(prompt: Sequence[int], seed: int) -> torch.Generator:
+    """Random numbers for one prompt; they follow from its ids and the seed."""
+    digest = hashlib.sha256(struct.pack(f"<{1 + len(prompt)}q", seed, *prompt)).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def choose(logits_BV: Tensor, temperature: float, top_p: float, draws: Sequence[torch.Generator | None]) -> Tensor:
     """int64 [B]: the best id at temperature 0 (the lowest of equals), otherwise a draw from the nucleus.
 
-    The draw is made on the CPU in float64, so that a seed means the same on every device.
+    draws: B sources of random numbers; None for a row in which nothing is to be drawn, so that no number is used up
+    where a prompt still supplies the next id. The draw is made on the CPU in float64, so that a seed means the same on
+    every device.
     """
+    best_B = logits_BV.argmax(dim=-1)
     if temperature == 0:
-        return logits_BV.argmax(dim=-1)
+        return best_B
     logits_BV = logits_BV.double()
     below_BV = logits_BV - logits_BV.max(dim=-1, keepdim=True).values  # a tiny temperature must not overflow
     share_BV = nucleus(torch.softmax(below_BV.cpu() / temperature, dim=-1), top_p)
-    return torch.multinomial(share_BV, 1, generator=random)[:, 0].to(logits_BV.device)
+    for row, draw in enumerate(draws):
+        if draw is not None:
+            best_B[row] = torch.multinomial(share_BV[row], 1, generator=draw)[0]
+    return best_B
 
 
 def nucleus(share_BV: Tensor, top_p: float) -> Tensor:

@@ -6,22 +6,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from stablemoe_ds.checkpoint.attached import check_corpora, find_corpora, open_tokenizer
 from stablemoe_ds.checkpoint.reader import Checkpoint
+from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.schema import Source
+from stablemoe_ds.data.run_data import eval_set
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.groups import start_world, stop_world
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.evaluation.perplexity import Evaluation, evaluate, word_perplexity
-from stablemoe_ds.evaluation.trained_model import TrainedModel, check_tokenizer, open_tokenizer
+from stablemoe_ds.evaluation.trained_model import TrainedModel
 from stablemoe_ds.routing.source import LEARNED, RouteSource
 
 
 @contextmanager
-def opened(path: str) -> Iterator[TrainedModel]:
+def loaded(checkpoint: Checkpoint) -> Iterator[TrainedModel]:
     """The model of a checkpoint, alone or under a launcher."""
-    checkpoint = Checkpoint.open(path)
-    check_tokenizer(checkpoint, open_tokenizer(checkpoint))  # before anything slow begins
     world = start_world(checkpoint.run.parallel.timeout_minutes)
     try:
         yield TrainedModel(checkpoint, world)
@@ -33,12 +34,16 @@ def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], 
     """Perplexity of a checkpoint on a prepared corpus, or on its run's validation text: (facts, text).
 
     In stage 1 with the learned router and with the distilled one; in stage 2 along the frozen routes.
+    Raises UserError if the corpus is not there or of another tokenizer.
     """
-    with opened(path) as trained:
-        sources = [Source(path=corpus)] if corpus else trained.run.data.valid
-        data = trained.data.eval_set(sources, None)
-        if data is None:
-            raise UserError("the run names no validation text: name a prepared corpus with --data")
+    checkpoint = Checkpoint.open(path)
+    sources = [Source(path=corpus)] if corpus else find_corpora(checkpoint, checkpoint.run.data.valid)
+    if not sources:
+        raise UserError("the run names no validation text: name a prepared corpus with --data")
+    check_corpora(checkpoint, sources)  # before anything slow begins
+    with loaded(checkpoint) as trained:
+        micro_batch = batch_plan(trained.run, trained.groups.world.size).micro_batch
+        data = eval_set(sources, trained.run, micro_batch, trained.groups)
 
         def measure(routes: RouteSource) -> Evaluation:
             device = trained.groups.world.device
@@ -74,14 +79,16 @@ def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], 
     return facts, "\n".join(lines)
 
 
-def continue_prompts(path: str, prompts: Sequence[str], **options: Any) -> list[str]:
+def continue_prompts(path: str, prompts: Sequence[str], tokenizer_file: str | None = None, **options: Any) -> list[str]:
     """Continuations of prompts, as text; ``options`` go to ``generate``. An empty prompt starts a new document.
 
+    tokenizer_file: instead of the one that the checkpoint carries.
     Raises UserError for a prompt that is no text or longer than the model.
     """
-    with opened(path) as trained:
-        tokenizer = trained.tokenizer
-        ids = [_ids(tokenizer, number, prompt) for number, prompt in enumerate(prompts, 1)]
+    checkpoint = Checkpoint.open(path)
+    tokenizer = open_tokenizer(checkpoint, tokenizer_file)
+    ids = [_ids(tokenizer, number, prompt) for number, prompt in enumerate(prompts, 1)]
+    with loaded(checkpoint) as trained:
         new = generate(trained.model, ids, trained.routes, eos_id=tokenizer.eos_id, **options)
     # A model may have more ids than its tokenizer; those spell nothing.
     return [tokenizer.decode([i for i in part if i < tokenizer.vocab_size]) for part in new]

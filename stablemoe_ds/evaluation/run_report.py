@@ -1,4 +1,4 @@
-"""The routing report of a run, from what its directory holds; no model is built for it."""
+"""The routing report of a run, from what its checkpoint and its directory hold; no model is built for it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from typing import Any
 
 import numpy as np
 
+from stablemoe_ds.checkpoint.attached import open_tokenizer, token_counts_of
 from stablemoe_ds.checkpoint.reader import Checkpoint
-from stablemoe_ds.data.run_data import token_counts
 from stablemoe_ds.evaluation.plots import draw
 from stablemoe_ds.evaluation.report import routing_report
 from stablemoe_ds.evaluation.specialisation import IdUse, use_of_pairs, use_of_table
-from stablemoe_ds.evaluation.trained_model import check_tokenizer, open_tokenizer
 from stablemoe_ds.run_directory.metrics import MetricsLog
 from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
+from stablemoe_ds.run_directory.rewind import METRICS, PROBE, REPORTS
 
 
-def run_report(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The routing report of the run a checkpoint belongs to."""
-    run, folder = checkpoint.run, checkpoint.path.parent.parent
-    tokenizer = open_tokenizer(checkpoint)
-    check_tokenizer(checkpoint, tokenizer)
-    records = RecordFolder(folder / "probe").load_all()
+def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dict[str, Any]:
+    """The routing report of the run a checkpoint belongs to.
+
+    A checkpoint that was copied out of its run directory has no history; what is left is the load of its table.
+    tokenizer_file: instead of the one that the checkpoint carries.
+    """
+    run, folder = checkpoint.run, checkpoint.run_directory
+    tokenizer = open_tokenizer(checkpoint, tokenizer_file)
+    records = RecordFolder(folder / PROBE).load_all() if folder else None
     table = checkpoint.table()
     uses: list[IdUse] = []
     if table is not None:
-        counts = token_counts(run.data.train, tokenizer, table.vocab_size)
+        counts = token_counts_of(checkpoint)
         uses = [use_of_table(table, layer, counts) for layer in range(len(table.blocks))]
-    elif records is not None and (folder / PROBE_IDS).exists():
+    elif folder is not None and records is not None and (folder / PROBE_IDS).exists():
         ids = np.load(folder / PROBE_IDS)
         final_LP = records.expert_RLP[-1]
         uses = [
@@ -40,7 +43,7 @@ def run_report(checkpoint: Checkpoint) -> dict[str, Any]:
         name=run.name,
         steps=run.schedule.steps,
         tokens_per_step=run.schedule.tokens_per_step,
-        metrics=MetricsLog(folder / "metrics.jsonl").read(),
+        metrics=MetricsLog(folder / METRICS).read() if folder else [],
         records=records,
         uses=uses,
         piece=tokenizer.piece,
@@ -49,7 +52,7 @@ def run_report(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def write_report(report: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.png``; returns their paths."""
-    text, picture = folder / "report.json", folder / "report.png"
+    text, picture = (folder / name for name in REPORTS)
     text.write_text(json.dumps(report, indent=1) + "\n")
     draw(report, picture)
     return text, picture

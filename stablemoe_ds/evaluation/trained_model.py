@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
 
+from stablemoe_ds.checkpoint.attached import token_counts_of
 from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.checkpoint.restore import load_weights
-from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.data.run_data import RunData, token_counts
-from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.groups import Groups, World
-from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import RouteMaker, RouteSource
 
 
 class TrainedModel:
-    """Model, tokenizer and routing of a checkpoint, in this process's world."""
+    """Model and routing of a checkpoint, in this process's world. Needs nothing but the checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, world: World, tokenizer: Tokenizer | None = None) -> None:
-        """``tokenizer``: instead of the one the run names. Raises UserError if it is not the one trained with."""
+    def __init__(self, checkpoint: Checkpoint, world: World) -> None:
         self.checkpoint = checkpoint
         self.run = for_world(checkpoint.run, world.size)
-        self.tokenizer = tokenizer or open_tokenizer(checkpoint)
-        check_tokenizer(checkpoint, self.tokenizer)
         self.groups = Groups(world, self.run.parallel.tensor, self.run.parallel.expert)
         self.model = StableMoEGPT(self.run, checkpoint.vocab_size, self.groups.placement)
         load_weights(self.model, self.groups, checkpoint)
         self.model.to(world.device).eval()
         for layer in self.model.moe_layers:
             layer.set_deepspeed_parallelism()
-        self.data = RunData(self.run, batch_plan(self.run, world.size), self.groups, self.tokenizer)
 
     @property
     def routes(self) -> RouteSource:
@@ -42,11 +34,9 @@ class TrainedModel:
         """
         stage, table = self.checkpoint.progress.stage, self.checkpoint.table()
         device, tokenizer = self.groups.world.device, self.checkpoint.tokenizer
-        maker = RouteMaker(self.run, self.model.distilled_routers, self._token_counts, tokenizer, device)
+        counts = partial(token_counts_of, self.checkpoint)  # read where a table is made of them
+        maker = RouteMaker(self.run, self.model.distilled_routers, counts, tokenizer, device)
         return maker.frozen() if stage == 1 and maker.can_freeze else maker.restored(stage, table)
-
-    def _token_counts(self) -> NDArray[np.int64]:
-        return token_counts(self.run.data.train, self.tokenizer, self.checkpoint.vocab_size)
 
 
 def for_world(run: RunConfig, world_size: int) -> RunConfig:
@@ -60,20 +50,3 @@ def for_world(run: RunConfig, world_size: int) -> RunConfig:
     schedule = run.schedule.model_copy(update={"tokens_per_step": micro * data_ranks * run.data.sequence_length})
     parallel = parallel.model_copy(update={"micro_batch": micro})
     return run.model_copy(update={"parallel": parallel, "schedule": schedule})
-
-
-def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer the run names. Raises UserError if it names none."""
-    if not checkpoint.run.data.tokenizer:
-        raise UserError(f"the run of checkpoint {checkpoint.path} names no tokenizer: text cannot be read or written")
-    return Tokenizer(checkpoint.run.data.tokenizer)
-
-
-def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> None:
-    """Raise UserError unless the checkpoint was trained with this tokenizer."""
-    found = tokenizer.fingerprint if tokenizer else ""
-    if checkpoint.tokenizer != found:
-        raise UserError(
-            f"checkpoint {checkpoint.path} was trained with tokenizer {checkpoint.tokenizer[:12] or 'none'}, but "
-            f"{tokenizer.path if tokenizer else 'the run'} is {found[:12] or 'none'}: name the one it was trained with"
-        )

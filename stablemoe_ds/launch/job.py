@@ -16,6 +16,7 @@ from stablemoe_ds.config.load import dump_run
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.launch.cluster import ClusterConfig
 from stablemoe_ds.launch.variables import DEFAULT_PORT, variables
+from stablemoe_ds.run_directory.lock import LAUNCH
 
 END, WIDTH = "END_OF_FILE", 110
 
@@ -90,7 +91,14 @@ class Order:
 
     @cached_property
     def variables(self) -> dict[str, str]:
-        return variables(self.cluster)
+        return {LAUNCH: self.launch_name, **variables(self.cluster)}
+
+    @property
+    def launch_name(self) -> str:
+        """The same for all attempts of a launch. Under torchrun each host launches, and they are one by the meeting."""
+        if self.cluster.launcher == "torchrun" and self.cluster.nodes > 1:
+            return f"{self.run.name}@{(self.cluster.hosts or ['localhost'])[0]}:{self.port}"
+        return self.facts.stamp
 
     @property
     def port(self) -> int:

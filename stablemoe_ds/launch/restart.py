@@ -114,10 +114,10 @@ def _note(run_dir: Path, step: int, exit_code: int, host: str | None) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps({**noted, "time": now}) + "\n")
-    furthest, stale = 0, 0
+    before, stale = 0, 0
     for reached in [*steps, step]:
-        stale = 0 if reached > furthest else stale + 1
-        furthest = max(furthest, reached)
+        stale = 0 if reached > before else stale + 1
+        before = reached  # not the furthest ever: a run that was set back has its way before it once more
     return stale
 
 

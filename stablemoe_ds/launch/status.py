@@ -13,6 +13,7 @@ from typing import Any
 
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.run_directory.lock import writer_of
 from stablemoe_ds.run_directory.progress import launched_run, newest_launch, newest_saved
 
 TAIL_BYTES = 1 << 16
@@ -40,8 +41,9 @@ def logs_of(run_dir: Path) -> Path:
     folder = newest_launch(run_dir)
     if folder is None:
         raise UserError(f"{run_dir}: no launch is recorded there; was it started with stablemoe launch?")
+    inside = folder / "logs"  # wherever the run directory lies now, and the command is given
     job = _read_json(folder / "job.json")
-    return Path(job.get("working_directory") or ".", job.get("logs", ""))
+    return inside if inside.is_dir() else Path(job.get("working_directory") or ".", job.get("logs", ""))
 
 
 def status(run_dir: Path) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def status(run_dir: Path) -> dict[str, Any]:
     run = launched_run(run_dir) or (saved.run if saved else None)
     attempts = list(_lines(run_dir / "launch" / "attempts.jsonl"))
     state, job_ids = _state(folder, job) if folder else (None, [])
+    writer = writer_of(run_dir)
     return {
         "run": job.get("run", run_dir.name),
         "run_dir": str(run_dir),
@@ -66,6 +69,7 @@ def status(run_dir: Path) -> dict[str, Any]:
         "checkpoint_step": saved.step if saved else None,
         "attempts_ended": len(attempts),
         "last_exit_code": attempts[-1].get("exit_code") if attempts else None,
+        "writer": str(writer) if writer else None,
     }
 
 
@@ -83,6 +87,8 @@ def render(facts: dict[str, Any]) -> str:
     lines.append(f"  newest checkpoint: {'none' if saved is None else f'step {saved}'}")
     if facts["attempts_ended"]:
         lines.append(f"  attempts ended: {facts['attempts_ended']}, the last with {facts['last_exit_code']}")
+    if facts["writer"]:
+        lines.append(f"  in use by {facts['writer']}")
     lines.append(f"  {facts['launch'] or facts['run_dir']}")
     return "\n".join(lines)
 

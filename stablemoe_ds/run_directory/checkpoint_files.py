@@ -5,6 +5,8 @@
         weights-0000.safetensors     fp32 master weights; one file for each rank that wrote
         moments-0000.safetensors     Adam's moments, named <tensor>/exp_avg and <tensor>/exp_avg_sq
         routing_table.safetensors    from stage 2 on, if the distilled router is a table
+        tokenizer.model              the tokenizer's own file, under its own suffix, if the run names one
+        token_counts.npy             how often each id occurs in the training text, int64 [V]
     <run_dir>/checkpoints/latest     name of the newest complete one
 
 A folder is made as ``.step-000120.part`` and renamed when all in it is on the disk and has been read back; ``latest``
@@ -28,6 +30,8 @@ from stablemoe_ds.errors import UserError
 FORMAT = "stablemoe-checkpoint-1"
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
+CHECKPOINTS = "checkpoints"
+"""Where a run directory has its checkpoints."""
 
 
 class DamagedError(UserError):
@@ -166,12 +170,11 @@ def _old_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.old")
 
 
-def saved_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Checkpoints of a run directory: the one ``latest`` names, then the others from the newest on.
+def saved_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder: the one that ``latest`` names, then the others from the newest on.
 
     Each may be damaged; the first may be missing, if ``latest`` names one that is gone.
     """
-    folder = Path(run_dir) / "checkpoints"
     found = _newest_first(folder)
     try:
         latest = folder / (folder / LATEST).read_text().strip()
@@ -180,6 +183,11 @@ def saved_checkpoints(run_dir: str | Path) -> list[Path]:
     if not latest.exists() and _old_of(latest).exists():
         latest = _old_of(latest)  # its successor was about to take its place
     return [latest, *(path for path in found if path != latest)]
+
+
+def saved_checkpoints(run_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run directory; see :func:`saved_in`."""
+    return saved_in(Path(run_dir) / CHECKPOINTS)
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:

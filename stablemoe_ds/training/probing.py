@@ -22,6 +22,7 @@ from stablemoe_ds.evaluation.probe import record_routes
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
+from stablemoe_ds.run_directory.rewind import PROBE
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.stages import RoutingState
@@ -46,18 +47,15 @@ class Probing(Callback):
         self._every = probe_every(run)
         self._groups, self._model, self._batches = groups, model, batches
         self._state, self._reporter = state, reporter
-        self._records = RecordFolder(reporter.folder / "probe")
+        self._records = RecordFolder(reporter.folder / PROBE)
         self.history: list[RoutingState] = []
         self._last_LP: NDArray[np.int16] | None = None
 
     def restore(self, step: int | None) -> None:
-        """Take up the records up to ``step``, or begin without any for None. Collective.
+        """Take up the records up to ``step``, after which there are none, or begin without any for None. Collective.
 
         Raises UserError, on all ranks, if they were made with a probe of another size.
         """
-        if self._reporter.main:
-            self._records.truncate_after(-1 if step is None else step)
-        dist.barrier()
         records = None if step is None else self._records.load_all()
         if self._batches:
             ids = self._joined(np.concatenate([batch.ids[batch.real].numpy() for batch in self._batches]))

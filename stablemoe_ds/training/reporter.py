@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.run_directory.metrics import Kind, MetricsLog
+from stablemoe_ds.run_directory.rewind import METRICS, rewind
+from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.training.display import Display
 from stablemoe_ds.training.trackers import Tracker, make_trackers, scalars
 
@@ -18,18 +20,21 @@ class Reporter:
 
     def __init__(self, run: RunConfig, main: bool) -> None:
         self.main, self.folder = main, Path(run.directory)
-        self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+        self.metrics = MetricsLog(self.folder / METRICS)
         self.display = Display(main)
         self.say = self.display.say
         self._run, self._trackers = run, list[Tracker]()
 
-    def begin(self, step: int | None) -> None:
-        """Go on from the history up to ``step``, or begin an empty one for None. Collective."""
+    def begin(self, step: int | None, table: RoutingTable | None) -> None:
+        """Go on from what the directory held after ``step`` updates, or begin an empty one for None. Collective.
+
+        table: what routing was frozen into by then.
+        """
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.metrics.truncate_after(-1 if step is None else step)
+            rewind(self.folder, step, table)
         dist.barrier()
-        self._trackers = make_trackers(self._run, self.main)
+        self._trackers = make_trackers(self._run, self.main, -1 if step is None else step)
 
     def log(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
         """A line in the history, and the numbers in it to the trackers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from stablemoe_ds.checkpoint.saver import Saved, Saver
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.training.callback import Callback, RunState, Update
@@ -15,10 +17,18 @@ class Saving(Callback):
     step: of the newest checkpoint.
     """
 
-    def __init__(self, run: RunConfig, state: RunState, engine: Engine, tokenizer: str, reporter: Reporter) -> None:
-        """Collective. ``tokenizer``: its fingerprint."""
+    def __init__(
+        self,
+        run: RunConfig,
+        state: RunState,
+        engine: Engine,
+        tokenizer: str,
+        attached: Mapping[str, bytes],
+        reporter: Reporter,
+    ) -> None:
+        """Collective. tokenizer: its fingerprint. attached: content of the files that a checkpoint carries, by name."""
         self._settings, self._state, self._reporter = run.checkpoint, state, reporter
-        self._saver = Saver(engine, tokenizer, self._tell)
+        self._saver = Saver(engine, tokenizer, self._tell, attached)
         self.step = 0
 
     def after_update(self, update: Update) -> None:

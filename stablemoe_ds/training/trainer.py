@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from stablemoe_ds.checkpoint.attached import check_tokenizer, to_attach
 from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
 from stablemoe_ds.checkpoint.restore import Found, find_checkpoint, restore
 from stablemoe_ds.config.cautions import cautions
@@ -24,12 +25,12 @@ from stablemoe_ds.distributed.faults import Place, naming_faults
 from stablemoe_ds.distributed.groups import Groups, World
 from stablemoe_ds.distributed.rendezvous import agree_on_run
 from stablemoe_ds.distributed.signals import StopRequest
-from stablemoe_ds.distributed.together import StopVote
+from stablemoe_ds.distributed.together import StopVote, on_first_rank_within
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.run_report import run_report, write_report
-from stablemoe_ds.evaluation.trained_model import check_tokenizer
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import RouteMaker
+from stablemoe_ds.run_directory.lock import only_writer
 from stablemoe_ds.run_directory.progress import reported_steps
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.engine import Engine
@@ -77,7 +78,8 @@ class Trainer:
         self.switch = StageSwitch(
             run, state, engine, self.feed, self.routes, counts, reporter, probing=self.probing, validation=validation
         )
-        self.saving = Saving(run, state, engine, fingerprint, reporter)
+        attached = to_attach(self.tokenizer, counts)
+        self.saving = Saving(run, state, engine, fingerprint, attached, reporter)
         self.log = UpdateLog(resolved, world, state, engine, reporter)
         # A checkpoint comes after the switch, so that a run which continues from it does not switch once more.
         self.callbacks: list[Callback] = [self.log, self.probing, validation, self.switch, self.saving]
@@ -238,7 +240,7 @@ class Trainer:
 
     def _restore_history(self, step: int | None) -> None:
         """What was recorded up to ``step``; None: nothing."""
-        self.reporter.begin(step)
+        self.reporter.begin(step, self.state.routes.table)
         self.probing.restore(step)
 
     def _report(self) -> None:
@@ -281,10 +283,12 @@ class Trainer:
 def train(run: RunConfig, world: World, stop: StopRequest | None = None) -> bool:
     """Train a run in this process; see :class:`Trainer`.
 
-    Raises UserError if the ranks do not all have the same run, RunError for what breaks it on the way.
+    Raises UserError if the ranks do not all have the same run or another process writes into its directory, RunError
+    for what breaks it on the way.
     """
     place, stop = Place(), stop or StopRequest()
     # Launchers end the ranks that a dead one leaves behind by SIGTERM, which must not cut off what these have to say.
     with stop.on(signal.SIGTERM), naming_faults(world, run.directory, place):
         agree_on_run(run, world.rank, world.size)
-        return Trainer(run, world, stop, place).fit()
+        with on_first_rank_within(only_writer(run.directory)):
+            return Trainer(run, world, stop, place).fit()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.run_directory.checkpoint_files import read_manifest, write_manifest
 from tests.training.runs import STEPS, SWITCH, TinyData, checkpoint_of, command, command_here, history, run_file
 
 
@@ -64,6 +66,19 @@ def test_drawn_generation_follows_the_seed(finished: RunConfig) -> None:
     one, same, other = (command(*words, "--seed", seed).json for seed in ("1", "1", "2"))
     assert one == same
     assert one != other
+
+
+@pytest.mark.distributed
+def test_two_processes_that_share_the_experts_draw_what_one_draws(finished: RunConfig, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint_of(finished, STEPS), tmp_path / "shared"))
+    manifest = read_manifest(copy)
+    manifest["run"]["parallel"]["expert"] = 2
+    write_manifest(copy, manifest)
+    words = ("generate", str(copy), "--prompt", "def ", "--tokens", "16", "--temperature", "1", "--seed", "3", "--json")
+    (alone,) = command(*words).json
+    for ranks in (1, 2):
+        _, beside = command(*words, "--prompt", "class Node", ranks=ranks).json[::-1]
+        assert beside == alone
 
 
 def test_routing_report(finished: RunConfig, tmp_path: Path) -> None:

@@ -72,6 +72,35 @@ def test_sampling_follows_the_seed_with_and_without_cache(tiny_model):
     assert first != generate(tiny_model, PROMPTS, routing, seed=2, **options)
 
 
+NEIGHBOURS = {
+    "in another order": [PROMPTS[2], PROMPTS[0], PROMPTS[1]],
+    "longer ones": [*PROMPTS, [6] * 15, [9] * 12],
+    "shorter ones": [[8], *PROMPTS, [3]],
+    "the same ones again": [*PROMPTS, *PROMPTS],
+    "one that is full": [*PROMPTS, [5] * 16],
+}
+
+
+@pytest.mark.parametrize("neighbours", NEIGHBOURS)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_sample_depends_on_seed_and_prompt_alone(tiny_model, neighbours, use_cache):
+    routing, batch = frozen(tiny_model), NEIGHBOURS[neighbours]
+    options = {"max_new_tokens": 9, "temperature": 1.5, "top_p": 0.95, "seed": 4}
+    alone = {tuple(prompt): generate(tiny_model, [prompt], routing, **options)[0] for prompt in batch}
+    assert generate(tiny_model, batch, routing, use_cache=use_cache, **options) == [alone[tuple(p)] for p in batch]
+    eos = alone[tuple(PROMPTS[0])][2]  # one ends early: the others go on as before
+    cut = {prompt: row[: row.index(eos)] if eos in row else row for prompt, row in alone.items()}
+    ended = generate(tiny_model, batch, routing, use_cache=use_cache, eos_id=eos, **options)
+    assert ended == [cut[tuple(p)] for p in batch]
+
+
+def test_prompts_and_seeds_have_samples_of_their_own(tiny_model):
+    """Not the same random numbers for all: with equal scores, equal draws would be equal samples."""
+    routing, options = frozen(tiny_model), {"max_new_tokens": 8, "temperature": 1e9}
+    drawn = [tuple(row) for seed in (0, 1) for row in generate(tiny_model, PROMPTS, routing, seed=seed, **options)]
+    assert len(set(drawn)) == len(drawn)
+
+
 def test_stops_at_eos_and_leaves_it_out(tiny_model):
     routing = frozen(tiny_model)
     free = generate(tiny_model, PROMPTS, routing, max_new_tokens=9)
@@ -147,10 +176,10 @@ def test_nucleus_matches_its_definition(top_p):
 
 def test_draws_have_the_probabilities_of_the_nucleus():
     logits = torch.log(torch.tensor([0.4, 0.1, 0.3, 0.2])) * 2  # temperature 2 undoes the factor
-    drawn = choose(logits.expand(20_000, 4), 2.0, 0.85, torch.Generator().manual_seed(0))
+    drawn = choose(logits.expand(20_000, 4), 2.0, 0.85, [torch.Generator().manual_seed(0)] * 20_000)
     share = torch.bincount(drawn, minlength=4) / 20_000
     torch.testing.assert_close(share, torch.tensor([4 / 9, 0, 3 / 9, 2 / 9]), atol=0.015, rtol=0)
 
 
 def test_greedy_takes_the_lowest_of_equals():
-    assert choose(torch.tensor([[1.0, 3.0, 3.0]]), 0.0, 1.0, torch.Generator()).tolist() == [1]
+    assert choose(torch.tensor([[1.0, 3.0, 3.0]]), 0.0, 1.0, [None]).tolist() == [1]

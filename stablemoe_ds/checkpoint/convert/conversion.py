@@ -6,12 +6,14 @@ out: they belong to gradients of another model, and Adam begins anew.
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from stablemoe_ds.checkpoint.attached import TOKEN_COUNTS, carried
 from stablemoe_ds.checkpoint.convert.resize_experts import check_replication, merge, replicate
 from stablemoe_ds.checkpoint.convert.upcycle import upcycle
 from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
@@ -21,6 +23,7 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.rendezvous import flat
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import FORMAT, part_of, publish, saved_checkpoints, write_manifest
+from stablemoe_ds.run_directory.lock import only_writer
 from stablemoe_ds.tables.resize import merged_table, replicated_table
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -29,11 +32,16 @@ def convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
     """Write the first checkpoint of ``target`` from ``source``; its path, and what was done in words.
 
     Raises UserError if the two models differ in more than their experts, if there is nothing to convert, or if the
-    target's run has checkpoints already. Holds the whole model's weights in memory.
+    target's run has checkpoints already or is being trained. Holds the whole model's weights in memory.
     """
     target = with_vocabulary(target, source.vocab_size)
     check(target)
     source.check_content(moments=False)
+    with only_writer(target.directory):
+        return _convert(source, target)
+
+
+def _convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
     if saved_checkpoints(target.directory):
         raise UserError(f"{target.directory} has checkpoints already: name another run_dir")
     old, new = source.run.moe, target.moe
@@ -89,6 +97,9 @@ def _write(
     """Raises UserError if the disk does not take it."""
     final = Path(target.directory) / "checkpoints" / f"step-{progress.step:06d}"
     part = part_of(final)
+    # Counts belong to a training text, which may be another one from now on.
+    same_text = source.run.data.train == target.data.train
+    attached = {name: content for name, content in carried(source).items() if same_text or name != TOKEN_COUNTS}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "progress": asdict(progress),
@@ -97,12 +108,13 @@ def _write(
         "tokenizer": source.tokenizer,
         "vocab_size": source.vocab_size,
         "run": target.model_dump(mode="json"),
+        "started_in": os.getcwd(),
         "converted_from": str(source.path),
     }
     try:
         part.mkdir(parents=True, exist_ok=True)
         contiguous = {name: value.contiguous() for name, value in weights.items()}
-        write_manifest(part, manifest | write_share(part, "0000", contiguous, {}, table))
+        write_manifest(part, manifest | write_share(part, "0000", contiguous, {}, table, attached))
         publish(part, final, keep=1)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or part}: {error.strerror or error}") from error
