@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from stablemoe_ds.config.batch import BatchPlan
 from stablemoe_ds.config.schema import RunConfig, Source
@@ -66,16 +62,3 @@ class RunData:
         """The fixed tokens whose routing is recorded: the start of the validation text, else of the training text."""
         probe = self.eval_set(self._run.data.valid or self._run.data.train, self._run.logging.probe_tokens)
         return list(probe.loader) if probe else []
-
-
-def token_counts(sources: Sequence[Source], tokenizer: Tokenizer | None, vocab_size: int) -> NDArray[np.int64]:
-    """int64 [V]: how often a blend has each id, corpora weighted as they are in training.
-
-    vocab_size: ids of the model, which may have more than the tokenizer; those do not occur.
-    """
-    infos = read_sources(sources, tokenizer)
-    shares = [info.token_counts() * (s.weight / info.tokens) for s, info in zip(sources, infos, strict=True)]
-    total = sum(info.tokens for info in infos)
-    weight = sum(source.weight for source in sources)
-    counts = np.rint(np.sum(shares, axis=0) * (total / weight)).astype(np.int64)
-    return np.pad(counts, (0, vocab_size - len(counts)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stablemoe_ds.checkpoint.reader import Checkpoint
-from stablemoe_ds.data.run_data import token_counts
+from stablemoe_ds.data.corpus import token_counts
 from stablemoe_ds.evaluation.plots import draw
 from stablemoe_ds.evaluation.report import routing_report
 from stablemoe_ds.evaluation.specialisation import IdUse, use_of_pairs, use_of_table

@@ -7,7 +7,8 @@ from stablemoe_ds.checkpoint.restore import load_weights
 from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.data.run_data import RunData, token_counts
+from stablemoe_ds.data.corpus import token_counts
+from stablemoe_ds.data.run_data import RunData
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.groups import Groups, World
 from stablemoe_ds.errors import UserError

@@ -21,7 +21,8 @@ from stablemoe_ds.config.messages import show
 from stablemoe_ds.config.rules import check, two_stages, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
-from stablemoe_ds.data.run_data import EvalSet, RunData, token_counts
+from stablemoe_ds.data.corpus import token_counts
+from stablemoe_ds.data.run_data import EvalSet, RunData
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.faults import Place, at_most, naming_faults
 from stablemoe_ds.distributed.groups import Groups, World
