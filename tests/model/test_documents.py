@@ -94,7 +94,7 @@ def test_gradients_through_recomputation_and_compiler(build: Any, way: dict[str,
     torch.testing.assert_close(gradients(way), gradients({}), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 16, 128, 300, 512])
+@pytest.mark.parametrize("length", [1, 16, 128, 300])
 def test_blocks_hold_the_same_mask(length: int) -> None:
     """Against torch's own construction, which looks at every pair, and attention against the mask written out."""
     random = torch.Generator().manual_seed(length)
