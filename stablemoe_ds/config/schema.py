@@ -43,7 +43,12 @@ class ModelConfig(Section):
         description="scaled: N(0, 1/d) times sqrt(d), as StableMoE's authors have it, so that the router can tell "
         "tokens apart from the first update; plain: N(0, init_std), Megatron's habit, which starves a raw router",
     )
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the other weights")
+    init: Literal["megatron", "fairseq"] = Field(
+        "megatron",
+        description="start values of the other weights. megatron: N(0, init_std), divided by sqrt(2 layers) where a "
+        "layer writes to the residual stream, biases 0; fairseq: those of StableMoE's authors (docs/method.md)",
+    )
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the megatron start values")
     norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance in a norm")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after attention and feed-forward layers")
 

@@ -54,7 +54,7 @@ class SdpaAttention(nn.Module):
             mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
         if _grouped(q, k) and wants_whole_heads(q.device.type, q.dtype, mask is not None):
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        with _backends(q.device.type, self.training):
+        with kernels_for(q.device.type, self.training):
             return F.scaled_dot_product_attention(
                 q,
                 k,
@@ -80,7 +80,7 @@ def wants_whole_heads(device: str, dtype: torch.dtype, masked: bool) -> bool:
     return device == "cuda" and (masked or dtype not in (torch.bfloat16, torch.float16))
 
 
-def _backends(device: str, training: bool) -> AbstractContextManager[Any]:
+def kernels_for(device: str, training: bool) -> AbstractContextManager[Any]:
     """In training torch's own choice. Otherwise lengths change from call to call, and cuDNN plans for each new one."""
     return sdpa_kernel(WITHOUT_PLANS) if device == "cuda" and not training else nullcontext()
 

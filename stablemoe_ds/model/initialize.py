@@ -1,6 +1,14 @@
 """Start values that follow from (seed, name of the whole tensor) alone.
 
 A layout decides which rank holds what, never what it is: one process and sixty-four start from the same model.
+
+Centroids, distilled routers, norms and the matrices of experts start as in the authors' code whatever ``model.init``
+says; that chooses the rules of the backbone's matrices and of all biases:
+
+- ``megatron``: matrices N(0, init_std), those that write to the residual stream divided by sqrt(2 * layers); biases 0.
+- ``fairseq``: those of the authors' code, which stands on fairseq. q, k, v: Xavier-uniform with gain 1/sqrt(2); output
+  of attention: Xavier-uniform with gain 1, its bias 0; all other matrices and biases: U(-1, 1) / sqrt(inputs), as
+  torch's ``nn.Linear`` starts.
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from stablemoe_ds.config.costs import shared_stack
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.model.layout import pieces
 
@@ -24,38 +33,70 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def _uniform(shape: tuple[int, ...], bound: float | Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
 def _start(name: str, shape: tuple[int, ...], run: RunConfig, generator: torch.Generator) -> Tensor:
-    """Start value of a whole tensor; the rules of the authors' code where it has one (docs/method.md)."""
+    """Start value of a whole tensor."""
     m = run.model
 
     def normal(std: float) -> Tensor:
         return torch.randn(shape, generator=generator) * std
 
-    def uniform(bound: float) -> Tensor:
-        return (torch.rand(shape, generator=generator) * 2 - 1) * bound
-
     leaf = name.rsplit(".", 1)[-1]
-    is_norm = "norm" in name
     if leaf == "centroids":
         # Orthogonal rows of norm ``gain``; with more experts than dimensions torch makes the columns orthogonal.
         return nn.init.orthogonal_(torch.empty(shape), gain=run.moe.centroid_gain, generator=generator)
     if leaf == "taps":
-        return uniform(1 / math.sqrt(shape[0]))
-    if is_norm:
+        return _uniform(shape, 1 / math.sqrt(shape[0]), generator)
+    if "norm" in name:
         return torch.zeros(shape) if leaf.endswith("bias") else torch.ones(shape)
     if ".distilled." in name:
         if name.endswith("embedding.weight") and run.moe.distilled.kind != "transformer":
             return normal(1.0)
         return torch.zeros(shape) if len(shape) == 1 else normal(1 / math.sqrt(shape[-1]))
-    if leaf in ("w2", "b1", "b2") or len(shape) == 1:  # W2 = 0: a fresh expert adds nothing. Other vectors are biases.
+    if leaf == "w2":  # a fresh expert adds nothing, or nothing but its bias
         return torch.zeros(shape)
     if leaf == "w1":
-        return uniform(1 / math.sqrt(shape[-1]))
+        return _uniform(shape, 1 / math.sqrt(shape[-1]), generator)
     if "embedding" in name:
         return normal(1 / math.sqrt(m.hidden_size) if m.embedding == "scaled" else m.init_std)
-    if ".linear_proj." in name or ".linear_fc2." in name:
-        return normal(m.init_std / math.sqrt(2 * m.layers))
-    return normal(m.init_std)
+    if m.init == "fairseq":
+        if name.startswith("output_layer."):
+            return normal(1 / math.sqrt(m.hidden_size))
+        return _uniform(shape, _fairseq_bound(name, shape, run), generator)
+    if leaf in ("b1", "b2") or len(shape) == 1:
+        return torch.zeros(shape)
+    into_stream = ".linear_proj." in name or ".linear_fc2." in name
+    return normal(m.init_std / math.sqrt(2 * m.layers) if into_stream else m.init_std)
+
+
+def _fairseq_bound(name: str, shape: tuple[int, ...], run: RunConfig) -> float | Tensor:
+    """Largest absolute start value, for a fused matrix of each row: what fairseq has for the matrices by themselves."""
+    m, leaf = run.model, name.rsplit(".", 1)[-1]
+    if name.endswith(".linear_proj.bias"):
+        return 0.0
+    if leaf == "b2":
+        own = run.moe.ffn_hidden_size or m.ffn_hidden_size
+        return 1 / math.sqrt(own if ".experts." in name else shared_stack(run)[0])
+    if name.endswith(".linear_fc2.bias"):
+        return 1 / math.sqrt(m.ffn_hidden_size)
+    if leaf in ("b1", "bias"):
+        return 1 / math.sqrt(m.hidden_size)
+    if name.endswith(".linear_proj.weight"):
+        return _xavier(*shape)
+    if name.endswith(".linear_qkv.weight"):
+        # Rows stand by group of key and value heads: queries of the group, its key, its value.
+        width, groups = m.hidden_size // m.heads, m.kv_heads or m.heads
+        query = torch.full((m.heads // groups * width,), _xavier(m.hidden_size, m.hidden_size))
+        key_value = torch.full((2 * width,), _xavier(groups * width, m.hidden_size))
+        return torch.cat([query, key_value]).repeat(groups)[:, None] / math.sqrt(2)
+    return 1 / math.sqrt(shape[-1])
+
+
+def _xavier(outputs: int, inputs: int) -> float:
+    return math.sqrt(6 / (outputs + inputs))
 
 
 def start_value(name: str, shape: tuple[int, ...], run: RunConfig) -> Tensor:

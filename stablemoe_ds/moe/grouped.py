@@ -17,12 +17,20 @@ ALIGNED = 8
 """bf16 numbers in 16 bytes: the kernels want every row to begin at a multiple of that."""
 
 
+def has_grouped_kernel(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability has torch's grouped product: Hopper only.
+
+    Blackwell has one too, but there the gradient of an expert without rows is not zero (pytorch issue 172439).
+    """
+    return capability[0] == 9
+
+
 def can_group(x_RD: Tensor, w1_EFD: Tensor) -> bool:
-    """Whether torch has a kernel that takes these without asking the device for sizes: bf16, Hopper or Blackwell."""
+    """Whether torch has a kernel that takes these without asking the device for sizes: bf16 on a GPU that has one."""
     rows, width = x_RD.shape
     fits = x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and rows > 0
     aligned = width % ALIGNED == 0 and w1_EFD.shape[1] % (2 * ALIGNED) == 0
-    return fits and aligned and torch.cuda.get_device_capability(x_RD.device)[0] in (9, 10)
+    return fits and aligned and has_grouped_kernel(torch.cuda.get_device_capability(x_RD.device))
 
 
 def sums_by_expert(rows_RI: Tensor, ends_E: Tensor) -> Tensor:

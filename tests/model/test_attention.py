@@ -52,3 +52,41 @@ def test_a_mask_is_refused():
     x = torch.randn(3, BATCH, 2, WIDTH)
     with pytest.raises(TypeError, match="expected Documents for a mask, got Tensor"):
         core(x, x, x, torch.ones(3, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "masked", "whole"),
+    [
+        ("cuda", torch.bfloat16, False, False),
+        ("cuda", torch.float16, False, False),
+        ("cuda", torch.bfloat16, True, True),
+        ("cuda", torch.float32, False, True),
+        ("cpu", torch.float32, True, False),
+    ],
+)
+def test_groups_are_spread_where_no_fast_kernel_takes_them(device, dtype, masked, whole):
+    from stablemoe_ds.model.attention import wants_whole_heads
+
+    assert wants_whole_heads(device, dtype, masked) is whole
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 7)])
+def test_spread_groups_are_the_same_attention(queries, keys, monkeypatch):
+    monkeypatch.setattr("stablemoe_ds.model.attention.wants_whole_heads", lambda *_: True)
+    random = torch.Generator().manual_seed(1)
+    query = torch.randn(queries, BATCH, 6, WIDTH, generator=random, dtype=torch.float64)
+    key, value = (torch.randn(keys, BATCH, 2, WIDTH, generator=random, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(attend(query, key, value), slow(query, key, value, 1 / math.sqrt(WIDTH)))
+
+
+@pytest.mark.parametrize(
+    ("device", "training", "plans"), [("cuda", False, False), ("cuda", True, True), ("cpu", False, True)]
+)
+def test_cudnn_is_left_out_where_lengths_change(device, training, plans):
+    from stablemoe_ds.model.attention import kernels_for
+
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with kernels_for(device, training):
+        assert torch.backends.cuda.cudnn_sdp_enabled() is plans
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()

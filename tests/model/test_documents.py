@@ -13,6 +13,7 @@ from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.document_mask import Documents, block_mask, can_be_fast
 from stablemoe_ds.ops.documents import causal_mask, document_starts
+from stablemoe_ds.routing.fixed import freeze
 from tests.tiny import VOCAB, tiny_run
 
 EOS = 7
@@ -51,7 +52,7 @@ def test_logits_are_those_of_each_document_alone(build: Any, model: Any, mask: s
     """Rotary positions are relative; learned ones start again, or each document alone is given those it has here."""
     packed = build(model=model, moe={"distilled": {"kind": kind}}, **with_mask(mask)).eval()
     moved = bool(model) and mask == "attention"
-    routing = packed.frozen_routing() if frozen else None
+    routing = freeze(packed.distilled_routers, 1, (2, 3)) if frozen else None
 
     def scores(ids_BS: torch.Tensor, apart: bool) -> torch.Tensor:
         return packed.logits(ids_BS, None if routing is None else routing(ids_BS), apart=apart)
@@ -94,7 +95,7 @@ def test_gradients_through_recomputation_and_compiler(build: Any, way: dict[str,
     torch.testing.assert_close(gradients(way), gradients({}), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 16, 128, 300, 512])
+@pytest.mark.parametrize("length", [1, 16, 128, 300])
 def test_blocks_hold_the_same_mask(length: int) -> None:
     """Against torch's own construction, which looks at every pair, and attention against the mask written out."""
     random = torch.Generator().manual_seed(length)

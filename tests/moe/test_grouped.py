@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablemoe_ds.moe.expert_offsets import ExpertOffsets
-from stablemoe_ds.moe.grouped import can_group, serve_grouped, sums_by_expert
+from stablemoe_ds.moe.grouped import can_group, has_grouped_kernel, serve_grouped, sums_by_expert
 from stablemoe_ds.moe.loop import serve_in_a_loop
 from stablemoe_ds.moe.sublayer import SublayerWeights
 
@@ -100,6 +100,14 @@ def test_no_rows_at_all():
 def test_grouping_is_for_the_gpu():
     made = inputs([2, 2], "relu", True, torch.bfloat16)
     assert not can_group(made[0], made[3])
+
+
+@pytest.mark.parametrize(
+    ("capability", "has"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)]
+)
+def test_grouping_is_for_hopper(capability, has):
+    """Blackwell's kernel leaves rubbish in the gradients of experts without rows."""
+    assert has_grouped_kernel(capability) is has
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
