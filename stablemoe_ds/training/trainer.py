@@ -17,7 +17,7 @@ from stablemoe_ds.checkpoint.saver import Saved, Saver
 from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.costs import flops_per_token
 from stablemoe_ds.config.difference import differences
-from stablemoe_ds.config.messages import show
+from stablemoe_ds.config.messages import show_both
 from stablemoe_ds.config.rules import check, two_stages, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
@@ -373,7 +373,8 @@ class Trainer:
         if before is None:
             return
         self.say(f"continuing after update {self.progress.step}, in stage {self.progress.stage}", "bold")
-        if changed := [f"{key} {show(now)} (was {show(was)})" for key, now, was in differences(run, before)]:
+        pairs = [(key, *show_both(now, was)) for key, now, was in differences(run, before)]
+        if changed := [f"{key} {now} (was {was})" for key, now, was in pairs]:
             self.say(f"with other settings than before: {', '.join(changed)}", "bold")
 
 
