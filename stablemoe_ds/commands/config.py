@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, run_arguments, tell
+from stablemoe_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from stablemoe_ds.config.schema import RunConfig
+    from stablemoe_ds.data.named_files import NamedFile
 
 
 def add_to(commands: Subparsers) -> None:
     config = add_group(commands, "config", "what a run will do and what it costs", "check|show")
     for name, text, call in (
-        ("check", "hold a run against every rule and say what it costs", _config_check),
+        ("check", "hold a run and the files it names against every rule and say what it costs", _config_check),
         ("show", "every setting of a run, defaults included", _config_show),
     ):
         sub = add_command(config, name, text, call)
@@ -22,12 +28,11 @@ def add_to(commands: Subparsers) -> None:
 def _config_check(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.config.load import load_run
     from stablemoe_ds.config.report import render, report, smallest_world
-    from stablemoe_ds.config.rules import check
 
     run = load_run(arguments.run, arguments.overrides)
     world = smallest_world(run) if arguments.world_size is None else arguments.world_size
-    check(run, world)
-    facts = report(run, world)
+    run, files = _checked(run, world)
+    facts = {**report(run, world), "files": [file.as_dict() for file in files]}
     tell(facts, render(facts), arguments.json)
     return 0
 
@@ -38,9 +43,35 @@ def _config_show(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.config.rules import check
 
     run = load_run(arguments.run, arguments.overrides)
-    check(run, arguments.world_size)
     if arguments.json:
-        tell({**report(run, arguments.world_size), "run": run.model_dump(mode="json")}, "", True)
+        known, _ = _checked(run, arguments.world_size)
+        tell({**report(known, arguments.world_size), "run": run.model_dump(mode="json")}, "", True)
     else:
+        check(run, arguments.world_size)
         print(dump_run(run), end="")
     return 0
+
+
+def _checked(run: RunConfig, world_size: int | None) -> tuple[RunConfig, list[NamedFile]]:
+    """The run with the tokenizer's vocabulary if that can be read, and the files it names.
+
+    Raises UserError with a line for each breach of a rule and each file that ``train`` would refuse; a file that is
+    not here is no error, as the run may be meant for another machine.
+    """
+    from stablemoe_ds.config.rules import check, with_vocabulary
+    from stablemoe_ds.data.named_files import look_at_files
+
+    files, tokenizer_size = look_at_files(run)
+    problems = [f"{file.key}: {file.found}" for file in files if file.state == "unusable"]
+    try:
+        if tokenizer_size is not None:
+            run = with_vocabulary(run, tokenizer_size)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        check(run, world_size)
+    except UserError as error:
+        problems += [line for line in str(error).splitlines() if line not in problems]
+    if problems:
+        raise UserError("\n".join(problems))
+    return run, files

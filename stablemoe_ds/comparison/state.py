@@ -6,7 +6,7 @@ from typing import Literal
 
 from stablemoe_ds.comparison.suite import SuiteRun
 from stablemoe_ds.config.difference import differences
-from stablemoe_ds.config.messages import show
+from stablemoe_ds.config.messages import show_both
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.metrics import MetricsLog
 from stablemoe_ds.run_directory.progress import newest_saved
@@ -23,9 +23,10 @@ def state_of(wanted: SuiteRun) -> State:
     if saved is None:
         return "new"
     if found := next(differences(wanted.run, saved.run), None):
-        key, ours, theirs = found
+        key, *values = found
+        ours, theirs = show_both(*values)
         raise UserError(
-            f"{wanted.folder}: holds a run with {key} {show(theirs)}, the suite has {show(ours)}: "
+            f"{wanted.folder}: holds a run with {key} {theirs}, the suite has {ours}: "
             "move that directory away, or give the suite another output"
         )
     steps = wanted.run.schedule.steps

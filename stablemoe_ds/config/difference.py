@@ -20,7 +20,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
 
 def differences(ours: RunConfig, theirs: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """(key, ours, theirs) of every setting that has an effect and is not the same."""
-    one, other = (_flat(run.model_dump(mode="json", exclude=WITHOUT_EFFECT)) for run in (ours, theirs))
+    one, other = (flat(run.model_dump(mode="json", exclude=WITHOUT_EFFECT)) for run in (ours, theirs))
     for key in sorted(one.keys() | other.keys()):
         if key == "model.vocab_size" and one[key] is None:
             continue  # the tokenizer has said it when the run began
@@ -30,12 +30,9 @@ def differences(ours: RunConfig, theirs: RunConfig) -> Iterator[tuple[str, Any, 
             yield key, one.get(key), other.get(key)
 
 
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Values by dotted key; a list is a value."""
+def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a tree by dotted key; a list is a value."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{above}{key}.")
-        else:
-            found[above + key] = value
+        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import unicodedata
 from collections.abc import Callable
 from functools import cache
 from typing import Any, get_args
@@ -15,6 +16,8 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from stablemoe_ds.config.schema import RunConfig, Section
 
 MOST = 20
+CONTEXT = 16
+"""Characters shown before and behind the part in which two values differ."""
 KINDS = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -52,6 +55,34 @@ def error_messages(error: ValidationError, origin: Callable[[str], str], schema:
 def show(value: Any) -> str:
     """A value as it would stand in YAML, cut to a readable length."""
     return cut(json.dumps(value, ensure_ascii=False, default=repr))
+
+
+def show_both(one: Any, other: Any, most: int = 60) -> tuple[str, str]:
+    """Two values that are not the same, each as :func:`show` has it; of long ones the part that differs.
+
+    What both begin and end with is left out but for a few characters, so that the first difference is always seen.
+    """
+    both = [json.dumps(value, ensure_ascii=False, default=repr) for value in (one, other)]
+    if len({unicodedata.normalize("NFKC", text) for text in both}) == 1:  # they would look alike
+        both = [json.dumps(value, default=repr) for value in (one, other)]
+    if max(map(len, both)) > most:
+        start = _shared(*both)
+        end = min(_shared(both[0][::-1], both[1][::-1]), min(map(len, both)) - start)
+        both = [_around(text, start, len(text) - end, most) for text in both]
+    return printable(both[0]), printable(both[1])
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _around(text: str, start: int, end: int, most: int) -> str:
+    """The part of ``text`` from ``start`` to ``end`` with a little of what is before and behind it."""
+    before = max(0, start - CONTEXT)
+    behind = min(len(text), end + CONTEXT, before + most)
+    return "..." * (before > 0) + text[before:behind] + "..." * (behind < len(text))
 
 
 def cut(text: str, most: int = 60) -> str:

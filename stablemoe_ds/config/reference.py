@@ -21,8 +21,8 @@ HEAD = """# Configuration
 
 A run is one YAML file; `ds_configs/` holds some. Any key can be set on the command line as well, its value in YAML:
 `schedule.steps=100 moe.layers=[2,4] stages.at_step=null`. Unknown keys are refused, and so are YAML's aliases and
-repeated keys. `stablemoe config check RUN.yaml` holds a run against every rule and says what it costs; it
-does not look at the data.
+repeated keys. `stablemoe config check RUN.yaml` holds a run against every rule, looks at the files it names and says
+what it costs. A file that `train` would refuse is an error; one that is not here is only named.
 
 Rules that join sections, each refused with the nearest setting that works, are in `stablemoe_ds/config/rules.py`.
 """

@@ -12,24 +12,44 @@ from stablemoe_ds.config.costs import flops_per_token, parameters
 from stablemoe_ds.config.memory import memory_per_rank
 from stablemoe_ds.config.rules import switch_step
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.text_table import aligned
 
+MEANINGS = {
+    "shared": "all of the above",
+    "expert": "routed experts",
+    "router": "centroids",
+    "distilled": "routers of ids, gone after the switch",
+    "active": "shared, and the experts of one token",
+    "total": "",
+}
 COMPONENTS = ("embedding", "output", "positions", "attention", "ffn", "norms", "shared_experts")
 
 
 def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     """Parameters, FLOPs, memory by ZeRO stage and the batch sum; plain numbers, ready for JSON.
 
+    While the vocabulary is not known, ``costs_unknown`` says why what depends on it is left out.
     world_size: processes; None: the fewest the run can have. Expects a run that ``rules.check`` has let pass for
-    that many. Raises UserError if the vocabulary is unknown or the batch does not come out even.
+    that many. Raises UserError if the batch does not come out even.
     """
     world_size = world_size or smallest_world(run)
     plan = batch_plan(run, world_size)
-    counts, flops = parameters(run), flops_per_token(run)
-    memory = memory_per_rank(run, plan, world_size)
     tokens = run.schedule.steps * run.schedule.tokens_per_step
-    return {
+    facts: dict[str, Any] = {
         "name": run.name,
         "world_size": world_size,
+        "training": {"tokens": tokens, "steps": run.schedule.steps, "switch_step": switch_step(run)},
+        "batch": {**asdict(plan), "sequence_length": run.data.sequence_length},
+        "parallel": {"data": plan.data_parallel, "tensor": run.parallel.tensor, "expert": run.parallel.expert},
+        "zero_stage": run.parallel.zero_stage,
+    }
+    if run.model.vocab_size is None:
+        reason = f"model.vocab_size is null and the tokenizer {run.data.tokenizer} cannot be read here"
+        return facts | {"costs_unknown": reason}
+    counts, flops = parameters(run), flops_per_token(run)
+    memory = memory_per_rank(run, plan, world_size)
+    facts["training"]["flops"] = tokens * flops
+    return facts | {
         "parameters": {
             **{name: getattr(counts, name) for name in ("shared", "expert", "router", "distilled", "active", "total")},
             "components": {name: getattr(counts, name) for name in COMPONENTS},
@@ -37,15 +57,6 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
         "flops_per_token": flops,
         "causal_flops_per_token": flops_per_token(run, causal=True),
         "forward_macs_per_token": flops // 6,
-        "training": {
-            "tokens": tokens,
-            "flops": tokens * flops,
-            "steps": run.schedule.steps,
-            "switch_step": switch_step(run),
-        },
-        "batch": {**asdict(plan), "sequence_length": run.data.sequence_length},
-        "parallel": {"data": plan.data_parallel, "tensor": run.parallel.tensor, "expert": run.parallel.expert},
-        "zero_stage": run.parallel.zero_stage,
         "memory_per_rank": {f"zero{stage}": {**asdict(m), "total": m.total} for stage, m in memory.items()},
         "warnings": cautions(run, world_size),
     }
@@ -57,46 +68,63 @@ def smallest_world(run: RunConfig) -> int:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """A report as text."""
-    counts, batch, parallel, training = (facts[key] for key in ("parameters", "batch", "parallel", "training"))
-    lines = [
-        f"{facts['name']} on {_processes(facts['world_size'])}: {_layout(parallel)}, ZeRO {facts['zero_stage']}",
-        "",
+    """A report as text, with the files of the run if they are among the facts."""
+    parts = [
+        f"{facts['name']} on {_processes(facts['world_size'])}: {_layout(facts['parallel'])}, "
+        f"ZeRO {facts['zero_stage']}",
+        _parameters(facts) if "parameters" in facts else f"costs are left out: {facts['costs_unknown']}",
+        _training(facts),
     ]
-    lines += [f"{'parameters':<26}{'':>18}"]
-    for name, value in counts["components"].items():
-        if value:
-            lines.append(f"  {name.replace('_', ' '):<24}{value:>18,}")
-    for name, meaning in (
-        ("shared", "all of the above"),
-        ("expert", "routed experts"),
-        ("router", "centroids"),
-        ("distilled", "routers of ids, gone after the switch"),
-        ("active", "shared, and the experts of one token"),
-        ("total", ""),
-    ):
-        lines.append(f"{name:<26}{counts[name]:>18,}  {meaning}".rstrip())
-    switch = training["switch_step"]
-    lines += [
-        "",
-        f"training FLOPs per token  {facts['flops_per_token']:>18,}  "
-        f"forward {_scaled(facts['forward_macs_per_token'])}MACs",
-        f"  with a causal mask      {facts['causal_flops_per_token']:>18,}  half of attention's pairs are masked",
-        f"tokens                    {training['tokens']:>18,}  {_scaled(training['flops'])}FLOPs in all",
-        f"updates                   {training['steps']:>18,}  "
-        + (f"stage 2 from update {switch + 1}" if switch else ""),
-        f"tokens per update         {batch['tokens_per_step']:>18,}  = {batch['sequence_length']} a sequence x "
-        f"{batch['micro_batch']} a micro-batch x {batch['accumulation']} accumulated x {batch['data_parallel']} ranks",
-        "",
-        f"{'memory of a rank':<18}{'weights':>12}{'gradients':>12}{'optimizer':>12}{'activations*':>14}{'total':>12}",
+    if "memory_per_rank" in facts:
+        parts.append(_memory(facts))
+    if facts.get("files"):
+        parts.append(aligned([[file["key"], file["path"], file["state"], file["found"]] for file in facts["files"]]))
+    if facts.get("warnings"):
+        parts.append("\n".join(f"WARNING: {text}" for text in facts["warnings"]))
+    return "\n\n".join(parts)
+
+
+def _parameters(facts: dict[str, Any]) -> str:
+    counts = facts["parameters"]
+    rows = [["parameters", "", ""]]
+    rows += [[f"  {name.replace('_', ' ')}", f"{value:,}", ""] for name, value in counts["components"].items() if value]
+    rows += [[name, f"{counts[name]:,}", meaning] for name, meaning in MEANINGS.items()]
+    return aligned(rows, right={1})
+
+
+def _training(facts: dict[str, Any]) -> str:
+    training, batch = facts["training"], facts["batch"]
+    rows = []
+    in_all = ""
+    if "flops_per_token" in facts:
+        macs = f"forward {_scaled(facts['forward_macs_per_token'])}MACs"
+        rows.append(["training FLOPs per token", f"{facts['flops_per_token']:,}", macs])
+        causal = f"{facts['causal_flops_per_token']:,}"
+        rows.append(["  with a causal mask", causal, "half of attention's pairs are masked"])
+        in_all = f"{_scaled(training['flops'])}FLOPs in all"
+    stages = f"stage 2 from update {training['switch_step'] + 1}" if training["switch_step"] else ""
+    cut = (
+        f"= {batch['sequence_length']} a sequence x {batch['micro_batch']} a micro-batch x {batch['accumulation']} "
+        f"accumulated x {batch['data_parallel']} ranks"
+    )
+    rows += [
+        ["tokens", f"{training['tokens']:,}", in_all],
+        ["updates", f"{training['steps']:,}", stages],
+        ["tokens per update", f"{batch['tokens_per_step']:,}", cut],
     ]
+    return aligned(rows, right={1})
+
+
+def _memory(facts: dict[str, Any]) -> str:
+    columns = ("weights", "gradients", "optimizer", "activations", "total")
+    rows = [["memory of a rank", *(f"{name}*" if name == "activations" else name for name in columns), ""]]
     for stage, row in facts["memory_per_rank"].items():
-        mark = " (this run)" if stage == f"zero{facts['zero_stage']}" else ""
-        cells = f"{_bytes(row['weights']):>12}{_bytes(row['gradients']):>12}{_bytes(row['optimizer']):>12}"
-        lines.append(f"  ZeRO {stage[-1]:<11}{cells}{_bytes(row['activations']):>14}{_bytes(row['total']):>12}{mark}")
-    lines.append("* an estimate, with experts evenly loaded; library buffers come on top")
-    lines += [f"WARNING: {text}" for text in facts["warnings"]]
-    return "\n".join(line.rstrip() for line in lines)
+        mark = "(this run)" if stage == f"zero{facts['zero_stage']}" else ""
+        rows.append([f"  ZeRO {stage[-1]}", *(_bytes(row[name]) for name in columns), mark])
+    return (
+        aligned(rows, right={1, 2, 3, 4, 5})
+        + "\n* an estimate, with experts evenly loaded; library buffers come on top"
+    )
 
 
 def _processes(count: int) -> str:

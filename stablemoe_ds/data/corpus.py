@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablemoe_ds.config.schema import Source
+from stablemoe_ds.config.textfile import LARGEST_LIST, read_json
 from stablemoe_ds.data.index import TYPES, check_index, check_size, document_lengths
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
@@ -141,20 +143,22 @@ class PreparedInfo:
     @classmethod
     def _parse(cls, prefix: str) -> PreparedInfo:
         path = corpus_file(prefix, "json")
+        if not os.path.lexists(path):
+            raise UserError(
+                f"no prepared corpus at {prefix}: {path} does not exist; give the path of the .bin/.idx pair without "
+                "its ending, or make it with 'stablemoe data prepare'"
+            )
         try:
-            with open_file(path) as file:
-                fields = json.load(file)
+            fields = read_json(path, "what 'stablemoe data prepare' has written", LARGEST_LIST)
+        except UserError as error:
+            raise UserError(f"cannot read corpus description {error}; prepare the corpus again") from error
+        try:
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             if fields.pop("seal", None) not in (None, _seal(fields)):  # one written by hand may have none
                 raise ValueError("damaged, its seal is broken")
             return cls(prefix=prefix, **fields)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"no prepared corpus at {prefix}: {path} does not exist; give the path of the .bin/.idx pair without "
-                "its ending, or make it with 'stablemoe data prepare'"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"cannot read corpus description {path}: {one_line(error)}; prepare the corpus again"
             ) from error
@@ -180,13 +184,18 @@ def read_sources(sources: Sequence[Source], tokenizer: Tokenizer | None = None) 
     if not sources:
         raise UserError("no corpus is named: expected at least one source, e.g. data.train=[path/without/ending]")
     infos = [PreparedInfo.read(source.path, tokenizer) for source in sources]
+    check_one_tokenizer(infos)
+    return infos
+
+
+def check_one_tokenizer(infos: Sequence[PreparedInfo]) -> None:
+    """Raise UserError unless all were made by the tokenizer of the first."""
     for info in infos[1:]:
         if info.tokenizer != infos[0].tokenizer:
             raise UserError(
                 f"corpora {infos[0].prefix} and {info.prefix} were made by different tokenizers "
                 f"({infos[0].tokenizer[:12]} and {info.tokenizer[:12]}): prepare both with one"
             )
-    return infos
 
 
 def token_counts(sources: Sequence[Source], tokenizer: Tokenizer | None, vocab_size: int) -> NDArray[np.int64]:
@@ -200,3 +209,18 @@ def token_counts(sources: Sequence[Source], tokenizer: Tokenizer | None, vocab_s
     weight = sum(source.weight for source in sources)
     counts = np.rint(np.sum(shares, axis=0) * (total / weight)).astype(np.int64)
     return np.pad(counts, (0, vocab_size - len(counts)))
+
+
+def check_vocabulary(info: PreparedInfo, vocab_size: int) -> None:
+    """Raise UserError if the model has fewer ids than the corpus, which is possible without data.tokenizer only."""
+    if info.vocab_size > vocab_size:
+        raise UserError(f"model.vocab_size: got {vocab_size}: {info.prefix} was prepared with {info.vocab_size} ids")
+
+
+def check_tokens(info: PreparedInfo, sequence_length: int) -> None:
+    """Raise UserError if a corpus is too short for a sequence and the token that follows it."""
+    if info.tokens <= sequence_length:
+        raise UserError(
+            f"corpus {info.prefix} has {info.tokens} tokens, but a sequence of {sequence_length} needs "
+            f"{sequence_length + 1}: use more text, or data.sequence_length={max(1, info.tokens - 1)} at most"
+        )

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from stablemoe_ds.config.schema import Source
-from stablemoe_ds.data.corpus import read_sources
+from stablemoe_ds.data.corpus import check_tokens, read_sources
 from stablemoe_ds.data.sample_index import Item, Recipe, blend
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
@@ -45,11 +45,7 @@ def build_train_dataset(
     """
     infos = read_sources(sources, tokenizer)
     for info in infos:
-        if info.tokens <= sequence_length:
-            raise UserError(
-                f"corpus {info.prefix} has {info.tokens} tokens, but a sequence of {sequence_length} needs "
-                f"{sequence_length + 1}: use more text, or data.sequence_length={max(1, info.tokens - 1)} at most"
-            )
+        check_tokens(info, sequence_length)
     recipe = Recipe(infos, [source.weight for source in sources], sequence_length, samples, seed)
     return Subset(blend(recipe, Path(cache_dir)), range(samples))
 

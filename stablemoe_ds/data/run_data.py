@@ -9,7 +9,7 @@ from pathlib import Path
 from stablemoe_ds.config.batch import BatchPlan
 from stablemoe_ds.config.schema import RunConfig, Source
 from stablemoe_ds.data.batch import Batch
-from stablemoe_ds.data.corpus import read_sources
+from stablemoe_ds.data.corpus import check_vocabulary, read_sources
 from stablemoe_ds.data.dataset import EvalDataset, build_train_dataset
 from stablemoe_ds.data.loader import EvalLoader, TrainLoader
 from stablemoe_ds.data.tokenizer import Tokenizer
@@ -33,9 +33,7 @@ class RunData:
             raise UserError("data.train names no corpus to train on; prepare one with 'stablemoe data prepare'")
         self._run, self._plan, self._groups, self._tokenizer = run, plan, groups, tokenizer
         for info in read_sources([*run.data.train, *run.data.valid, *run.data.test], tokenizer):
-            size = run.model.vocab_size or 0
-            if info.vocab_size > size:  # possible without data.tokenizer only
-                raise UserError(f"model.vocab_size: got {size}: {info.prefix} was prepared with {info.vocab_size} ids")
+            check_vocabulary(info, run.model.vocab_size or 0)
 
     def train_loader(self, start_sample: int) -> TrainLoader:
         """Optimizer steps from ``start_sample`` to the end of the run."""

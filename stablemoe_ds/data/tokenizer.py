@@ -24,6 +24,9 @@ from stablemoe_ds.files import open_file
 LINE_CHARACTERS = 4096
 """Longer lines reach the trainer in several pieces, which it would otherwise drop."""
 
+LARGEST = 1 << 28
+"""Bytes of a model; one of 100 000 pieces has about two million."""
+
 SPACE = "\u2581".encode()
 """How sentencepiece writes a space."""
 
@@ -42,13 +45,14 @@ class Tokenizer:
         """Everything that has to be copied along, under the same names."""
         try:
             with open_file(path) as file:
-                model = file.read()
-        except OSError as error:
-            raise UserError(
-                f"cannot read tokenizer {path}: {error.strerror}; 'stablemoe data tokenizer' makes one"
-            ) from error
+                model = file.read(LARGEST + 1)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(f"cannot read tokenizer {path}: {reason}; 'stablemoe data tokenizer' makes one") from error
         if not model:
             raise UserError(f"tokenizer {path} is empty: expected a sentencepiece model")
+        if len(model) > LARGEST:
+            raise UserError(f"tokenizer {path} is larger than {LARGEST} bytes: expected a sentencepiece model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model, num_threads=1)
             self.vocab_size: int = self._model.vocab_size()

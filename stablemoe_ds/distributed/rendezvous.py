@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from stablemoe_ds.config.difference import flat
+from stablemoe_ds.config.messages import show_both
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.environment import resolve, started_by_mpi
 from stablemoe_ds.errors import UserError
@@ -100,16 +102,9 @@ def agree_on_run(run: RunConfig, rank: int, size: int) -> None:
         if text != everyone[0]:
             first, theirs = json.loads(everyone[0]), json.loads(text)
             keys = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
-            found = ", ".join(f"{key} {theirs.get(key)!r} (rank 0: {first.get(key)!r})" for key in keys[:4])
+            pairs = [(key, *show_both(theirs.get(key), first.get(key))) for key in keys[:4]]
+            found = ", ".join(f"{key} {here} (rank 0: {there})" for key, here, there in pairs)
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             raise UserError(
                 f"ranks were started with different runs: rank {other} has {found}{more}; give all the same"
             )
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by dotted keys; lists stay values."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stablemoe_ds.config.load import load_run
+from stablemoe_ds.config.textfile import LARGEST_LIST, read_json
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.lock import writer_of
 from stablemoe_ds.run_directory.progress import launched_run, newest_launch, newest_saved
@@ -142,10 +143,9 @@ def _runs(pid: int) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, "what launch has written", LARGEST_LIST)
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _newest_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stablemoe_ds.config.messages import show
+from stablemoe_ds.config.textfile import LARGEST_LIST, LARGEST_MANIFEST, read_json, read_text
 from stablemoe_ds.errors import UserError
 
 FORMAT = "stablemoe-checkpoint-1"
@@ -69,11 +71,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What :func:`write_manifest` wrote. Raises DamagedError if it is not, UserError if it is of another format."""
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-        found = manifest["format"]
-        digest = manifest.pop("digest", None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"cannot read {file}: {error!r}") from error
+        manifest = read_json(file, "the manifest of a checkpoint", LARGEST_MANIFEST)
+    except UserError as error:
+        raise DamagedError(f"cannot read the manifest {error}") from error
+    found, digest = manifest.get("format"), manifest.pop("digest", None)
+    if found is None:
+        raise DamagedError(f"cannot read the manifest {file}: it names no format")
     if digest is not None and digest != _digest(manifest):
         raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} does not have the digest it names")
     if found != FORMAT:
@@ -177,8 +180,10 @@ def saved_in(folder: Path) -> list[Path]:
     """
     found = _newest_first(folder)
     try:
-        latest = folder / (folder / LATEST).read_text().strip()
-    except OSError:
+        latest = folder / read_text(folder / LATEST, "the name of a checkpoint", LARGEST_LIST).strip()
+        if latest.parent != folder or latest.name == ".." or not latest.name.isprintable():
+            raise UserError(f"{folder / LATEST}: got {show(latest.name)}: expected the name of a folder beside it")
+    except UserError:  # missing or damaged: the folders speak for themselves
         return [path for path in found if is_complete(path)]
     if not latest.exists() and _old_of(latest).exists():
         latest = _old_of(latest)  # its successor was about to take its place

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.textfile import LARGEST_MANIFEST, read_json
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import check_sizes, read_manifest, saved_checkpoints
 
@@ -53,8 +53,8 @@ def launched_run(run_dir: Path) -> RunConfig | None:
 def reported_steps(run_dir: Path) -> int:
     """Length of the run that ``report.json`` is about, which may be an earlier, shorter one; 0 without a report."""
     try:
-        return int(json.loads((run_dir / "report.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_json(run_dir / "report.json", "the report of a run", LARGEST_MANIFEST)["steps"])
+    except (UserError, ValueError, KeyError, TypeError):
         return 0
 
 

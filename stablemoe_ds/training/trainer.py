@@ -14,7 +14,7 @@ from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
 from stablemoe_ds.checkpoint.restore import Found, find_checkpoint, restore
 from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.difference import differences
-from stablemoe_ds.config.messages import show
+from stablemoe_ds.config.messages import show_both
 from stablemoe_ds.config.resolved import resolve
 from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import RunConfig
@@ -277,7 +277,8 @@ class Trainer:
         self.reporter.say(
             f"continuing after update {self.state.progress.step}, in stage {self.state.progress.stage}", "bold"
         )
-        if changed := [f"{key} {show(now)} (was {show(was)})" for key, now, was in differences(run, before)]:
+        pairs = [(key, *show_both(now, was)) for key, now, was in differences(run, before)]
+        if changed := [f"{key} {now} (was {was})" for key, now, was in pairs]:
             self.reporter.say(f"with other settings than before: {', '.join(changed)}", "bold")
 
 

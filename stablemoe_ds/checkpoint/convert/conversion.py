@@ -18,9 +18,10 @@ from stablemoe_ds.checkpoint.convert.resize_experts import check_replication, me
 from stablemoe_ds.checkpoint.convert.upcycle import upcycle
 from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
 from stablemoe_ds.checkpoint.saver import write_share
+from stablemoe_ds.config.difference import flat
+from stablemoe_ds.config.messages import show_both
 from stablemoe_ds.config.rules import check, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.distributed.rendezvous import flat
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import FORMAT, part_of, publish, saved_checkpoints, write_manifest
 from stablemoe_ds.run_directory.lock import only_writer
@@ -88,7 +89,8 @@ def _check_same(old: RunConfig, new: RunConfig, moe_differs: bool) -> None:
         before, after = (flat(section.model_dump(mode="json"), f"{name}.") for section in (one, other))
         for key in before:
             if key not in free and before[key] != after[key]:
-                raise UserError(f"{key}: got {after[key]!r}, but the checkpoint has {before[key]!r}: expected the same")
+                got, has = show_both(after[key], before[key])
+                raise UserError(f"{key}: got {got}, but the checkpoint has {has}: expected the same")
 
 
 def _write(
