@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from stablemoe_ds.answers import answer
 from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, run_arguments, tell
 
 
@@ -42,5 +43,5 @@ def _config_show(arguments: argparse.Namespace) -> int:
     if arguments.json:
         tell({**report(run, arguments.world_size), "run": run.model_dump(mode="json")}, "", True)
     else:
-        print(dump_run(run), end="")
+        answer(dump_run(run), end="")
     return 0
