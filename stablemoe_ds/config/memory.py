@@ -52,8 +52,8 @@ def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[in
 def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:
     """Roughly what is kept for the backward pass of one micro-batch, with experts evenly loaded.
 
-    Counts the inputs of norms, matrix products and nonlinearities, and fp32 logits with their gradient; attention
-    keeps no score matrix (``scaled_dot_product_attention``).
+    Counts the inputs of norms, matrix products and nonlinearities, and logits, which their gradient is written over;
+    attention keeps no score matrix (``scaled_dot_product_attention``).
     """
     m, moe, tensor = run.model, run.moe, run.parallel.tensor
     d, size = m.hidden_size, 4 if run.precision.dtype == "fp32" else 2
@@ -73,5 +73,4 @@ def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:
         kept = (m.layers + layers) * d + max(attention + ffn, experts if layers else 0)
     else:
         kept = m.layers * attention + (m.layers - replaced) * ffn + layers * experts
-    logits = vocabulary(run) // tensor * (size + 8)
-    return tokens * (kept * size + logits)
+    return tokens * size * (kept + vocabulary(run) // tensor)
