@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -76,17 +77,43 @@ class _Methods(TorchFunctionMode):
 def counted(device: torch.device) -> Iterator[Counts]:
     """Count what this thread does inside, backward passes included.
 
-    Host waits on CUDA are those torch itself warns of. On a CPU nothing waits; counted are the calls that would, were
-    the tensor on a device: an upper bound, as some of these tensors are on the host everywhere.
+    Host waits on CUDA are those torch itself warns of, and calls that wait for everything given to the device. On a
+    CPU nothing waits; counted are the calls that would, were the tensor on a device. Some of these tensors are on the
+    host everywhere; and a copy to the host by ``to`` or ``copy_`` looks like any other copy here and is not counted.
     """
     counts = Counts()
-    with _Methods(counts), _Operators(counts):
-        if device.type != "cuda":
+    with _Methods(counts), _Operators(counts), _synchronizations(device) as synchronizations:
+        if device.type == "cuda":
+            with _warned_of() as waits:
+                yield counts
+            counts.host_waits = +Counter({"synchronizing operation": waits()})
+        else:
             yield counts
-            return
-        with _warned_of() as waits:
-            yield counts
-        counts.host_waits = Counter({"synchronizing operation": waits()})
+    counts.host_waits += synchronizations
+
+
+@contextmanager
+def _synchronizations(device: torch.device) -> Iterator[Counter[str]]:
+    """Calls that wait until the device has done all it was given, of which torch does not warn.
+
+    On a CPU those of DeepSpeed's accelerator, through which it would make them on a GPU.
+    """
+    found: Counter[str] = Counter()
+    places: list[Any] = [torch.cuda, torch.cuda.Stream, torch.cuda.Event]
+    if device.type != "cuda":
+        from deepspeed.accelerator import get_accelerator
+
+        places.append(type(get_accelerator()))
+    with ExitStack() as stack:
+        for place in places:
+            original = place.synchronize
+
+            def counting(*args: Any, original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+                found["synchronize"] += 1
+                return original(*args, **kwargs)
+
+            stack.enter_context(mock.patch.object(place, "synchronize", counting))
+        yield found
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from stablemoe_ds.answers import nobody_listens, reserve_stdout, stream
 from stablemoe_ds.errors import RunError, UserError
 
 
@@ -19,25 +19,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         hint = "; settings go right behind RUN.yaml, before any option" if any("=" in word for word in unknown) else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter shows its code instead
-        sys.stdout.reconfigure(errors="backslashreplace")
+    with reserve_stdout():
+        code = _call(arguments)
+    sys.exit(code)
+
+
+def _call(arguments: argparse.Namespace) -> int:
+    """The exit status of a command."""
     try:
-        code = arguments.call(arguments)
+        code: int = arguments.call(arguments)
+        stream().flush()
+        return code
     except UserError as error:
-        sys.stdout.flush()
+        stream().flush()
         print(_error_text(error), file=sys.stderr, flush=True)
-        code = 2
+        return 2
     except RunError as fault:
-        sys.stdout.flush()
+        stream().flush()
         print(f"stablemoe: error: {fault}", file=sys.stderr, flush=True)
         _leave_at_once(fault.exit_code)
     except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.stdout.flush()
-    sys.exit(code)
+        return 130
+    except BrokenPipeError:
+        nobody_listens()
+        return 0
 
 
 def _leave_at_once(code: int) -> NoReturn:

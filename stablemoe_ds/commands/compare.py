@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from stablemoe_ds.answers import answer
 from stablemoe_ds.commands.parsing import Subparsers, add_command
 from stablemoe_ds.errors import UserError
 
@@ -33,7 +34,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
         return launch_all(runs, arguments.cluster, arguments.dry_run)
     if arguments.dry_run:
-        print("\n".join(run.command for run in runs))
+        answer("\n".join(run.command for run in runs))
         return 0
     from stablemoe_ds.comparison.compare import compare, report
 

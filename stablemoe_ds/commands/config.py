@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from stablemoe_ds.answers import answer
 from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, run_arguments, tell
 from stablemoe_ds.errors import UserError
 
@@ -48,7 +49,7 @@ def _config_show(arguments: argparse.Namespace) -> int:
         tell({**report(known, arguments.world_size), "run": run.model_dump(mode="json")}, "", True)
     else:
         check(run, arguments.world_size)
-        print(dump_run(run), end="")
+        answer(dump_run(run), end="")
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from stablemoe_ds.answers import answer
 from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, settle_libraries
 
 
@@ -38,7 +39,7 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
         byte_fallback=not arguments.no_byte_fallback,
         threads=os.cpu_count() or 1,
     )
-    print(f"wrote {made.path}: {made.vocab_size} ids, fingerprint {made.fingerprint[:12]}")
+    answer(f"wrote {made.path}: {made.vocab_size} ids, fingerprint {made.fingerprint[:12]}")
     return 0
 
 
@@ -49,5 +50,5 @@ def _prepare(arguments: argparse.Namespace) -> int:
     tokenizer = Tokenizer(arguments.tokenizer)
     settle_libraries()
     info = prepare(arguments.files, tokenizer, arguments.output, arguments.workers, arguments.documents)
-    print(f"wrote {info.prefix}.bin/.idx: {info.documents:,} documents, {info.tokens:,} tokens, {info.words:,} words")
+    answer(f"wrote {info.prefix}.bin/.idx: {info.documents:,} documents, {info.tokens:,} tokens, {info.words:,} words")
     return 0

@@ -11,6 +11,7 @@ import time
 from importlib.resources import files as package_files
 from pathlib import Path
 
+from stablemoe_ds.answers import answer, descriptor
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
@@ -34,7 +35,7 @@ def demo(overrides: list[str]) -> int:
     check(run, processes)
     folder = Path(run.directory)
     _prepare_data(run)
-    print(f"\nTraining with {processes} process(es) through DeepSpeed; configuration {path}\n", flush=True)
+    answer(f"\nTraining with {processes} process(es) through DeepSpeed; configuration {path}\n")
     code = _launch(path, settings, processes)
     if code:
         return code
@@ -46,15 +47,15 @@ def demo(overrides: list[str]) -> int:
 
     checkpoint = Checkpoint.open(folder)
     if checkpoint.progress.step < run.schedule.steps:
-        print("The demo was stopped; the same command continues it.")
+        answer("The demo was stopped; the same command continues it.")
         return 130
     report = run_report(checkpoint)
-    print(render_text(report))
-    print("A sample, drawn with top-p 0.9:\n")
+    answer(render_text(report))
+    answer("A sample, drawn with top-p 0.9:\n")
     (text,) = continue_prompts(str(folder), [PROMPT], max_new_tokens=80, temperature=0.8, top_p=0.9, seed=1)
-    print("\n".join("    " + line for line in (PROMPT + text).splitlines()))
+    answer("\n".join("    " + line for line in (PROMPT + text).splitlines()))
     ppl = report["valid_ppl"]
-    print(f"""
+    answer(f"""
 Validation perplexity   stage 1: {ppl["stage1"]:.2f} (learned router), {ppl["stage1_distilled"]:.2f} (distilled)
                         end: {ppl["final"]:.2f}
 Changed expert after the switch: {report["changed_after_switch"]:.2%} of the probe tokens
@@ -89,18 +90,18 @@ def _prepare_data(run: RunConfig) -> None:
         raise UserError("the demo needs data.tokenizer and data.valid: where it may write them")
     target, corpora = Path(run.data.tokenizer), {"train": run.data.train[0].path, "valid": run.data.valid[0].path}
     if target.exists() and all(corpus_file(prefix, "json").exists() for prefix in corpora.values()):
-        print(f"using the data in {target.parent}")
+        answer(f"using the data in {target.parent}")
         return
     library = Path(sysconfig.get_paths()["stdlib"])
     found = [path for path in library.rglob("*.py") if not set(path.relative_to(library).parts[:-1]) & set(SKIPPED)]
     train, valid = split_files([path for path in found if path.stat().st_size], 0.05, seed=run.seed)
-    print(f"text: {len(train)} + {len(valid)} files of {library}", flush=True)
+    answer(f"text: {len(train)} + {len(valid)} files of {library}")
     tokenizer: Tokenizer = train_tokenizer(
         train, target, run.model.vocab_size or 4096, "bpe", threads=os.cpu_count() or 1
     )
     for name, part in (("train", train), ("valid", valid)):
         info = prepare(part, tokenizer, corpora[name], workers=os.cpu_count() or 1, documents="file")
-        print(f"{name}: {info.documents:,} documents, {info.tokens:,} tokens, {info.words:,} words", flush=True)
+        answer(f"{name}: {info.documents:,} documents, {info.tokens:,} tokens, {info.words:,} words")
 
 
 def _launch(path: Path, settings: list[str], processes: int) -> int:
@@ -112,4 +113,4 @@ def _launch(path: Path, settings: list[str], processes: int) -> int:
     launcher += ["--master_port", port]
     command = [sys.executable, "-m", *launcher, "--module", "stablemoe_ds", "train", str(path), *settings]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
-    return subprocess.run(command, env=environment, check=False).returncode
+    return subprocess.run(command, env=environment, stdout=descriptor(), check=False).returncode

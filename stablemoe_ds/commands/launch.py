@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
+from stablemoe_ds.answers import answer, stream
 from stablemoe_ds.commands.parsing import Subparsers, add_command, json_argument
 from stablemoe_ds.errors import UserError
 
@@ -48,7 +48,7 @@ def launch(arguments: argparse.Namespace) -> int:
         raise UserError(f"--submit: launcher {cluster.launcher} has no queue; leave --submit out to run it here")
     jobs = make_jobs([load_run(path, overrides) for path in files], cluster, look_around())
     if arguments.dry_run:
-        print("\n".join(job.as_shell() for job in jobs), end="")
+        answer("\n".join(job.as_shell() for job in jobs), end="")
         return 0
     return start(jobs)
 
@@ -57,7 +57,7 @@ def show_status(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.launch.status import render, run_directories, status
 
     found = [status(run_dir) for run_dir in run_directories(arguments.run)]
-    print(json.dumps(found, indent=1) if arguments.json else "\n".join(map(render, found)))
+    answer(json.dumps(found, indent=1) if arguments.json else "\n".join(map(render, found)))
     return 0
 
 
@@ -72,8 +72,8 @@ def show_logs(arguments: argparse.Namespace) -> int:
     tail = Tail(logs, arguments.rank)
     while True:
         for text in tail.new():
-            sys.stdout.buffer.write(text)
-        sys.stdout.flush()
+            stream().buffer.write(text)
+        stream().flush()
         if not arguments.follow:
             return 0
         time.sleep(FOLLOW_SECONDS)

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from stablemoe_ds.answers import answer
+
 Subparsers = Any
 """What ``add_subparsers`` returns; argparse keeps its type to itself."""
 Command = Callable[[argparse.Namespace], int]
@@ -44,7 +46,7 @@ def tell(facts: Any, text: str, as_json: bool) -> None:
 
     rank, _, _ = read_launcher_environment()
     if rank == 0:
-        print(json.dumps(facts, indent=1) if as_json else text)
+        answer(json.dumps(facts, indent=1) if as_json else text)
 
 
 def settle_libraries() -> None:

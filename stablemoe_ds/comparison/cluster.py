@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stablemoe_ds.answers import answer
 from stablemoe_ds.comparison.state import state_of
 from stablemoe_ds.comparison.suite import SuiteRun
 from stablemoe_ds.config.load import dump_run, load_run
@@ -23,10 +24,10 @@ def launch_all(runs: Sequence[SuiteRun], path: str, dry_run: bool) -> int:
         raise UserError(f"{path}: run_dir: got {cluster.run_dir}: a suite says itself where its runs go; leave it out")
     missing = [run for run in runs if state_of(run) != "finished"]
     if not missing:
-        print("all runs are finished: see --report")
+        answer("all runs are finished: see --report")
         return 0
     if dry_run:
-        print("\n".join(job.as_shell() for job in make_jobs([one.run for one in missing], cluster, look_around())))
+        answer("\n".join(job.as_shell() for job in make_jobs([one.run for one in missing], cluster, look_around())))
         return 0
     for one in missing:
         one.folder.parent.mkdir(parents=True, exist_ok=True)

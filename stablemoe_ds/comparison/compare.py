@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from stablemoe_ds.answers import answer
 from stablemoe_ds.comparison.outcome import outcome_of
 from stablemoe_ds.comparison.pictures import draw_all
 from stablemoe_ds.comparison.runner import cores, threads_of_each, train_all
@@ -25,7 +26,7 @@ HARDWARE = "hardware.txt"
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    answer(text)
 
 
 def compare(suite: Suite, runs: Sequence[SuiteRun], jobs: int) -> int:

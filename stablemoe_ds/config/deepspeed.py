@@ -29,6 +29,8 @@ UNSAFE = {
     "zero_optimization.reduce_scatter": (True, "DeepSpeed's MoE under ZeRO is refused without it"),
     "prescale_gradients": (False, "DeepSpeed's ZeRO 2 refuses it"),
     "gradient_predivide_factor": (1.0, "DeepSpeed's ZeRO 2 refuses it"),
+    "communication_data_type": ("fp32", "gradients are summed over ranks in fp32"),
+    "data_types.grad_accum_dtype": ("fp32", "gradients are summed over micro-batches in fp32"),
 }
 UNUSABLE = {
     "amp": "DeepSpeed 0.19 has dropped it",
@@ -58,11 +60,16 @@ def deepspeed_config(run: RunConfig, plan: BatchPlan) -> dict[str, Any]:
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
         },
+        # Otherwise DeepSpeed reduces in the model's dtype: it would round what was added up in fp32.
+        "communication_data_type": "fp32",
+        # DeepSpeed's timer waits for the device twice a micro-batch; training/throughput.py needs no such wait.
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
     if dtype == "bf16":
-        config["bf16"] = {"enabled": True}
+        # Each gradient is added to the fp32 sum and let go as soon as the backward pass has made it.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
     if dtype == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": run.precision.loss_scale, "initial_scale_power": 16}
     if dtype != "fp32":

@@ -28,8 +28,9 @@ def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[in
 
     Dense parameters are cut over tensor ranks and sharded over data-parallel ranks; routed experts are spread over
     expert-parallel ranks and sharded over the copies of each expert. fp32 masters and Adam's two moments take 12
-    bytes a parameter (8 where the weights are the masters); gradients accumulate in fp32, beside those of the backward
-    pass except under stage 2, which lets them go as it reduces them.
+    bytes a parameter (8 where the weights are the masters). Gradients accumulate in fp32, and those of the backward
+    pass are let go one by one. As it reduces them, DeepSpeed makes a second copy of this rank's share, except in bf16:
+    ZeRO 1 reduces in place there, and ZeRO 2 in half precision adds to the share itself.
     """
     counts, tensor = parameters(run), run.parallel.tensor
     cut = counts.embedding + counts.output + counts.attention + counts.ffn
@@ -38,21 +39,21 @@ def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[in
     dense_shard = -(-dense // plan.data_parallel)
     expert_shard = -(-expert * run.parallel.expert // world_size)
     held, shard = dense + expert, dense_shard + expert_shard
-    half = run.precision.dtype != "fp32"
-    weight, activations = 2 if half else 4, activation_bytes(run, plan)
-    whole_gradients = (weight + 4 if half else 4) * held
+    dtype, activations = run.precision.dtype, activation_bytes(run, plan)
+    half = dtype != "fp32"
+    weights = (2 if half else 4) * held
     return {
-        0: Memory(weight * held, whole_gradients, (12 if half else 8) * held, activations),
-        1: Memory(weight * held, whole_gradients, 12 * shard, activations),
-        2: Memory(weight * held, 4 * shard, 12 * shard, activations),
+        0: Memory(weights, 4 * held, (12 if half else 8) * held, activations),
+        1: Memory(weights, 4 * held + (0 if dtype == "bf16" else 4 * shard), 12 * shard, activations),
+        2: Memory(weights, (4 if half else 8) * shard, 12 * shard, activations),
     }
 
 
 def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:
     """Roughly what is kept for the backward pass of one micro-batch, with experts evenly loaded.
 
-    Counts the inputs of norms, matrix products and nonlinearities, and fp32 logits with their gradient; attention
-    keeps no score matrix (``scaled_dot_product_attention``).
+    Counts the inputs of norms, matrix products and nonlinearities, and logits, which their gradient is written over;
+    attention keeps no score matrix (``scaled_dot_product_attention``).
     """
     m, moe, tensor = run.model, run.moe, run.parallel.tensor
     d, size = m.hidden_size, 4 if run.precision.dtype == "fp32" else 2
@@ -72,5 +73,4 @@ def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:
         kept = (m.layers + layers) * d + max(attention + ffn, experts if layers else 0)
     else:
         kept = m.layers * attention + (m.layers - replaced) * ffn + layers * experts
-    logits = vocabulary(run) // tensor * (size + 8)
-    return tokens * (kept * size + logits)
+    return tokens * size * (kept + vocabulary(run) // tensor)

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from stablemoe_ds.answers import stream
 from stablemoe_ds.launch.containers import contained
 from stablemoe_ds.launch.job import Job, Order
 
@@ -73,8 +74,8 @@ def _show(source: IO[bytes], log: IO[bytes]) -> None:
     while text := os.read(source.fileno(), 1 << 16):
         log.write(text)
         log.flush()
-        sys.stdout.buffer.write(text)
-        sys.stdout.buffer.flush()
+        stream().buffer.write(text)
+        stream().buffer.flush()
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

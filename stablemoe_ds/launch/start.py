@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+from stablemoe_ds.answers import answer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.job import Job
 from stablemoe_ds.launch.supervise import Supervisor, note_state
@@ -38,7 +39,7 @@ def _submit(job: Job) -> int:
         raise UserError(f"{said}: the queue did not take the job; what it says is above") from error
     for folder in job.folders:
         note_state(folder, state="submitted", job_ids=done.stdout.split())
-    print(done.stdout, end="")
+    answer(done.stdout, end="")
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from stablemoe_ds.answers import descriptor, stream
 from stablemoe_ds.distributed.signals import handling
 from stablemoe_ds.errors import BAD_INPUT, FINISHED, INTERRUPTED, OWN_FAULT, UserError
 from stablemoe_ds.launch.job import Job, Probe
@@ -71,7 +72,7 @@ class Supervisor:
         try:
             # A session of its own: Ctrl-C reaches this process alone, which knows what the ranks should be sent.
             process = subprocess.Popen(
-                self.job.command, cwd=self.job.directory, env=environment, start_new_session=True
+                self.job.command, cwd=self.job.directory, env=environment, stdout=descriptor(), start_new_session=True
             )
         except OSError as error:
             raise UserError(
@@ -143,8 +144,8 @@ class Supervisor:
             while not over:
                 over = done.wait(LOOK_SECONDS)
                 for text in self._tail.new():
-                    sys.stdout.buffer.write(text)
-                    sys.stdout.flush()
+                    stream().buffer.write(text)
+                    stream().flush()
 
         reader = threading.Thread(target=show, daemon=True)
         reader.start()

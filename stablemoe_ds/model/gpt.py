@@ -24,6 +24,7 @@ from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.model.attention import CachedSelfAttention, SdpaAttention
 from stablemoe_ds.model.blocks import DenseBlock, DenseStack, MoEBlock, require_compiler
+from stablemoe_ds.model.cross_entropy import cross_entropy
 from stablemoe_ds.model.document_mask import Documents, can_be_fast
 from stablemoe_ds.model.initialize import initialize_parameters
 from stablemoe_ds.model.parts import DeviceRotaryEmbedding, Norm, RowLinear
@@ -120,6 +121,12 @@ class StableMoEGPT(GPTModel):
         routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, seed, plans)
         loss_BS = self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart).float()
         return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """fp32 [B, S], of ids [B, S] and logits [S, B, V], which are lost; in place of megatron-core's own."""
+        group = self.pg_collection.tp if self.config.tensor_model_parallel_size > 1 else None
+        loss_T = cross_entropy(logits.flatten(0, 1), labels.transpose(0, 1).flatten(), group)
+        return loss_T.view(logits.shape[:2]).transpose(0, 1)
 
     @property
     def keeps_documents_apart(self) -> bool:

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
+from stablemoe_ds.answers import stream
+
 
 def step_fields(values: dict[str, Any]) -> str:
     """One line of an update's figures; what is None is left out."""
@@ -31,7 +33,7 @@ class Display:
 
     def __init__(self, active: bool) -> None:
         self._active = active
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(file=stream(), highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
 

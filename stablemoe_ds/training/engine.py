@@ -21,6 +21,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
 from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.training.figures import UpdateFigures, update_figures
+from stablemoe_ds.training.gradients import adopt
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
 from stablemoe_ds.training.routed_batch import RoutedBatch
 
@@ -58,9 +59,8 @@ class Engine:
                 mpu=DeepSpeedMpu(),
                 dist_init_required=False,
             )
-        if run.parallel.zero_stage:
-            # Without, ZeRO in fp32 looks at a mean of norms over ranks, which hides an expert that is not finite.
-            self.optimizer.check_grad_overflow = True
+        kept.clear()  # DeepSpeed keeps the function above for ever, and so what it refers to
+        adopt(self.deepspeed)
         limit_waiting(groups.world.timeout)
 
     @property
@@ -144,7 +144,7 @@ class Engine:
             self._spoil_gradients()
         self.deepspeed.step()
         dropped = bool(self.optimizer.overflow)
-        self._norm = math.inf if dropped else self.deepspeed.get_global_grad_norm() or 0.0
+        self._norm = math.inf if dropped else self.deepspeed.get_global_grad_norm()
         return not dropped
 
     def gradient_norm(self) -> float:

@@ -45,9 +45,17 @@ def test_a_backward_pass_is_counted() -> None:
     assert counts.host_waits == {"_local_scalar_dense": 1}
 
 
+def test_waiting_for_the_whole_device_is_counted() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    with counted(CPU) as counts:
+        get_accelerator().synchronize()
+    assert counts.host_waits == {"synchronize": 1}
+
+
 def test_arithmetic_is_neither() -> None:
     with counted(CPU) as counts:
-        (torch.ones(2, 2) @ torch.ones(2, 2)).relu().sum()
+        (torch.ones(2, 2) @ torch.ones(2, 2)).to(torch.bfloat16).relu().sum()
     assert (counts.host_waits, counts.collectives) == ({}, {})
 
 

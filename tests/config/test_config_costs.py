@@ -118,8 +118,9 @@ def test_zero_shards_what_it_should(make: Make) -> None:
     assert memory[0].optimizer == 8 * (dense + experts)
     # dense parameters over 4 ranks, each expert over its 2 copies
     assert memory[1].optimizer == memory[2].optimizer == 12 * (dense // 4 + experts // 2)
-    assert memory[1].gradients == 4 * (dense + experts)
-    assert memory[2].gradients == 4 * (dense // 4 + experts // 2)
+    # ZeRO keeps a second copy of the share of fp32 gradients that it has reduced
+    assert memory[1].gradients == 4 * (dense + experts) + 4 * (dense // 4 + experts // 2)
+    assert memory[2].gradients == 8 * (dense // 4 + experts // 2)
 
 
 def test_half_precision_keeps_masters_and_halves_weights(make: Make) -> None:
@@ -127,6 +128,7 @@ def test_half_precision_keeps_masters_and_halves_weights(make: Make) -> None:
     plan = batch_plan(full, 1)
     assert memory_per_rank(half, plan, 1)[1].weights * 2 == memory_per_rank(full, plan, 1)[1].weights
     assert memory_per_rank(half, plan, 1)[1].optimizer == memory_per_rank(full, plan, 1)[1].optimizer
+    assert memory_per_rank(half, plan, 1)[1].gradients == 4 * parameters(half).total
 
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_recomputation(make: Make) -> None:

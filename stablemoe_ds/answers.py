@@ -1,0 +1,66 @@
+"""Standard output belongs to what a command answers; whatever libraries print goes to standard error.
+
+DeepSpeed, megatron-core and the compilers they start print to standard output as they please, from Python and from
+elsewhere, which a script that reads ``--json`` cannot bear.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+_reserved: list[tuple[TextIO, int]] = []
+"""Standard output as it was before it was reserved: as a file, and as a descriptor."""
+
+
+@contextmanager
+def reserve_stdout() -> Iterator[None]:
+    """Inside, only :func:`stream` writes to standard output.
+
+    ``sys.stdout`` and file descriptor 1, which compiled code and started processes write to, are standard error.
+    """
+    before = sys.stdout
+    before.flush()
+    original = os.dup(1)
+    kept = before
+    if isinstance(before, io.TextIOWrapper) and before.fileno() == 1:
+        # A terminal that lacks a letter shows its code instead.
+        kept = open(os.dup(1), "w", encoding=before.encoding, errors="backslashreplace")  # noqa: SIM115
+    _reserved.append((kept, original))
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        _reserved.pop()
+        sys.stdout = before
+        os.dup2(original, 1)
+        os.close(original)
+        if kept is not before:
+            kept.close()
+
+
+def stream() -> TextIO:
+    """Where answers go."""
+    return _reserved[-1][0] if _reserved else sys.stdout
+
+
+def descriptor() -> int | None:
+    """The ``stdout`` of a process that is started because its output is the answer; None: what this process has."""
+    return _reserved[-1][1] if _reserved else None
+
+
+def answer(text: str, end: str = "\n") -> None:
+    """Say this on standard output, at once."""
+    print(text, end=end, file=stream(), flush=True)
+
+
+def nobody_listens() -> None:
+    """The reader of standard output has seen enough and closed it, as ``head`` does: let the rest go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream().fileno())
+    os.close(nowhere)
