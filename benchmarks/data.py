@@ -34,9 +34,11 @@ from benchmarks.common import markdown, medians, parser, publish, ratios, take_t
 from benchmarks.contestants import LAPTOP, QUICK, Contestant, Task, build
 from benchmarks.corpus import Corpus, library_text
 from stablemoe_ds.data.corpus import corpus_file
+from stablemoe_ds.data.flaws import Flaws
 from stablemoe_ds.data.prepare import prepare
 from stablemoe_ds.data.run_data import RunData
-from stablemoe_ds.data.text import Documents, Span, decode, read_documents
+from stablemoe_ds.data.text import Documents, Span, read_documents
+from stablemoe_ds.data.text_files import TextFile
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
 from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 
@@ -63,8 +65,8 @@ def gather(folder: Path, file: Path | None, most_bytes: int, vocab_size: int) ->
     lines = folder / "text.jsonl"
     with lines.open("w") as out:
         for path in files:
-            for raw in read_documents(Span(path), documents):
-                out.write(json.dumps({"text": decode(raw)[0]}) + "\n")
+            for document in read_documents(Span(TextFile(path)), documents, Flaws()):
+                out.write(json.dumps({"text": document.text}) + "\n")
     tokenizer = train_tokenizer(files, folder / "tokenizer.model", vocab_size, "bpe")
     return Text(files, documents, lines, tokenizer.path)
 

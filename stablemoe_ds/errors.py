@@ -11,6 +11,11 @@ class UserError(Exception):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """What a library has to say, on one line that can be printed."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+
+
 class RunError(Exception):
     """A run that cannot go on although its input is good: a lost peer, no memory, a broken reader.
 

@@ -17,7 +17,7 @@ from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.corpus import corpus_file
 from stablemoe_ds.data.prepare import prepare
-from stablemoe_ds.data.text import split_files
+from stablemoe_ds.data.text_files import split_files
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
 from stablemoe_ds.errors import UserError
 

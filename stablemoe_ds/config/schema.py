@@ -177,7 +177,9 @@ class DataConfig(Section):
     Paths start in the directory a command is given in; ~ and ~user at the start of one are home directories.
     """
 
-    tokenizer: PathText | None = Field(None, description="sentencepiece .model file")
+    tokenizer: PathText | None = Field(
+        None, description="sentencepiece .model file, or a tokenizer.json of Hugging Face"
+    )
     train: list[Source] = Field(default_factory=list, description="blend to train on: paths, or {path, weight}")
     valid: list[Source] = Field(default_factory=list, description="validation corpora, read from end to end")
     test: list[Source] = Field(default_factory=list, description="test corpora, read from end to end")

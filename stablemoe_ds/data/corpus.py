@@ -25,7 +25,7 @@ from stablemoe_ds.config.schema import Source
 from stablemoe_ds.config.textfile import LARGEST_LIST, read_json
 from stablemoe_ds.data.index import TYPES, check_index, check_size, document_lengths
 from stablemoe_ds.data.tokenizer import Tokenizer
-from stablemoe_ds.errors import UserError
+from stablemoe_ds.errors import UserError, one_line
 from stablemoe_ds.files import open_file
 
 FORMAT = "stablemoe-corpus-1"
@@ -167,11 +167,6 @@ class PreparedInfo:
 def _seal(fields: dict[str, Any]) -> str:
     """Digest of a description, whatever the order and layout of its fields."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """What a library has to say, on one line."""
-    return " ".join(str(error).split())
 
 
 def corpus_file(prefix: str | Path, ending: str) -> Path:

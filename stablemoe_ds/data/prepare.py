@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from stablemoe_ds.data.corpus import PreparedInfo, corpus_file
-from stablemoe_ds.data.text import Documents, Span, check_files, decode, plan_spans, read_documents, warn_invalid
+from stablemoe_ds.data.flaws import Flaws, Judge
+from stablemoe_ds.data.text import Documents, Span, plan_spans, read_documents
+from stablemoe_ds.data.text_files import AS_FOUND, Reading, TextFile, recognise
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 
@@ -43,7 +45,7 @@ class Encoded:
     words: int
     characters: int
     bytes: int
-    invalid: int
+    flaws: Flaws
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Totals:
         self.words += part.words
         self.characters += part.characters
         self.bytes += part.bytes
-        self.invalid += part.invalid
+        self.invalid += part.flaws.invalid
 
 
 def prepare(
@@ -74,28 +76,30 @@ def prepare(
     output_prefix: Path | str,
     workers: int = 1,
     documents: Documents = "line",
+    reading: Reading = AS_FOUND,
 ) -> PreparedInfo:
     """Encode text files into ``<output_prefix>.bin/.idx/.counts.npy/.json``.
 
     Files and documents keep their order; blank documents are left out; eos follows each document.
     The files appear when all of them are complete, so an interrupted run leaves no half corpus.
     workers: processes that encode; up to 1, this process does.
-    Raises UserError for unreadable files, text without a word, and an output that cannot be written.
+    documents: how plain text is cut; a line of JSON and a row of Parquet are a document each.
+    Raises UserError for unreadable files, files that are not text or have more flaws than text may have, text without
+    a word, and an output that cannot be written.
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    paths = check_files(files)
     prefix = Path(output_prefix)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     encode = partial(encode_span, tokenizer.path, np.dtype(dtype).name, documents)
-    spans = plan_spans(paths, documents, SPAN_BYTES)
-    totals = Totals(np.zeros(tokenizer.vocab_size, np.int64))
+    spans = plan_spans(recognise(files, reading), documents, SPAN_BYTES)
+    totals, judge = Totals(np.zeros(tokenizer.vocab_size, np.int64)), Judge(reading.allow_damaged)
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".prepare-") as folder:
             part = Path(folder, "corpus")
             builder = IndexedDatasetBuilder(str(corpus_file(part, "bin")), dtype=dtype)
-            for encoded in _in_order(encode, spans, workers):
+            for encoded in _judged(spans, _in_order(encode, spans, workers), judge):
                 totals.add(encoded)
                 for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]):
                     if len(ids):
@@ -107,7 +111,7 @@ def prepare(
             _move(part, prefix)
     except OSError as error:
         raise UserError(f"cannot write corpus {prefix}: {error}") from error
-    warn_invalid(totals.invalid)
+    judge.warn()
     return info
 
 
@@ -115,16 +119,27 @@ def encode_span(tokenizer: Path, dtype: str, documents: Documents, span: Span) -
     """Encode the documents of one span with the tokenizer at a path; runs in a worker process."""
     model = _load(tokenizer)
     ids: list[NDArray[Any]] = []
-    words = characters = size = invalid = 0
-    for raw in read_documents(span, documents):
-        text, bad = decode(raw)
+    words = characters = size = 0
+    flaws = Flaws()
+    for text, raw in read_documents(span, documents, flaws):
         ids.append(np.array([*model.encode(text), model.eos_id], dtype=dtype))
         words += len(text.split())
         characters += len(text)
         size += len(raw)
-        invalid += bad
     joined = np.concatenate(ids) if ids else np.empty(0, dtype)
-    return Encoded(joined, np.array([len(i) for i in ids], np.int64), words, characters, size, invalid)
+    return Encoded(joined, np.array([len(i) for i in ids], np.int64), words, characters, size, flaws)
+
+
+def _judged(spans: list[Span], parts: Iterator[Encoded], judge: Judge) -> Iterator[Encoded]:
+    """Pass parts on; after the last one of each file judge it. Raises UserError."""
+    last = {span.file: number for number, span in enumerate(spans)}
+    found: dict[TextFile, Flaws] = {}
+    for number, (span, part) in enumerate(zip(spans, parts, strict=True)):
+        flaws = found.setdefault(span.file, Flaws())
+        flaws.add(part.flaws)
+        if last[span.file] == number:
+            judge.file(span.file, flaws)
+        yield part
 
 
 @lru_cache(maxsize=1)

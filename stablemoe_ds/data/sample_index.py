@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stablemoe_ds.data.corpus import PreparedInfo, one_line
+from stablemoe_ds.data.corpus import PreparedInfo
 from stablemoe_ds.distributed.together import on_first_rank
-from stablemoe_ds.errors import UserError
+from stablemoe_ds.errors import UserError, one_line
 
 Item = dict[str, Tensor]
 

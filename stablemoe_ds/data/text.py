@@ -1,83 +1,47 @@
-"""Text files as a stream of documents, whatever is in them."""
+"""Files of text as a stream of documents: plain text, JSON lines or Parquet."""
 
 from __future__ import annotations
 
-import gzip
-import logging
-import lzma
-import os
-import random
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
+from stablemoe_ds.data.flaws import Flaws
+from stablemoe_ds.data.jsonl import BrokenRecordError, text_of
+from stablemoe_ds.data.parquet import read_rows, row_groups
+from stablemoe_ds.data.text_files import BOM, TextFile, open_text, text_size
 from stablemoe_ds.errors import UserError
 
 Documents = Literal["file", "line", "wiki"]
-"""What one document is: a whole file; a line; or an article that starts with a line ``= Title =``."""
+"""What one document of plain text is: a whole file; a line; or an article that starts with a line ``= Title =``.
 
-BOM = b"\xef\xbb\xbf"
+A line of JSON and a row of Parquet are one document each, whatever is said here.
+"""
 TITLE = re.compile(rb" ?= (?!=).+ =\s*")
-logger = logging.getLogger(__name__)
+LONGEST_LINE = 1 << 28
+"""Bytes; a longer line is no line of text, and would not fit in memory with all that is made of it."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes [start, end) of a file, cut between two documents. ``end`` is None for "to the end"."""
+    """A part of a file, cut between two documents.
 
-    path: Path
+    start, end: bytes [start, end) of text or JSON lines, where end None is "to the end"; row groups of Parquet.
+    size: bytes of text, estimated where the file is compressed.
+    """
+
+    file: TextFile
     start: int = 0
     end: int | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes of text, estimated where the file is compressed."""
-        return text_size(self.path) if self.end is None else self.end - self.start
+    size: int = 0
 
 
-def check_files(files: Sequence[Path | str]) -> list[Path]:
-    """Return the files as paths. Raises UserError if there is none or one of them cannot be read."""
-    paths = [Path(file) for file in files]
-    if not paths:
-        raise UserError("no text file was named: expected at least one")
-    for path in paths:
-        if not path.is_file():
-            what = "does not exist"
-            if path.is_dir():
-                what = "is a directory: name the files in it"
-            elif path.exists():
-                what = "is a pipe or a device, which cannot be read twice: write the text to a file"
-            raise UserError(f"text file {path} {what}")
-        if not os.access(path, os.R_OK):
-            raise UserError(f"text file {path} may not be read by this user")
-    return paths
+class Document(NamedTuple):
+    """A text, and the bytes it was read from (of JSON and Parquet, its UTF-8)."""
 
-
-def text_size(path: Path) -> int:
-    """Bytes of text in a file; compressed text is taken to be four times its size on disk. Raises UserError."""
-    try:
-        return path.stat().st_size * (4 if _compressed(path) else 1)
-    except OSError as error:
-        raise UserError(f"cannot read text file {path}: {error}") from error
-
-
-def _compressed(path: Path) -> bool:
-    return path.suffix in (".gz", ".xz")
-
-
-@contextmanager
-def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain, .gz or .xz file for reading bytes; whatever goes wrong in the block is a UserError."""
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    try:
-        with openers.get(path.suffix, open)(path, "rb") as file:
-            yield file
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"cannot read text file {path}: {error}") from error
+    text: str
+    raw: bytes
 
 
 def decode(raw: bytes) -> tuple[str, int]:
@@ -89,66 +53,120 @@ def decode(raw: bytes) -> tuple[str, int]:
         return text, text.count("\ufffd") - raw.count("\ufffd".encode())
 
 
-def warn_invalid(count: int) -> None:
-    """Tell that ``count`` byte sequences were not UTF-8. Silent at 0."""
-    if count:
-        logger.warning(
-            "%d byte sequences were not UTF-8 and were read as U+FFFD; convert the files if that is much", count
-        )
-
-
-def plan_spans(files: Sequence[Path], documents: Documents, size: int) -> list[Span]:
+def plan_spans(files: Sequence[TextFile], documents: Documents, size: int) -> list[Span]:
     """Cut files between documents into spans of about ``size`` bytes; file order and text order are kept.
 
-    A compressed file, and a file that is one document, stay whole.
+    A compressed file, and a file that is one document, stay whole. Raises UserError.
     """
-    spans = []
-    for path in files:
-        if documents == "file" or _compressed(path):
-            spans.append(Span(path))
-            continue
-        length, start = text_size(path), 0
-        with open_text(path) as file:
-            while start < length:
-                end = _next_document(file, start + size, length, documents)
-                spans.append(Span(path, start, end))
-                start = end
+    spans: list[Span] = []
+    for file in files:
+        if file.format == "parquet":
+            spans += _plan_parquet(file, size)
+        elif file.compression or (documents == "file" and file.format == "text"):
+            spans.append(Span(file, size=text_size(file.path)))
+        else:
+            length, start = text_size(file.path), 0
+            with open_text(file) as content:
+                while start < length:
+                    end = _next_document(content, file, start + size, length, documents)
+                    spans.append(Span(file, start, end, end - start))
+                    start = end
     return spans
 
 
-def _next_document(file: BinaryIO, position: int, length: int, documents: Documents) -> int:
+def _plan_parquet(file: TextFile, size: int) -> Iterator[Span]:
+    """Row groups one after the other, as many to a span as have about ``size`` bytes."""
+    start = collected = 0
+    sizes = row_groups(file.path, file.field)
+    for number, group in enumerate(sizes, 1):
+        collected += group
+        if collected >= size or number == len(sizes):
+            yield Span(file, start, number, collected)
+            start, collected = number, 0
+
+
+def _next_document(content: BinaryIO, file: TextFile, position: int, length: int, documents: Documents) -> int:
     """Offset of the first document that starts at ``position`` or later; ``length`` if none does."""
     if position >= length:
         return length
-    file.seek(position - 1)
-    file.readline()
-    while documents == "wiki" and file.tell() < length:
-        start = file.tell()
-        if TITLE.fullmatch(file.readline()):
+    content.seek(position - 1)
+    _read_line(content, file)
+    while documents == "wiki" and file.format == "text" and content.tell() < length:
+        start = content.tell()
+        if TITLE.fullmatch(_read_line(content, file)):
             return start
-    return file.tell()
+    return content.tell()
 
 
-def read_documents(span: Span, documents: Documents) -> Iterator[bytes]:
-    """Yield the documents of a span. White space alone is no document; a line comes without its line end."""
-    with open_text(span.path) as file:
-        if span.start:
-            file.seek(span.start)
-        for document in _cut(_lines(file, span), documents):
-            if document.strip():
-                yield document
+def _read_line(content: BinaryIO, file: TextFile) -> bytes:
+    """The next line with its end; empty at the end of the file. Raises UserError for one without an end in sight."""
+    line = content.readline(LONGEST_LINE)
+    if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+        raise UserError(
+            f"text file {file.path} has a line of more than {LONGEST_LINE >> 20} MiB, which is too long to be encoded: "
+            "put line ends into it"
+        )
+    return line
 
 
-def _lines(file: BinaryIO, span: Span) -> Iterator[bytes]:
-    """Lines of a span with their ends, without a byte order mark."""
+def read_documents(span: Span, documents: Documents, flaws: Flaws) -> Iterator[Document]:
+    """Yield the documents of a span, and count in ``flaws`` what could not be read in them.
+
+    White space alone is no document; a line comes without its line end; records without a text are left out.
+    """
+    read = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}[span.file.format]
+    for raw, invalid in read(span, documents, flaws):
+        if raw.strip():
+            text, bad = decode(raw)
+            flaws.count(text, raw, invalid + bad)
+            yield Document(text, raw)
+
+
+def _read_text(span: Span, documents: Documents, flaws: Flaws) -> Iterator[tuple[bytes, int]]:
+    with open_text(span.file) as content:
+        for raw in _cut((line for _, line in _lines(content, span)), documents):
+            yield raw, 0
+
+
+def _read_jsonl(span: Span, documents: Documents, flaws: Flaws) -> Iterator[tuple[bytes, int]]:
+    with open_text(span.file) as content:
+        for position, line in _lines(content, span):
+            if not line.strip():
+                continue
+            flaws.records += 1
+            try:
+                text, invalid = text_of(line, span.file.field)
+            except BrokenRecordError as error:
+                flaws.broken += 1
+                flaws.first = flaws.first or (position, str(error))
+            else:
+                yield text.encode(), invalid
+
+
+def _read_parquet(span: Span, documents: Documents, flaws: Flaws) -> Iterator[tuple[bytes, int]]:
+    for row, text in read_rows(span.file.path, span.file.field, span.start, span.end or 0):
+        flaws.records += 1
+        if text is None:
+            flaws.broken += 1
+            flaws.first = flaws.first or (row, f"has null in column {span.file.field!r}")
+        else:
+            yield text, 0
+
+
+def _lines(content: BinaryIO, span: Span) -> Iterator[tuple[int, bytes]]:
+    """(offset, line with its end) of a span, without a byte order mark."""
+    if span.start:
+        content.seek(span.start)
     position = span.start
-    for line in file:
-        yield line.removeprefix(BOM) if position == 0 else line
+    while line := _read_line(content, span.file):
+        yield position, line.removeprefix(BOM) if position == 0 else line
         position += len(line)
         if span.end is not None and position >= span.end:
             return
     if span.end is not None:
-        raise UserError(f"text file {span.path} became shorter while it was read: start again when nobody writes to it")
+        raise UserError(
+            f"text file {span.file.path} became shorter while it was read: start again when nobody writes to it"
+        )
 
 
 def _cut(lines: Iterator[bytes], documents: Documents) -> Iterator[bytes]:
@@ -162,22 +180,3 @@ def _cut(lines: Iterator[bytes], documents: Documents) -> Iterator[bytes]:
             parts = []
         parts.append(line)
     yield b"".join(parts)
-
-
-def split_files(files: Sequence[Path | str], fraction: float, seed: int) -> tuple[list[Path], list[Path]]:
-    """Hold out about ``fraction`` of the text, in whole files chosen by ``seed``: (train, held out), each sorted.
-
-    Raises UserError unless both parts get a file.
-    """
-    paths = sorted(check_files(files))
-    if not 0 < fraction < 1 or len(paths) < 2:
-        raise UserError(
-            f"cannot hold out {fraction} of {len(paths)} files: expected a fraction in (0, 1) and 2 files or more"
-        )
-    random.Random(seed).shuffle(paths)
-    wanted, held = fraction * sum(map(text_size, paths)), 0
-    for count, path in enumerate(paths, start=1):
-        held += text_size(path)
-        if held >= wanted or count == len(paths) - 1:
-            break
-    return sorted(paths[count:]), sorted(paths[:count])

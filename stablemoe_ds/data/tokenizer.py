@@ -1,6 +1,7 @@
-"""Sentencepiece, set up so that text comes back from ids exactly as it went in.
+"""Text to ids and back: with a sentencepiece model, or with a ``tokenizer.json`` of Hugging Face.
 
-Ids 0 to 3 are unk, bos, eos and pad; then newline and tab, one id each; then the 256 bytes that stand in for
+Those that are learned here are sentencepiece models, set up so that text comes back from ids exactly as it went in.
+Their ids 0 to 3 are unk, bos, eos and pad; then newline and tab, one id each; then the 256 bytes that stand in for
 whatever has no piece of its own; then the pieces learned from text.
 """
 
@@ -10,33 +11,55 @@ import hashlib
 import io
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import sentencepiece
 
-from stablemoe_ds.data.text import check_files, decode, open_text, text_size, warn_invalid
-from stablemoe_ds.errors import UserError
+from stablemoe_ds.data.flaws import Flaws, Judge
+from stablemoe_ds.data.sentencepiece_model import SentencePieceModel
+from stablemoe_ds.data.text import plan_spans, read_documents
+from stablemoe_ds.data.text_files import AS_FOUND, BOM, Reading, TextFile, recognise, text_size
+from stablemoe_ds.errors import UserError, one_line
 from stablemoe_ds.files import open_file
 
 LINE_CHARACTERS = 4096
 """Longer lines reach the trainer in several pieces, which it would otherwise drop."""
 
 LARGEST = 1 << 28
-"""Bytes of a model; one of 100 000 pieces has about two million."""
+"""Bytes of a tokenizer; one of 100 000 pieces has about two million, as JSON ten times that."""
+BLANK = " \t\n\r\v\f"
+"""The white space of ASCII: what a blank line is made of."""
 
-SPACE = "\u2581".encode()
-"""How sentencepiece writes a space."""
+
+class Model(Protocol):
+    """What a library's model has to offer to be a :class:`Tokenizer`.
+
+    vocab_size: largest id + 1. eos_id: what ends a document. pad_id: what fills up a batch.
+    """
+
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that is valid Unicode, without any that stands for no text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; those that stand for no text leave no trace."""
+
+    def piece(self, token: int) -> str:
+        """What one id stands for; a space is ``▁``."""
 
 
 class Tokenizer:
-    """Text to ids and back with a sentencepiece model.
+    """Text to ids and back, whatever library the file is for; its first bytes tell.
 
-    Pieces never reach over a newline, so the ids of two texts that are cut after a newline are the ids of the
-    whole.
-    Raises UserError if the file is missing, is no sentencepiece model, or has no eos.
+    fingerprint: sha256 of the file. eos_id ends each document.
+    Raises UserError if the file is missing, is no tokenizer, or does not say which id ends a document.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,54 +68,42 @@ class Tokenizer:
         """Everything that has to be copied along, under the same names."""
         try:
             with open_file(path) as file:
-                model = file.read(LARGEST + 1)
+                content = file.read(LARGEST + 1)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise UserError(f"cannot read tokenizer {path}: {reason}; 'stablemoe data tokenizer' makes one") from error
-        if not model:
-            raise UserError(f"tokenizer {path} is empty: expected a sentencepiece model")
-        if len(model) > LARGEST:
-            raise UserError(f"tokenizer {path} is larger than {LARGEST} bytes: expected a sentencepiece model")
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model, num_threads=1)
-            self.vocab_size: int = self._model.vocab_size()
-            for token in range(self.vocab_size):  # the library takes any bytes for a piece, and fails when it is read
-                self._model.id_to_piece(token)
-        except (RuntimeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no sentencepiece model, or damaged: {_reason(error)}") from error
-        self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.eos_id: int = self._model.eos_id()
-        if self.eos_id < 0:
-            raise UserError(f"tokenizer {path} has no eos, which must end each document: train it with eos_id")
-        pad = self._model.pad_id()
-        self.pad_id: int = pad if pad >= 0 else self._model.unk_id()
-        self._space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE]
+        if not content:
+            raise UserError(f"tokenizer {path} is empty: expected a sentencepiece model or a tokenizer.json")
+        if len(content) > LARGEST:
+            raise UserError(f"tokenizer {path} is larger than {LARGEST} bytes: expected a tokenizer")
+        self._model: Model
+        if content.removeprefix(BOM).lstrip().startswith(b"{"):
+            from stablemoe_ds.data.huggingface_model import HuggingFaceModel, config_path
+
+            self._model = HuggingFaceModel(self.path, content)
+            self.files += [config for config in [config_path(self.path)] if config.exists()]
+        else:
+            self._model = SentencePieceModel(self.path, content)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.vocab_size, self.eos_id, self.pad_id = self._model.vocab_size, self._model.eos_id, self._model.pad_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without bos or eos. Raises UserError if the text has half a surrogate pair."""
         try:
-            raw = text.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
                 f"text is not valid Unicode at character {error.start}: not UTF-8, or half a surrogate pair"
             ) from error
-        ids: list[int] = []
-        # The sign sentencepiece uses for a space would come back as one; its bytes come back as themselves.
-        for number, part in enumerate(raw.split(SPACE)):
-            ids += self._space if number else []
-            # A line at a time: over a long text the scores, float32 sums, lose the digits that tell pieces apart.
-            for line in self._model.encode(re.findall(rb"[^\n]*\n|[^\n]+", part)):
-                ids += line
-        return ids
+        return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; unk, bos, eos and pad leave no trace."""
-        special = {self._model.unk_id(), self._model.bos_id(), self.eos_id, self._model.pad_id()}
-        return self._model.decode([int(i) for i in ids if int(i) not in special])
+        return self._model.decode([int(i) for i in ids])
 
     def piece(self, token: int) -> str:
         """One id in readable form: a space is ``▁``, what cannot be printed is escaped as in Python."""
-        piece = self._model.id_to_piece(int(token))
+        piece = self._model.piece(int(token))
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
 
 
@@ -104,19 +115,23 @@ def train_tokenizer(
     byte_fallback: bool = True,
     threads: int = 1,
     sample_bytes: int = 100_000_000,
+    reading: Reading = AS_FOUND,
 ) -> Tokenizer:
     """Learn a tokenizer from text files and write it to ``output``, whole or not at all.
 
     Text is taken as it is: nothing is normalised, and runs of spaces may become pieces.
     byte_fallback: without it, a character the text does not have becomes unk and does not come back.
     sample_bytes: from a larger corpus every n-th line is taken, as memory grows with the text.
-    Raises UserError for unreadable or empty text and for a vocabulary the text cannot fill.
+    Raises UserError for unreadable or empty text, for files that are not text, and for a vocabulary the text cannot
+    fill.
     """
     if not 8 <= vocab_size < 2**31:
         raise UserError(f"vocabulary of {vocab_size} cannot be learned: expected a size such as 8000")
-    paths = check_files(files)
+    text = recognise(files, reading)
+    paths = [file.path for file in text]
     output = Path(output)
-    lines = _training_lines(paths, stride=max(1, -(-sum(map(text_size, paths)) // sample_bytes)))
+    stride = max(1, -(-sum(map(text_size, paths)) // sample_bytes))
+    lines = _training_lines(text, stride, Judge(reading.allow_damaged))
     if not lines:
         raise UserError(f"no text to learn a tokenizer from: {_names(paths)} holds white space at most")
     model = io.BytesIO()
@@ -146,25 +161,29 @@ def train_tokenizer(
     return Tokenizer(output)
 
 
-def _training_lines(paths: Sequence[Path], stride: int) -> list[str]:
+def _training_lines(files: Sequence[TextFile], stride: int, judge: Judge) -> list[str]:
     """Every ``stride``-th line that is not blank, without its end, in pieces the trainer accepts.
 
     A list, since sentencepiece turns whatever an iterator raises, Ctrl-C too, into a RuntimeError.
     """
     lines: list[str] = []
-    number = invalid = 0
-    for path in paths:
-        with open_text(path) as file:
-            for raw in file:
-                if not raw.strip():
-                    continue
-                number += 1
-                if (number - 1) % stride == 0:
-                    line, bad = decode(raw.rstrip(b"\r\n"))
-                    invalid += bad
-                    lines += [line[i : i + LINE_CHARACTERS] for i in range(0, len(line), LINE_CHARACTERS)]
-    warn_invalid(invalid)
+    number = 0
+    for file in files:
+        flaws = Flaws()
+        for line in _lines_of(file, flaws):
+            if number % stride == 0:
+                lines += [line[i : i + LINE_CHARACTERS] for i in range(0, len(line), LINE_CHARACTERS)]
+            number += 1
+        judge.file(file, flaws)
+    judge.warn()
     return lines
+
+
+def _lines_of(file: TextFile, flaws: Flaws) -> Iterator[str]:
+    """The lines of a file that are not blank, those inside its records as well."""
+    for span in plan_spans([file], "line", sys.maxsize):
+        for document in read_documents(span, "line", flaws):
+            yield from (line.rstrip("\r") for line in document.text.split("\n") if line.strip(BLANK))
 
 
 def _explain(error: RuntimeError, vocab_size: int, paths: Sequence[Path]) -> str:
@@ -177,15 +196,11 @@ def _explain(error: RuntimeError, vocab_size: int, paths: Sequence[Path]) -> str
         )
     if least := re.search(r"required_chars\. \d+ vs (\d+)", text):
         return f"vocabulary of {vocab_size} cannot hold all bytes and characters: the smallest that works is {least[1]}"
-    return f"cannot learn a tokenizer of {vocab_size} pieces from {where}: {_reason(error)}"
+    return f"cannot learn a tokenizer of {vocab_size} pieces from {where}: {one_line(error)}"
 
 
 def _names(paths: Sequence[Path]) -> str:
     return f"{paths[0]}" + (f" and {len(paths) - 1} more files" if len(paths) > 1 else "")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stablemoe_ds.data.flaws import Flaws
 from stablemoe_ds.data.prepare import prepare
-from stablemoe_ds.data.text import Documents, decode, plan_spans, read_documents
+from stablemoe_ds.data.text import Documents, Span, decode, plan_spans, read_documents
+from stablemoe_ds.data.text_files import Reading, TextFile
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
 from tests.data.hostile import complaint
 
@@ -29,6 +31,7 @@ TEXTS = {
     "one letter": "a" * 5000,
     "spaces": " " * 5000 + "x",
 }
+ALL_THE_SAME = Reading(allow_damaged=True)
 NASTY = "\0\r\n\t \u2028\u2581\ufeff\u0301\u202e\ufffd\U0010ffff<>▁a"
 
 
@@ -57,7 +60,7 @@ def test_halves_of_surrogate_pairs_are_refused(tokenizer: Tokenizer, text: str, 
 def test_text_comes_back_from_a_corpus(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"first\n" + TEXTS[name].encode())
-    info = prepare([path], tokenizer, tmp_path / "out", documents="file")
+    info = prepare([path], tokenizer, tmp_path / "out", documents="file", reading=ALL_THE_SAME)
     *ids, end = info.stream().tolist()
     assert (tokenizer.decode(ids).encode(), end) == (path.read_bytes(), tokenizer.eos_id)
     assert (info.documents, info.invalid) == (1, 0)
@@ -79,6 +82,10 @@ def test_bytes_become_text_and_what_was_lost_is_counted(raw: bytes) -> None:
     assert (invalid == 0) == (text.encode() == raw)
 
 
+def raw_documents(spans: list[Span], documents: Documents) -> list[bytes]:
+    return [document.raw for span in spans for document in read_documents(span, documents, Flaws())]
+
+
 @given(
     parts=st.lists(
         st.sampled_from([b"a", b"= T =\n", b"\n", b"\r\n", b"\r", b"\0", b"\xff", b" ", "é\u2028".encode()])
@@ -94,7 +101,7 @@ def test_documents_do_not_depend_on_how_a_file_is_cut(
     path.write_bytes(b"".join(parts))
 
     def read(size: int) -> list[bytes]:
-        return [text for span in plan_spans([path], documents, size) for text in read_documents(span, documents)]
+        return raw_documents(plan_spans([TextFile(path)], documents, size), documents)
 
     assert read(size) == read(1 << 20)
 
@@ -120,9 +127,9 @@ def shrink(path: Path) -> None:
 def test_file_that_grows_is_read_as_far_as_it_was(tmp_path: Path, documents: Documents) -> None:
     path = tmp_path / "text"
     path.write_text("one\ntwo\nthree\n")
-    spans = plan_spans([path], documents, 4)
+    spans = plan_spans([TextFile(path)], documents, 4)
     grow(path)
-    assert b"".join(text.strip() for span in spans for text in read_documents(span, documents)).endswith(b"three")
+    assert b"".join(raw_documents(spans, documents)).strip().endswith(b"three")
 
 
 @pytest.mark.parametrize(
@@ -134,13 +141,13 @@ def test_file_that_loses_text_while_it_is_read(
 ) -> None:
     path = tmp_path / "some.txt"
     path.write_text("= A =\none\ntwo\nthree\n")
-    spans = plan_spans([path], documents, 4)
+    spans = plan_spans([TextFile(path)], documents, 4)
     change(path)
-    assert complaint(lambda: [list(read_documents(span, documents)) for span in spans], "some.txt")
+    assert complaint(lambda: raw_documents(spans, documents), "some.txt")
 
 
 def test_file_that_vanishes_before_it_is_read(tmp_path: Path) -> None:
-    assert complaint(lambda: plan_spans([tmp_path / "gone.txt"], "line", 4), "gone.txt")
+    assert complaint(lambda: plan_spans([TextFile(tmp_path / "gone.txt")], "line", 4), "gone.txt")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/null"), os.mkdir])
@@ -160,7 +167,7 @@ STRANGE = [b"\0\0\0\n" * 5, "\u3000\n".encode() * 9, "\u0301".encode() * 50, b"\
 def test_tokenizer_of_strange_text_works_or_says_why(tmp_path: Path, content: bytes, kind: Any, size: int) -> None:
     path = tmp_path / "some.txt"
     path.write_bytes(content)
-    if complaint(lambda: train_tokenizer([path], tmp_path / "m", size, kind), "") is None:
+    if complaint(lambda: train_tokenizer([path], tmp_path / "m", size, kind, reading=ALL_THE_SAME), "") is None:
         learned, text = Tokenizer(tmp_path / "m"), decode(content)[0]
         assert learned.decode(learned.encode(text)) == text
 

@@ -13,7 +13,7 @@ from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data import prepare as prepare_module
 from stablemoe_ds.data.corpus import PreparedInfo, read_sources
 from stablemoe_ds.data.prepare import prepare
-from stablemoe_ds.data.text import split_files
+from stablemoe_ds.data.text_files import Reading, split_files
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
 from stablemoe_ds.errors import UserError
 
@@ -83,9 +83,9 @@ def test_bytes_that_are_no_utf8_are_counted(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "text").write_bytes(b"caf\xe9 \xff\0b \xef\xbf\xbd\nfine\n")
-    info = prepare([tmp_path / "text"], tokenizer, tmp_path / "out")
+    info = prepare([tmp_path / "text"], tokenizer, tmp_path / "out", reading=Reading(allow_damaged=True))
     assert info.invalid == 2
-    assert "2 byte sequences were not UTF-8" in caplog.text
+    assert "2 byte sequences were not UTF-8, 1 were U+FFFD before, 1 control" in caplog.text
     assert texts(info, tokenizer) == ["caf\ufffd \ufffd\0b \ufffd", "fine"]
 
 

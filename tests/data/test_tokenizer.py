@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stablemoe_ds.data.text_files import Reading
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
 from stablemoe_ds.errors import UserError
 
@@ -101,7 +102,7 @@ def test_long_line_is_learned_from(tmp_path: Path) -> None:
 def test_bytes_that_are_no_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"caf\xe9 and \xff\0 rest\n" * 5)
-    model = train_tokenizer([text], tmp_path / "m.model", 273)
+    model = train_tokenizer([text], tmp_path / "m.model", 273, reading=Reading(allow_damaged=True))
     assert "10 byte sequences were not UTF-8" in caplog.text
     assert model.decode(model.encode("rest")) == "rest"
 
