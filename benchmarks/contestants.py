@@ -136,7 +136,8 @@ class Contestant:
 
     def start(self, planner: type[Planner] = Planner) -> None:
         """Begin at the first update of the data."""
-        loader, self.waited, self._figures = iter(self.data.train_loader(0)), [], []
+        loader = self.data.train.updates(self.data.train.start(), self.engine.run.schedule.steps)
+        self.waited, self._figures = [], []
         self._feed: Iterator[list[RoutedBatch]] = ([RoutedBatch(batch) for batch in step] for step in loader)
         if self.table is not None:
             self.planner = planner(loader, self.table.table, self.engine.groups, self.engine.run.parallel)

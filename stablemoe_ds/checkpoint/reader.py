@@ -20,6 +20,7 @@ from torch import Tensor
 from stablemoe_ds.checkpoint.fp32_state import WEIGHT
 from stablemoe_ds.config.messages import error_messages
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.position import Position
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import (
     CHECKPOINTS,
@@ -40,13 +41,20 @@ TABLE = "routing_table.safetensors"
 class Progress:
     """Where a run is.
 
-    step: updates made. stage: 1 or 2. switched_at: first update of stage 2. samples: training sequences consumed.
+    step: updates made. stage: 1 or 2. switched_at: first update of stage 2. samples: training sequences consumed,
+    whatever their length. position: where in the data it goes on; without a corpus in checkpoints up to 0.1.0.
     """
 
     step: int = 0
     stage: int = 1
     switched_at: int | None = None
     samples: int = 0
+    position: Position = field(default_factory=Position)
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Progress:
+        """From what a manifest says. Raises TypeError or ValueError if that is something else."""
+        return cls(**{**fields, "position": Position.parse(fields.get("position", {}))})
 
 
 def weights_file(part: str) -> str:
@@ -108,7 +116,7 @@ class Checkpoint:
             check_sizes(path, manifest)
             return cls(
                 path=path,
-                progress=Progress(**manifest["progress"]),
+                progress=Progress.parse(manifest["progress"]),
                 run=RunConfig.model_validate(manifest["run"]),
                 vocab_size=manifest["vocab_size"],
                 tokenizer=manifest["tokenizer"],

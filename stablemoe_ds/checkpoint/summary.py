@@ -24,6 +24,7 @@ def show(path: str) -> Answer:
         "steps": run.schedule.steps,
         "stage": progress.stage,
         "samples": progress.samples,
+        "tokens": progress.position.tokens or None,
         "optimizer_steps": checkpoint.optimizer_steps,
         "router": moe.router,
         "moe_layers": len(moe.layers),

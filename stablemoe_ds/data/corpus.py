@@ -213,9 +213,9 @@ def check_vocabulary(info: PreparedInfo, vocab_size: int) -> None:
 
 
 def check_tokens(info: PreparedInfo, sequence_length: int) -> None:
-    """Raise UserError if a corpus is too short for a sequence and the token that follows it."""
-    if info.tokens <= sequence_length:
+    """Raise UserError if a corpus is shorter than a sequence."""
+    if info.tokens < sequence_length:
         raise UserError(
-            f"corpus {info.prefix} has {info.tokens} tokens, but a sequence of {sequence_length} needs "
-            f"{sequence_length + 1}: use more text, or data.sequence_length={max(1, info.tokens - 1)} at most"
+            f"corpus {info.prefix} has {info.tokens} tokens, fewer than a sequence of {sequence_length}: use more "
+            f"text, or data.sequence_length={info.tokens} at most"
         )

@@ -8,46 +8,50 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from stablemoe_ds.config.schema import Source
-from stablemoe_ds.data.corpus import check_tokens, read_sources
-from stablemoe_ds.data.sample_index import Item, Recipe, blend
+from stablemoe_ds.data.corpus import read_sources
+from stablemoe_ds.data.epoch_order import Documents, EpochOrder
+from stablemoe_ds.data.position import Order, Window
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 
+Item = dict[str, Tensor]
 
-def build_train_dataset(
-    sources: Sequence[Source],
-    sequence_length: int,
-    samples: int,
-    seed: int,
-    cache_dir: str | Path,
-    tokenizer: Tokenizer | None = None,
-) -> Dataset[Item]:
-    """A blend of corpora as ``samples`` training sequences; item i is the same on every rank.
 
-    Megatron-core's ``GPTDataset`` shuffles the documents of a corpus, lays them end to end, cuts sequences of
-    ``sequence_length`` tokens that overlap in no label, and shuffles those; a corpus that is too short for its share is
-    repeated. ``BlendedDataset`` interleaves corpora by their weights. The order depends on the text, the length,
-    ``samples`` and ``seed``, so a run that is to be continued exactly keeps all four.
+class TrainDataset(Dataset[Item]):
+    """The training sequences of corpora; an item is asked for by its address.
 
-    Call on every rank: the first one computes the index and writes it under ``cache_dir``, the others wait and read
-    it, so the directory must be visible to all of them. The first one also reads the corpora through, once as long as
-    their files do not change, to see that the ids are those that were prepared.
-    Raises UserError for a corpus that is missing, damaged, of another tokenizer, or shorter than one sequence.
+    Of each corpus the order of one epoch is kept in memory, worked out when its first sequence is asked for.
     """
-    infos = read_sources(sources, tokenizer)
-    for info in infos:
-        check_tokens(info, sequence_length)
-    recipe = Recipe(infos, [source.weight for source in sources], sequence_length, samples, seed)
-    return Subset(blend(recipe, Path(cache_dir)), range(samples))
+
+    def __init__(self, prefixes: Mapping[str, str]) -> None:
+        """``prefixes``: where each corpus lies, by the name that addresses have for it."""
+        self._prefixes = prefixes
+        self._orders: dict[str, tuple[Order, EpochOrder]] = {}
+
+    def __getitem__(self, window: Window) -> Item:
+        order = window.order
+        known, sequences = self._orders.get(order.source, (None, None))
+        if sequences is None or known != order:
+            sequences = EpochOrder(_documents(self._prefixes[order.source]), order)
+            self._orders[order.source] = order, sequences
+        tokens, labels = torch.from_numpy(sequences.read(window.index))
+        return {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(order.length)}
+
+
+def _documents(prefix: str) -> Documents:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    documents: Documents = IndexedDataset(prefix)
+    return documents
 
 
 class EvalDataset(Dataset[Item]):

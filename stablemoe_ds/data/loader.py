@@ -1,20 +1,21 @@
-"""From datasets to batches: who gets which sequence, and where a resumed run goes on."""
+"""From datasets to batches: who gets which sequence, and processes that read ahead."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.dataset import EvalDataset, Item
-from stablemoe_ds.errors import UserError
 
+Index = TypeVar("Index")
+"""What a dataset names an item by."""
 BEFORE_QUEUES = 100
 """Priority at exit. At 10 multiprocessing closes its queues, and an order to stop would no longer arrive."""
 
@@ -27,84 +28,48 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 @dataclass(frozen=True)
-class StepSampler:
-    """The samples one rank reads for each optimizer step.
+class Deal:
+    """Who reads which sequences of an update of micro_batch * accumulation * ranks.
 
-    Step u is B = micro_batch * accumulation * dp_size samples from ``start + u * B`` on. Accumulation step m takes
-    the m-th slice of micro_batch * dp_size of them, and of that rank r the r-th slice: so the ranks together see
-    the same micro-batches in the same order, however many ranks there are.
+    Accumulation step m takes the m-th slice of micro_batch * ranks of them, and of that rank r the r-th slice: so the
+    ranks together see the same micro-batches in the same order, however many ranks there are.
     """
 
     micro_batch: int
     accumulation: int
-    dp_rank: int
-    dp_size: int
-    start: int
-    samples: int
+    rank: int
+    ranks: int
 
-    @property
-    def per_step(self) -> int:
-        return self.micro_batch * self.accumulation * self.dp_size
-
-    def __len__(self) -> int:
-        return max(0, self.samples - self.start) // self.per_step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(len(self)):
-            first = self.start + step * self.per_step + self.dp_rank * self.micro_batch
-            slices = (first + m * self.micro_batch * self.dp_size for m in range(self.accumulation))
-            yield [sample for low in slices for sample in range(low, low + self.micro_batch)]
+    def share(self, update: Sequence[Index]) -> list[Index]:
+        """This rank's sequences of an update."""
+        first, stride = self.rank * self.micro_batch, self.micro_batch * self.ranks
+        slices = (first + m * stride for m in range(self.accumulation))
+        return [index for low in slices for index in update[low : low + self.micro_batch]]
 
 
-class TrainLoader:
-    """Iterates over optimizer steps: each is ``accumulation`` batches of ``micro_batch`` sequences.
+class TrainLoader(Generic[Index]):
+    """Iterates over optimizer steps, each a list of batches of ``micro_batch`` sequences.
 
-    It ends when the dataset holds no further whole step. Iterating anew goes on after the last step yielded.
-
+    steps: for each step, which sequences of ``dataset`` this rank reads; looked at some steps ahead.
     workers: processes that read ahead; 0 reads inline. What a worker raises is raised here, with its traceback.
-    collate: turns the items of one step (accumulation * micro_batch of them) into one batch, in the worker.
-    Raises UserError if ``start_sample`` lies outside the dataset.
+    collate: turns the items of one step into one batch, in the worker.
     """
 
     def __init__(
         self,
         dataset: Dataset[Item],
+        steps: Iterable[Sequence[Index]],
         micro_batch: int,
-        accumulation: int,
-        dp_rank: int,
-        dp_size: int,
-        start_sample: int = 0,
         workers: int = 0,
         collate: Callable[[Sequence[Item]], Batch] = collate,
     ) -> None:
-        samples = len(cast(Sized, dataset))
-        if not 0 <= start_sample <= samples:
-            raise UserError(
-                f"cannot go on at sample {start_sample}: the training data has {samples}; was the run shortened?"
-            )
-        self._dataset = dataset
-        self._workers = workers
-        self._collate = collate
-        self._layout = (micro_batch, accumulation, dp_rank, dp_size)
-        self._size = samples
-        self._samples = start_sample
-
-    def state(self) -> dict[str, int]:
-        """Samples consumed, over all ranks, by the steps yielded so far; what was read ahead is not among them."""
-        return {"samples": self._samples}
-
-    def __len__(self) -> int:
-        """Steps still to come."""
-        return len(self._sampler())
-
-    def _sampler(self) -> StepSampler:
-        return StepSampler(*self._layout, start=self._samples, samples=self._size)
+        self._dataset, self._steps, self._micro_batch = dataset, steps, micro_batch
+        self._workers, self._collate = workers, collate
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        sampler = self._sampler()
         loader: DataLoader[Item] = DataLoader(
             self._dataset,
-            batch_sampler=cast(Any, sampler),
+            batch_sampler=cast(Any, self._steps),
             num_workers=self._workers,
             collate_fn=self._collate,
             worker_init_fn=_ignore_signals,
@@ -116,8 +81,7 @@ class TrainLoader:
         ending = Finalize(None, _end_workers, args=(steps,), exitpriority=BEFORE_QUEUES)
         try:
             for step in steps:
-                self._samples += sampler.per_step
-                yield split(step, sampler.micro_batch)
+                yield split(step, self._micro_batch)
         finally:
             ending()
 

@@ -1,18 +1,18 @@
-"""The data of a run, read from its configuration: tokenizer, training loader, evaluation sets, the probe."""
+"""The data of a run, read from its configuration: training data, evaluation sets, the probe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from stablemoe_ds.config.batch import BatchPlan
 from stablemoe_ds.config.schema import RunConfig, Source
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.corpus import check_vocabulary, read_sources
-from stablemoe_ds.data.dataset import EvalDataset, build_train_dataset
-from stablemoe_ds.data.loader import EvalLoader, TrainLoader
+from stablemoe_ds.data.dataset import EvalDataset
+from stablemoe_ds.data.loader import EvalLoader
 from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.data.training_data import TrainingData
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.errors import UserError
 
@@ -26,28 +26,18 @@ class EvalSet:
 
 
 class RunData:
-    """Everything a run reads. Raises UserError for what is missing, damaged or of another tokenizer."""
+    """Everything a run reads. Raises UserError for what is missing, damaged or of another tokenizer.
+
+    train: the sequences to train on, and the position in them.
+    """
 
     def __init__(self, run: RunConfig, plan: BatchPlan, groups: Groups, tokenizer: Tokenizer | None) -> None:
         if not run.data.train:
             raise UserError("data.train names no corpus to train on; prepare one with 'stablemoe data prepare'")
         self._run, self._plan, self._groups, self._tokenizer = run, plan, groups, tokenizer
+        self.train = TrainingData(run, plan, groups.data_rank, groups.data_size, tokenizer)
         for info in read_sources([*run.data.train, *run.data.valid, *run.data.test], tokenizer):
             check_vocabulary(info, run.model.vocab_size or 0)
-
-    def train_loader(self, start_sample: int) -> TrainLoader:
-        """Optimizer steps from ``start_sample`` to the end of the run."""
-        run, plan, groups = self._run, self._plan, self._groups
-        dataset = build_train_dataset(
-            run.data.train,
-            run.data.sequence_length,
-            run.schedule.steps * plan.sequences_per_step,
-            run.seed,
-            Path(run.directory) / "cache",
-            self._tokenizer,
-        )
-        layout = (plan.micro_batch, plan.accumulation, groups.data_rank, groups.data_size)
-        return TrainLoader(dataset, *layout, start_sample=start_sample, workers=run.data.workers)
 
     def valid(self, max_tokens: int | None) -> EvalSet | None:
         """The validation text, or its first ``max_tokens``; None if the run names none."""

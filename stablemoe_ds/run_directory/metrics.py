@@ -2,7 +2,8 @@
 
 Every line has ``step`` (updates made) and ``kind``:
 
-    train   loss, lr, grad_norm, tokens_per_second, stage, agreement (stage 1), load (max/mean by layer), drop_rate
+    train   loss, lr, grad_norm, tokens_per_second, stage, agreement (stage 1), load (max/mean by layer), drop_rate,
+            tokens_read (since the run began, whatever the size of its updates)
     valid   perplexity, perplexity_distilled (stage 1), agreement (stage 1), stage, tokens, words
     test    the same, once at the end
     probe   churn, seconds (that recording took)

@@ -69,7 +69,12 @@ class Trainer:
         self.model = StableMoEGPT(run, resolved.vocab_size, self.groups.placement)
         self.engine = Engine(run, self.plan, self.groups, self.model)
         self.routes = RouteMaker(run, self.model.distilled_routers, lambda: counts, fingerprint, world.device)
-        self.state, self.guard, self.vote = RunState(Progress()), Guard(run.faults), StopVote(world)
+        self.state, self.guard, self.vote = (
+            RunState(Progress(position=self.data.train.start())),
+            Guard(run.faults),
+            StopVote(world),
+        )
+        self.resumption: list[str] = []
         self.stop, self.place = stop or StopRequest(), place or Place()
         self.reporter, self.feed = Reporter(run, world.is_main), Feed(self.groups, run.parallel)
         state, engine, reporter = self.state, self.engine, self.reporter
@@ -129,17 +134,9 @@ class Trainer:
             callback.begin()
 
     def _loader(self) -> Iterator[list[Batch]]:
-        """Batches from here to the end of the run.
-
-        If a run that went back has skipped data, the beginning of the order stands in for it at the end.
-        """
+        """Batches from here to the end of the run."""
         progress = self.state.progress
-        missing = self.run.schedule.steps - progress.step
-        total = self.run.schedule.steps * self.plan.sequences_per_step
-        loaders = [self.data.train_loader(progress.samples % total)]
-        if len(loaders[0]) < missing:
-            loaders.append(self.data.train_loader(0))
-        return (step for loader in loaders for step in loader)
+        return self.data.train.updates(progress.position, self.run.schedule.steps - progress.step)
 
     def _update(self) -> Update:
         """The next update, made or dropped. No figure of it is fetched unless something is wrong."""
@@ -153,7 +150,8 @@ class Trainer:
         figures = self.engine.accumulate(batches, self.state.routes, seed)
         self._keep_or_drop(batches, figures, seed)
         samples = progress.samples + self.plan.sequences_per_step
-        self.state.progress = replace(progress, step=progress.step + 1, samples=samples)
+        position = self.data.train.after(progress.position)
+        self.state.progress = replace(progress, step=progress.step + 1, samples=samples, position=position)
         # Not after a dropped update, which is not saved: it is asked again, and answered, when one is kept.
         stop = self.vote.outcome() and not self.guard.dropped
         return Update(
@@ -207,11 +205,11 @@ class Trainer:
         self.feed.close()
         self.reporter.close()
         self._load(found.checkpoint)
-        step, before = self.state.progress.step, self.state.progress.samples
-        self.state.progress = replace(self.state.progress, samples=failed.samples)
+        step, skipped = self.state.progress.step, failed.position.tokens - self.state.progress.position.tokens
+        self.state.progress = replace(self.state.progress, samples=failed.samples, position=failed.position)
         self._restore_history(step)
         self.reporter.display.start(self.run.name, step, self.run.schedule.steps)
-        passed = f"samples {before} to {failed.samples} are passed over"
+        passed = f"{skipped:,} tokens are not read in this epoch"
         self.reporter.fault(step, f"back from update {failed.step} to step {step} ({why}); {passed}")
 
     def _resume(self) -> RunConfig | None:
@@ -235,8 +233,9 @@ class Trainer:
         check_tokenizer(checkpoint, self.tokenizer)
         restore(self.engine, checkpoint)
         progress = checkpoint.progress
+        position, self.resumption = self.data.train.resume(progress.position, progress.samples, checkpoint.run)
         self.engine.freeze_distilled(progress.stage == 2)
-        self.state.progress, self.saving.step = progress, progress.step
+        self.state.progress, self.saving.step = replace(progress, position=position), progress.step
         self.state.routes = self.routes.restored(progress.stage, checkpoint.table())
 
     def _restore_history(self, step: int | None) -> None:
@@ -280,6 +279,8 @@ class Trainer:
         pairs = [(key, *show_both(now, was)) for key, now, was in differences(run, before)]
         if changed := [f"{key} {now} (was {was})" for key, now, was in pairs]:
             self.reporter.say(f"with other settings than before: {', '.join(changed)}", "bold")
+        for line in self.resumption:
+            self.reporter.say(line, "bold red" if line.startswith("WARNING") else "bold")
 
 
 def train(run: RunConfig, world: World, stop: StopRequest | None = None) -> bool:

@@ -55,6 +55,7 @@ class UpdateLog(Callback):
         assigned = sum(map(sum, totals.counts_LN))
         return {
             "stage": stage,
+            "tokens_read": self._state.progress.position.tokens,
             "loss": totals.mean_loss,
             "balance_loss": totals.balance / real if learned and moe.balance_weight else None,
             "distill_loss": totals.distill / real if distilled else None,

@@ -19,8 +19,9 @@ from torch import distributed
 
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.corpus import PreparedInfo
-from stablemoe_ds.data.dataset import EvalDataset, build_train_dataset
+from stablemoe_ds.data.dataset import EvalDataset
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
+from stablemoe_ds.data.verified import verify_once
 from stablemoe_ds.tables.table import RoutingTable
 from tests.data.hostile import DAMAGES, STRANGE, Damage, complaint
 from tests.distributed.launch import run_distributed
@@ -148,7 +149,7 @@ def test_ids_beyond_the_vocabulary(copy: PreparedInfo) -> None:
     for read in (
         lambda: EvalDataset(source, 8),
         lambda: EvalDataset(source, 8, max_tokens=7),
-        lambda: build_train_dataset(source, 8, 4, 1, folder),
+        lambda: verify_once([copy], folder),
     ):
         assert "ids outside 0..349" in (complaint(read, "copy.bin") or "")
     assert EvalDataset(source, 8, max_tokens=6).tokens == 6, "what is not read does no harm"
@@ -164,36 +165,31 @@ def flip_one_id(info: PreparedInfo) -> None:
 
 
 def test_changed_ids_are_noticed_before_they_are_used(copy: PreparedInfo, tmp_path: Path) -> None:
-    source = [Source(path=copy.prefix)]
-    build_train_dataset(source, 8, 4, 1, tmp_path)
+    verify_once([copy], tmp_path)
     flip_one_id(copy)
-    assert complaint(lambda: build_train_dataset(source, 8, 4, 1, tmp_path), "copy.bin")
-    assert complaint(lambda: EvalDataset(source, 8), "copy.bin")
+    assert complaint(lambda: verify_once([copy], tmp_path), "copy.bin")
+    assert complaint(lambda: EvalDataset([Source(path=copy.prefix)], 8), "copy.bin")
 
 
 def test_corpus_is_read_through_once(copy: PreparedInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, reads = [Source(path=copy.prefix)], []
+    reads = []
     monkeypatch.setattr(PreparedInfo, "verify", lambda info: reads.append(info.prefix))
-    for seed in (1, 1, 2):
-        build_train_dataset(source, 8, 4, seed, tmp_path)
+    for _ in range(3):
+        verify_once([copy], tmp_path)
     assert reads == [copy.prefix]
     os.utime(copy.path("bin"), (0, 0))
-    build_train_dataset(source, 8, 4, 1, tmp_path)
+    verify_once([copy], tmp_path)
     assert len(reads) == 2, "a file that was touched may be another"
 
 
-def test_sample_index_cut_short(copy: PreparedInfo, tmp_path: Path) -> None:
-    source = [Source(path=copy.prefix)]
-    build_train_dataset(source, 8, 4, 1, tmp_path)
-    (path,) = tmp_path.rglob("*document_index.npy")
-    path.write_bytes(path.read_bytes()[:-5])
-    assert complaint(lambda: build_train_dataset(source, 8, 4, 1, tmp_path), str(tmp_path))
+def test_unwritable_cache(copy: PreparedInfo) -> None:
+    assert complaint(lambda: verify_once([copy], copy.path("bin") / "cache"), "copy.bin/cache")
 
 
 def told_by_rank(prefix: str, folder: Path) -> str:
     distributed.init_process_group("gloo")
     try:
-        return complaint(lambda: build_train_dataset([Source(path=prefix)], 8, 4, 1, folder), "copy.bin") or ""
+        return complaint(lambda: verify_once([PreparedInfo.read(prefix)], folder), "copy.bin") or ""
     finally:
         distributed.destroy_process_group()
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,9 +15,8 @@ from torch.utils.data import Dataset
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.corpus import PreparedInfo
-from stablemoe_ds.data.dataset import EvalDataset, Item, build_train_dataset
-from stablemoe_ds.data.loader import EvalLoader, TrainLoader, collate
-from stablemoe_ds.errors import UserError
+from stablemoe_ds.data.dataset import EvalDataset, Item
+from stablemoe_ds.data.loader import Deal, EvalLoader, TrainLoader, collate
 
 S = 4
 
@@ -38,13 +37,29 @@ class Numbered(Dataset[Item]):
         return {"tokens": torch.full((S,), index), "labels": torch.full((S,), index + 1), "loss_mask": torch.ones(S)}
 
 
-def read(loader: TrainLoader, steps: int | None = None) -> list[list[list[int]]]:
+def loader(
+    samples: int,
+    micro_batch: int,
+    accumulation: int,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    broken: int | None = None,
+    collate: Callable[[Sequence[Item]], Batch] = collate,
+) -> TrainLoader[int]:
+    """As many whole steps as there are in so many samples."""
+    deal, step = Deal(micro_batch, accumulation, rank, ranks), micro_batch * accumulation * ranks
+    shares = (deal.share(range(first, first + step)) for first in range(0, samples - step + 1, step))
+    return TrainLoader(Numbered(samples, broken), shares, micro_batch, workers, collate)
+
+
+def read(loader: Iterable[list[Batch]], steps: int | None = None) -> list[list[list[int]]]:
     """Sample numbers by step and accumulation step."""
     return [[batch.ids[:, 0].tolist() for batch in step] for step in islice(loader, steps)]
 
 
 def test_batches() -> None:
-    step = next(iter(TrainLoader(Numbered(50), 3, 2, 0, 1)))
+    step = next(iter(loader(50, 3, 2)))
     assert len(step) == 2
     for batch in step:
         assert batch.ids.shape == batch.labels.shape == batch.real.shape == batch.scored.shape == (3, S)
@@ -56,8 +71,8 @@ def test_batches() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_together_read_what_one_reads(ranks: int) -> None:
-    one = read(TrainLoader(Numbered(100), 6, 2, 0, 1))
-    parts = [read(TrainLoader(Numbered(100), 6 // ranks, 2, r, ranks)) for r in range(ranks)]
+    one = read(loader(100, 6, 2))
+    parts = [read(loader(100, 6 // ranks, 2, r, ranks)) for r in range(ranks)]
     together = [
         [[n for part in micro for n in part] for micro in zip(*step, strict=True)] for step in zip(*parts, strict=True)
     ]
@@ -65,43 +80,21 @@ def test_ranks_together_read_what_one_reads(ranks: int) -> None:
     assert [n for step in one for micro in step for n in micro] == list(range(96))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_equals_uninterrupted(workers: int) -> None:
-    whole = read(TrainLoader(Numbered(70), 2, 2, 1, 2))
-    loader = TrainLoader(Numbered(70), 2, 2, 1, 2, workers=workers)
-    assert loader.state() == {"samples": 0}
-    start = read(loader, 3)
-    assert loader.state() == {"samples": 24}, "what was read ahead must not count"
-    resumed = TrainLoader(Numbered(70), 2, 2, 1, 2, start_sample=loader.state()["samples"], workers=workers)
-    assert len(resumed) == len(whole) - 3
-    assert start + read(resumed) == whole
-    assert start + read(loader) == whole, "iterating anew goes on"
-
-
-def test_state_counts_the_step_in_hand() -> None:
-    loader = TrainLoader(Numbered(20), 2, 1, 0, 2)
-    assert [loader.state()["samples"] for _ in loader] == [4, 8, 12, 16, 20]
-
-
-def test_start_outside_the_data() -> None:
-    assert read(TrainLoader(Numbered(8), 2, 1, 0, 1, start_sample=8)) == []
-    with pytest.raises(UserError, match="sample 9: the training data has 8"):
-        TrainLoader(Numbered(8), 2, 1, 0, 1, start_sample=9)
+def test_ranks_deal_without_looking_further_than_their_step() -> None:
+    assert Deal(2, 2, 1, 2).share("abcdefgh") == ["c", "d", "g", "h"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_error_in_a_worker_is_raised_here(workers: int) -> None:
-    loader = TrainLoader(Numbered(20, broken=9), 2, 2, 0, 1, workers=workers)
     with pytest.raises(ValueError, match="sample is broken"):
-        read(loader)
-    assert loader.state() == {"samples": 8}
+        read(loader(20, 2, 2, workers=workers, broken=9))
 
 
 @pytest.mark.parametrize("broken", [None, 9])
 def test_workers_end_with_the_iteration(broken: int | None) -> None:
     """Also while an exception still refers to the iteration: left to the garbage collector they stay on."""
     others = set(multiprocessing.active_children())
-    steps = iter(TrainLoader(Numbered(400, broken=broken), 2, 2, 0, 1, workers=2))
+    steps = iter(loader(400, 2, 2, workers=2, broken=broken))
     next(steps)
     assert len(set(multiprocessing.active_children()) - others) == 2
     if broken is None:
@@ -115,9 +108,9 @@ def test_workers_end_with_the_iteration(broken: int | None) -> None:
 
 LEFT_BEHIND = """
 import gc
-from tests.data.test_loader import Numbered, TrainLoader
+from tests.data.test_loader import loader
 gc.disable()
-steps = iter(TrainLoader(Numbered(400), 2, 2, 0, 1, workers=2))
+steps = iter(loader(400, 2, 2, workers=2))
 next(steps)
 cycle = [steps]
 cycle.append(cycle)
@@ -132,7 +125,7 @@ def test_workers_end_with_the_process() -> None:
 
 def test_global_random_state_is_left_alone() -> None:
     before = torch.get_rng_state()
-    read(TrainLoader(Numbered(20), 2, 2, 0, 1))
+    read(loader(20, 2, 2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -142,18 +135,7 @@ def _shift(items: Sequence[Item]) -> Batch:
 
 
 def test_own_collate_runs_in_the_worker() -> None:
-    assert read(TrainLoader(Numbered(4), 2, 2, 0, 1, workers=1, collate=_shift)) == [[[1000, 1001], [1002, 1003]]]
-
-
-def test_real_corpus_through_workers(corpus: Callable[..., str], tmp_path: Path) -> None:
-    sources = [Source(path=corpus("left")), Source(path=corpus("right", 100, 700))]
-    data = build_train_dataset(sources, 16, 24, 1, tmp_path)
-    inline, ahead = (list(TrainLoader(data, 2, 2, 0, 2, workers=w)) for w in (0, 2))
-    assert len(inline) == len(ahead) == 3
-    for step, other in zip(inline, ahead, strict=True):
-        assert all(
-            torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels) for a, b in zip(step, other, strict=True)
-        )
+    assert read(loader(4, 2, 2, workers=1, collate=_shift)) == [[[1000, 1001], [1002, 1003]]]
 
 
 def _pairs(batch: Batch) -> Tensor:

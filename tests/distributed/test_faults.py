@@ -45,18 +45,18 @@ def in_update(number: int, act: Callable[[], None]) -> None:
 
 
 def in_read(number: int, act: Callable[[], None]) -> None:
-    """Let the reader of this rank do something when it reads the samples of an update."""
-    from torch.utils.data import Subset
+    """Let the reader of this rank do something when it reads the sequences of an update."""
+    from stablemoe_ds.data.dataset import TrainDataset
 
-    whole, updates = Subset.__getitems__, []
+    updates = []
 
-    def read(self: Any, indices: list[int]) -> Any:
+    def read(self: TrainDataset, windows: list[Any]) -> Any:
         updates.append(None)
         if len(updates) == number:
             act()
-        return whole(self, indices)
+        return [self[window] for window in windows]
 
-    Subset.__getitems__ = read  # type: ignore[method-assign]
+    TrainDataset.__getitems__ = read  # type: ignore[attr-defined]
 
 
 def die(number: signal.Signals) -> None:

@@ -23,7 +23,7 @@ EXPERT = "decoder.layers.1.moe.experts.sublayers.0.w1"
 DENSE = "decoder.layers.2.mlp.linear_fc1.weight"
 NORM = "decoder.layers.2.pre_mlp_layernorm"
 PER_STEP = 4
-"""Samples of an update."""
+"""Sequences of an update."""
 Fault = Callable[[Any, int], Any]
 """Called with the engine and the number of the update (from 1, dropped ones counted) before it begins."""
 
@@ -152,7 +152,8 @@ def test_goes_back_and_passes_over_the_data(ranks: int, data: TinyData, tmp_path
     (fault,) = faults(run)
     assert fault[:2] == (
         6,
-        "back from update 9 to step 6 (the gradient is not finite); samples 24 to 36 are passed over",
+        "back from update 9 to step 6 (the gradient is not finite); "
+        f"{3 * PER_STEP * 32} tokens are not read in this epoch",
     )
     assert "saved" in said
     assert [line["step"] for line in history(run, "train")] == list(range(1, STEPS + 1))

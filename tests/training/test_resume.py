@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.run_directory.probe_records import PROBE_IDS
 from tests.training.runs import (
@@ -106,6 +107,25 @@ def test_resume_says_which_settings_have_changed(data: TinyData, tmp_path: Path)
     )
     assert f"with other settings than before: schedule.steps 14 (was {STEPS}), seed 7 (was {whole.seed})" in said
     assert history(resumed, "valid")[-1]["step"] == 14, "the report of the shorter run does not end the longer one"
+
+
+def test_what_was_read_is_not_read_again_by_other_updates(data: TinyData, tmp_path: Path) -> None:
+    """Twice the updates, each of half the size: those that remain take the sequences that the others would have."""
+    whole = small_run(data, tmp_path / "whole", checkpoint=KEEP_ALL)
+    train_run(whole)
+    resumed = restarted(whole, tmp_path / "resumed", SWITCH)
+    steps = SWITCH + 2 * (STEPS - SWITCH)
+    halved = whole.schedule.model_copy(update={"steps": steps, "tokens_per_step": 64})
+    said = train_run(resumed.model_copy(update={"schedule": halved}))
+    read = 128 * SWITCH
+    assert f"{data.train}: epoch 1, {read} of " in said
+    one, other = (Checkpoint.open(checkpoint_of(run, n)).progress for run, n in ((whole, STEPS), (resumed, steps)))
+    assert one.position.sources == other.position.sources
+    assert [line["tokens_read"] for line in history(resumed, "train")][-3:] == [
+        128 * STEPS - 128,
+        128 * STEPS - 64,
+        128 * STEPS,
+    ]
 
 
 @pytest.mark.distributed
