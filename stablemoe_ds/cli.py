@@ -59,7 +59,19 @@ def _error_text(error: UserError) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands, in the order in which one meets them."""
-    from stablemoe_ds.commands import checkpoint, compare, config, data, demo, doctor, inference, launch, routing, train
+    from stablemoe_ds.commands import (
+        checkpoint,
+        compare,
+        config,
+        data,
+        demo,
+        doctor,
+        inference,
+        launch,
+        routing,
+        table,
+        train,
+    )
 
     parser = argparse.ArgumentParser(
         prog="stablemoe",
@@ -68,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     # The deepspeed launcher passes it, before everything else; LOCAL_RANK says it, too.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (demo, data, train, inference, routing, checkpoint, config, launch, compare, doctor):
+    for group in (demo, data, train, inference, routing, table, checkpoint, config, launch, compare, doctor):
         group.add_to(commands)
     return parser
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from stablemoe_ds.checkpoint.reader import Checkpoint, advice
 from stablemoe_ds.config.schema import Source
-from stablemoe_ds.data.corpus import corpus_file, read_sources
-from stablemoe_ds.data.run_data import token_counts
+from stablemoe_ds.data.corpus import corpus_file, read_sources, token_counts
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import DamagedError, check_hashes

@@ -14,7 +14,7 @@ from stablemoe_ds.commands.parsing import (
     tell,
     tokenizer_argument,
 )
-from stablemoe_ds.errors import UserError
+from stablemoe_ds.commands.table import open_table, write_table
 
 
 def add_to(commands: Subparsers) -> None:
@@ -24,7 +24,9 @@ def add_to(commands: Subparsers) -> None:
     tokenizer_argument(report)
     json_argument(report)
     report.add_argument("--png", type=Path, help="draw the report, too")
-    table = add_command(routing, "table", "the frozen routing table itself", _routing_table)
+    table = add_command(
+        routing, "table", "the frozen routing table itself, as 'stablemoe table show' without measuring", _routing_table
+    )
     table.add_argument("checkpoint", help="checkpoint or run directory, or a table file")
     table.add_argument("--output", type=Path, help="write the table as a safetensors file of its own")
     json_argument(table)
@@ -45,32 +47,11 @@ def _routing_report(arguments: argparse.Namespace) -> int:
 
 
 def _routing_table(arguments: argparse.Namespace) -> int:
-    from stablemoe_ds.tables.table import RoutingTable
+    from stablemoe_ds.evaluation.table_report import facts_text, table_facts
 
-    path = Path(arguments.checkpoint)
-    if path.is_file():
-        table = RoutingTable.read(path)
-    else:
-        settle_libraries()
-        from stablemoe_ds.checkpoint.reader import Checkpoint
-
-        checkpoint = Checkpoint.open(path)
-        found = checkpoint.table()
-        if found is None:
-            raise UserError(
-                f"checkpoint {checkpoint.path} has no routing table: it is of stage {checkpoint.progress.stage}"
-            )
-        table = found
-    facts = {
-        "layers": len(table.blocks),
-        "blocks": list(table.blocks),
-        "vocab_size": table.vocab_size,
-        "top_k": table.top_k,
-        "experts": table.experts,
-        "tokenizer": table.tokenizer,
-        "sha256": table.sha256,
-    }
+    table, _ = open_table(arguments.checkpoint)
     if arguments.output:
-        table.save(arguments.output)
-    tell(facts, "\n".join(f"{name:<12}{value}" for name, value in facts.items()), arguments.json)
+        write_table(table, arguments.output)
+    facts = table_facts(table)
+    tell(facts, facts_text(facts), arguments.json)
     return 0

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablemoe_ds.config.schema import Source
-from stablemoe_ds.data.index import TYPES, check_index, check_size
+from stablemoe_ds.data.index import TYPES, check_index, check_size, document_lengths
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.files import open_file
@@ -88,6 +88,10 @@ class PreparedInfo:
     def stream(self) -> NDArray[Any]:
         """All ids in order, mapped from disk: ``dtype`` [tokens]."""
         return np.memmap(self.path("bin"), dtype=self.dtype, mode="r")
+
+    def lengths(self) -> NDArray[np.int32]:
+        """int32 [documents]: ids of each document, its eos among them; mapped from disk."""
+        return document_lengths(self.path("idx"), self.documents)
 
     def verify(self, tokens: int | None = None) -> None:
         """Read the first ``tokens`` ids, or all: they must be in the vocabulary, and all together those prepared.
@@ -183,3 +187,16 @@ def read_sources(sources: Sequence[Source], tokenizer: Tokenizer | None = None) 
                 f"({infos[0].tokenizer[:12]} and {info.tokenizer[:12]}): prepare both with one"
             )
     return infos
+
+
+def token_counts(sources: Sequence[Source], tokenizer: Tokenizer | None, vocab_size: int) -> NDArray[np.int64]:
+    """int64 [V]: how often a blend has each id, corpora weighted as they are in training.
+
+    vocab_size: ids of the model, which may have more than the tokenizer; those do not occur.
+    """
+    infos = read_sources(sources, tokenizer)
+    shares = [info.token_counts() * (s.weight / info.tokens) for s, info in zip(sources, infos, strict=True)]
+    total = sum(info.tokens for info in infos)
+    weight = sum(source.weight for source in sources)
+    counts = np.rint(np.sum(shares, axis=0) * (total / weight)).astype(np.int64)
+    return np.pad(counts, (0, vocab_size - len(counts)))

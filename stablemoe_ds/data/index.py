@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.files import open_file
@@ -48,8 +50,7 @@ def check_index(path: Path, documents: int, tokens: int, dtype: str) -> None:
         raise UserError(f"{path} does not belong to this corpus; prepare it again")
     check_size(path, HEAD.size + documents * (4 + 8) + (documents + 1) * 8)
 
-    parts = np.split(np.memmap(path, mode="r")[HEAD.size :], [documents * 4, documents * (4 + 8)])
-    lengths, places, firsts = (part.view(kind) for part, kind in zip(parts, ("<i4", "<i8", "<i8"), strict=True))
+    lengths, places, firsts = _columns(path, documents)
     ends = np.cumsum(lengths, dtype=np.int64)
     if not (
         lengths.min() > 0
@@ -58,3 +59,14 @@ def check_index(path: Path, documents: int, tokens: int, dtype: str) -> None:
         and np.array_equal(firsts, np.arange(documents + 1))
     ):
         raise UserError(f"{path} is damaged: it does not cut {tokens} tokens into documents; prepare it again")
+
+
+def document_lengths(path: Path, documents: int) -> NDArray[np.int32]:
+    """int32 [documents]: ids of each document, mapped from a file that :func:`check_index` has seen."""
+    return _columns(path, documents)[0]
+
+
+def _columns(path: Path, documents: int) -> list[NDArray[Any]]:
+    """Lengths, places and first sequences."""
+    parts = np.split(np.memmap(path, mode="r")[HEAD.size :], [documents * 4, documents * (4 + 8)])
+    return [part.view(kind) for part, kind in zip(parts, ("<i4", "<i8", "<i8"), strict=True)]

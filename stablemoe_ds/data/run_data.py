@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from stablemoe_ds.config.batch import BatchPlan
 from stablemoe_ds.config.schema import RunConfig, Source
 from stablemoe_ds.data.batch import Batch
@@ -85,16 +82,3 @@ def eval_set(
     """This rank's share of corpora to evaluate on. max_tokens, tokenizer: see :class:`EvalDataset`."""
     dataset = EvalDataset(sources, run.data.sequence_length, max_tokens, tokenizer)
     return EvalSet(EvalLoader(dataset, micro_batch, groups.data_rank, groups.data_size), dataset.words)
-
-
-def token_counts(sources: Sequence[Source], tokenizer: Tokenizer | None, vocab_size: int) -> NDArray[np.int64]:
-    """int64 [V]: how often a blend has each id, corpora weighted as they are in training.
-
-    vocab_size: ids of the model, which may have more than the tokenizer; those do not occur.
-    """
-    infos = read_sources(sources, tokenizer)
-    shares = [info.token_counts() * (s.weight / info.tokens) for s, info in zip(sources, infos, strict=True)]
-    total = sum(info.tokens for info in infos)
-    weight = sum(source.weight for source in sources)
-    counts = np.rint(np.sum(shares, axis=0) * (total / weight)).astype(np.int64)
-    return np.pad(counts, (0, vocab_size - len(counts)))

@@ -69,8 +69,6 @@ def _changed(share: float, fluctuation: dict[str, Any]) -> str:
 def _layer(layer: dict[str, Any]) -> list[str]:
     """A head and one line an expert: load, how many ids, how varied they are, and as many pieces as fit."""
     experts, least = layer["experts"], layer["least_load"]
-    # Bars are as wide for a load of 2 as there is room, and no wider for the few experts above it.
-    scale = 10 / max(2.0, min(layer["max_load"], 4.0))
     lines = [
         f"MoE layer at block {layer['block']}: {len(experts)} experts, the busiest at {layer['max_load']:.2f} times "
         f"the mean; no table goes below {least:.2f}",
@@ -78,8 +76,15 @@ def _layer(layer: dict[str, Any]) -> list[str]:
         f"The token id decides {layer['id_decides']:.1%} of the choice; the ids an expert sees have "
         f"{layer['cohesion_bits']:.2f} bits.",
         "",
-        f"{'expert':>6}  {'load':>5}  {'':10}  {'ids':>7}  {'bits':>5}  commonest pieces",
     ]
+    return lines + expert_lines(experts, layer["max_load"])
+
+
+def expert_lines(experts: Sequence[dict[str, Any]], max_load: float) -> list[str]:
+    """A head and one line for each profile that ``describe_experts`` made, as dicts."""
+    # Bars are as wide for a load of 2 as there is room, and no wider for the few experts above it.
+    scale = 10 / max(2.0, min(max_load, 4.0))
+    lines = [f"{'expert':>6}  {'load':>5}  {'':10}  {'ids':>7}  {'bits':>5}  commonest pieces"]
     for profile in experts:
         load, bar = profile["load"], _bar(min(profile["load"] * scale, 10.0))
         head = (

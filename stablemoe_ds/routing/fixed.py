@@ -14,7 +14,7 @@ from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.router import best_experts
 from stablemoe_ds.tables.balanced_choice import balanced_choice
-from stablemoe_ds.tables.builders import even_table, random_table
+from stablemoe_ds.tables.builders import even_table, how_made, random_table
 from stablemoe_ds.tables.table import RoutingTable, least_load
 
 
@@ -62,7 +62,7 @@ def freeze(
     """What stage 2 follows: a table for word routers, frozen copies for the other kinds."""
     if not all(router.is_table for router in routers):
         return FrozenRouters(routers, top_k)
-    table = RoutingTable.from_scores(_scores(routers), top_k, blocks, tokenizer)
+    table = RoutingTable.from_scores(_scores(routers), top_k, blocks, tokenizer, how_made("frozen"))
     return TableRouting(table, routers[0].centroids.device)
 
 
@@ -83,7 +83,8 @@ def freeze_balanced(
     experts = scores_LVN.shape[-1]
     limit = max(max_load, least_load(token_counts, experts, 1))
     chosen_LV = np.stack([balanced_choice(layer_VN, token_counts, limit) for layer_VN in likelihood_LVN])
-    table = RoutingTable(np.ascontiguousarray(chosen_LV[..., None]), experts, blocks, tokenizer)
+    made = how_made("frozen", options={"max_load": max_load})
+    table = RoutingTable(np.ascontiguousarray(chosen_LV[..., None]), experts, blocks, tokenizer, made)
     return TableRouting(table, routers[0].centroids.device)
 
 
@@ -96,7 +97,8 @@ def hash_routing(
         expert_LVK = random_table(len(token_counts), moe.experts, moe.top_k, layers, seed)
     else:
         expert_LVK = even_table(token_counts, moe.experts, moe.top_k, layers, seed)
-    return TableRouting(RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), tokenizer), device)
+    made = how_made(moe.hash_table, options={}, seed=seed)
+    return TableRouting(RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), tokenizer, made), device)
 
 
 def _scores(routers: Sequence[DistilledRouter]) -> NDArray[np.float32]:

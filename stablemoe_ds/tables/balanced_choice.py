@@ -23,16 +23,43 @@ def balanced_choice(
 
     scores_VN: [V, N]. token_counts: int64 [V]. max_load: tokens an expert may have, as a multiple of the mean; an id
     that fits nowhere goes to the emptiest expert. Ids are placed the heaviest first, each where it is worth most, at
-    the experts' prices, of what still has room. Prices are found anew for the ids that are left whenever as many have
+    the experts' prices, of what still has room. Prices are found again for the ids that are left whenever as many have
     been placed again. At last the heaviest ids change places where that gains. Ids that do not occur keep their best
     expert: they weigh nothing.
+    """
+    return balanced_choices(scores_VN, token_counts, max_load, 1)[:, 0]
+
+
+def balanced_choices(
+    scores_VN: NDArray[np.float64], token_counts: NDArray[np.int64], max_load: float, top_k: int
+) -> NDArray[np.int32]:
+    """int32 [V, K]: ``top_k`` different experts for each id, chosen one after the other.
+
+    As :func:`balanced_choice`, for the first choice of all ids, then for the second, and so on; after c choices an
+    expert may have ``max_load`` times the mean of c tokens for each one of the text.
+    """
+    open_VN = scores_VN.astype(np.float64)
+    load_N = np.zeros(scores_VN.shape[1])
+    choice_VK = np.empty((len(scores_VN), top_k), dtype=np.int32)
+    for choice in range(top_k):
+        room = (choice + 1) * max_load * token_counts.sum() / len(load_N)
+        choice_VK[:, choice] = _one_choice(open_VN, token_counts, load_N, room)
+        open_VN[np.arange(len(open_VN)), choice_VK[:, choice]] = -np.inf
+    return choice_VK
+
+
+def _one_choice(
+    scores_VN: NDArray[np.float64], token_counts: NDArray[np.int64], load_N: NDArray[np.float64], room: float
+) -> NDArray[np.int32]:
+    """int32 [V]: one more expert for each id, none whose score is minus infinity.
+
+    load_N: float64 [N], tokens the experts have; changes with the choice. room: tokens they may have.
     """
     choice_V = scores_VN.argmax(1).astype(np.int32)
     occurring = np.flatnonzero(token_counts)
     heaviest_first = occurring[np.argsort(-token_counts[occurring], kind="stable")]
-    experts, spread = scores_VN.shape[1], float(np.ptp(scores_VN))
-    room = max_load * token_counts.sum() / experts
-    load_N, price_N = np.zeros(experts), np.zeros(experts)
+    spread = float(np.ptp(scores_VN[np.isfinite(scores_VN)])) if scores_VN.size else 0.0
+    price_N = np.zeros(len(load_N))
     placed = 0
     while placed < len(heaviest_first):
         left = heaviest_first[placed:]
@@ -42,7 +69,9 @@ def balanced_choice(
             count = token_counts[index]
             fits_N = load_N + count <= room
             value_N = np.where(fits_N, scores_VN[index] - price_N, -np.inf)
-            expert = value_N.argmax() if fits_N.any() else load_N.argmin()
+            if np.isneginf(value_N.max()):
+                value_N = np.where(np.isneginf(scores_VN[index]), -np.inf, -load_N)
+            expert = value_N.argmax()
             choice_V[index] = expert
             load_N[expert] += count
         placed += max(1, placed)

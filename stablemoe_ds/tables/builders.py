@@ -1,9 +1,70 @@
-"""Tables that nobody learned, from counts of ids or from nothing."""
+"""Tables that nobody learned, by name: from a corpus, from counts of its ids, or from nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.tables.cooccurrence import cooccurrence_table, scattered_table
+from stablemoe_ds.tables.corpus import Corpus
+from stablemoe_ds.tables.options import CooccurrenceOptions, ScatteredOptions, read_options
+from stablemoe_ds.tables.table import RoutingTable
+
+
+def build_table(
+    builder: str,
+    options: Mapping[str, Any],
+    corpus: Corpus,
+    *,
+    experts: int,
+    top_k: int,
+    blocks: Sequence[int],
+    seed: int,
+) -> RoutingTable:
+    """The table that a builder makes of a corpus, with a layer for each of ``blocks``.
+
+    builder: ``random``, ``even``, ``scattered`` or ``cooccurrence``. options: the builder's (``tables.options``); what
+    is not given has its default. The same arguments give the same table.
+    Raises UserError for a builder or option that does not exist, a value that is out of range, or a corpus of counts
+    alone where neighbours are needed.
+    """
+    checked = read_options(builder, options)
+    if not 1 <= top_k <= experts:
+        raise UserError(f"table builder {builder}: top_k is {top_k}, expected 1 to the number of experts, {experts}")
+    if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 1:
+        raise UserError(
+            f"table builder {builder}: layers are {list(blocks)}, expected block numbers from 1 on, ascending, e.g. [2]"
+        )
+    if seed < 0:
+        raise UserError(f"table builder {builder}: seed is {seed}, expected 0 or more")
+    shape = (experts, top_k, len(blocks), seed)
+    if isinstance(checked, ScatteredOptions) and not corpus.streams:
+        raise UserError(f"table builder {builder} counts neighbours: it needs a prepared corpus, not counts alone")
+    match checked:
+        case CooccurrenceOptions():
+            expert_LVK = cooccurrence_table(corpus, checked, *shape)
+        case ScatteredOptions():
+            expert_LVK = scattered_table(corpus, checked, *shape)
+        case _ if builder == "even":
+            expert_LVK = even_table(corpus.token_counts, *shape)
+        case _:
+            expert_LVK = random_table(corpus.vocab_size, *shape)
+    made = how_made(builder, options=checked.model_dump(), seed=seed, corpus=corpus.fingerprint)
+    return RoutingTable(expert_LVK, experts, tuple(blocks), corpus.tokenizer, made)
+
+
+def how_made(builder: str, **facts: Any) -> dict[str, Any]:
+    """What a table says of itself: builder, what it was made of, and the version of this package."""
+    try:
+        version = metadata.version("stablemoe_ds")
+    except metadata.PackageNotFoundError:  # imported from a folder, not installed
+        version = "unknown"
+    return {"builder": builder, **facts, "version": version}
 
 
 def random_table(vocab: int, experts: int, top_k: int, layers: int, seed: int) -> NDArray[np.int32]:

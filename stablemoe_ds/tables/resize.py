@@ -1,22 +1,38 @@
-"""A table for more experts, or for fewer."""
+"""A table of another one: for more experts or fewer, or with its load limited."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.tables.table import RoutingTable
+from stablemoe_ds.tables.balanced_choice import balanced_choices
+from stablemoe_ds.tables.builders import how_made
+from stablemoe_ds.tables.corpus import Corpus
+from stablemoe_ds.tables.table import RoutingTable, least_load
 
 
-def replicated_table(table: RoutingTable, times: int) -> RoutingTable:
-    copy_V1 = np.arange(table.vocab_size, dtype=np.int32)[:, None] % times
-    return RoutingTable(
-        table.expert_LVK * np.int32(times) + copy_V1, table.experts * times, table.blocks, table.tokenizer
+def resized_table(table: RoutingTable, experts: int) -> RoutingTable:
+    """The same ids together, on a multiple of the experts or a fraction. Raises UserError for another number."""
+    if experts >= table.experts and experts % table.experts == 0:
+        return replicated_table(table, experts // table.experts)
+    if 0 < experts < table.experts and table.experts % experts == 0:
+        return merged_table(table, table.experts // experts)
+    raise UserError(
+        f"--experts: got {experts}: the table has {table.experts} experts, expected a multiple or a fraction of them, "
+        f"e.g. {2 * table.experts}"
     )
 
 
+def replicated_table(table: RoutingTable, times: int) -> RoutingTable:
+    """Each expert's ids dealt to ``times`` experts in turn."""
+    copy_V1 = np.arange(table.vocab_size, dtype=np.int32)[:, None] % times
+    expert_LVK, experts = table.expert_LVK * np.int32(times) + copy_V1, table.experts * times
+    return _derived(table, expert_LVK, experts, how_made("resized", experts=experts))
+
+
 def merged_table(table: RoutingTable, times: int) -> RoutingTable:
-    """Raises UserError if an id would go to the same expert twice."""
+    """The ids of each ``times`` experts on one. Raises UserError if an id would go to the same expert twice."""
     expert_LVK = table.expert_LVK // np.int32(times)
     ordered = np.sort(expert_LVK, axis=-1)
     if (ordered[..., 1:] == ordered[..., :-1]).any():
@@ -24,4 +40,31 @@ def merged_table(table: RoutingTable, times: int) -> RoutingTable:
             "moe.experts: ids whose experts are merged would go to the same one twice; nearest that works: a model of "
             "top_k 1"
         )
-    return RoutingTable(expert_LVK, table.experts // times, table.blocks, table.tokenizer)
+    experts = table.experts // times
+    return _derived(table, expert_LVK, experts, how_made("resized", experts=experts))
+
+
+def rebalanced_table(table: RoutingTable, corpus: Corpus, max_load: float) -> RoutingTable:
+    """The table with as many tokens of the corpus as possible where they were, and no expert above the limit.
+
+    max_load: as a multiple of the mean; where the commonest id forces more, that is the limit. Ids that do not occur
+    stay where they are. Raises UserError for a corpus of other ids.
+    """
+    table.check_ids(corpus.tokenizer, corpus.vocab_size, "the corpus")
+    token_counts = corpus.token_counts
+    limit = max(max_load, least_load(token_counts, table.experts, table.top_k))
+    expert_LVK = table.expert_LVK.copy()
+    for old_VK, new_VK in zip(table.expert_LVK, expert_LVK, strict=True):
+        stays_VN = np.zeros((table.vocab_size, table.experts))
+        np.put_along_axis(stays_VN, old_VK.astype(np.int64), 1.0, axis=1)
+        chosen_VK = balanced_choices(stays_VN, token_counts, limit, table.top_k)
+        moved_V = (np.sort(chosen_VK, axis=1) != np.sort(old_VK, axis=1)).any(1) & (token_counts > 0)
+        new_VK[moved_V] = chosen_VK[moved_V]
+    made = how_made("balanced", options={"max_load": max_load}, corpus=corpus.fingerprint)
+    return _derived(table, expert_LVK, table.experts, made)
+
+
+def _derived(table: RoutingTable, expert_LVK: NDArray[np.int32], experts: int, made: dict[str, object]) -> RoutingTable:
+    """A table with the layers and ids of ``table``, which is named in how it was made."""
+    source = {"sha256": table.sha256, "made": dict(table.made)}
+    return RoutingTable(expert_LVK, experts, table.blocks, table.tokenizer, {**made, "table": source})

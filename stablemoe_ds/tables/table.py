@@ -7,8 +7,11 @@ any program can read, and only ever looked up afterwards. This file imports no t
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +30,14 @@ class RoutingTable:
     experts: number of experts of each layer.
     blocks: the L block numbers (counted from 1) the MoE layers stand at.
     tokenizer: sha256 of the tokenizer's model file, or "" if the ids were made without one.
+    made: how it was made, as JSON can hold it: builder, options, seed, corpus, version; empty if nobody said so.
     """
 
     expert_LVK: NDArray[np.int32]  # noqa: N815
     experts: int
     blocks: tuple[int, ...]
     tokenizer: str = ""
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         array = self.expert_LVK
@@ -44,7 +49,12 @@ class RoutingTable:
 
     @classmethod
     def from_scores(
-        cls, scores_LVN: NDArray[np.float32], top_k: int, blocks: tuple[int, ...], tokenizer: str = ""
+        cls,
+        scores_LVN: NDArray[np.float32],
+        top_k: int,
+        blocks: tuple[int, ...],
+        tokenizer: str = "",
+        made: Mapping[str, Any] | None = None,
     ) -> RoutingTable:
         """Take the ``top_k`` best experts of each id; on a tie the lowest index wins (docs/method.md).
 
@@ -56,7 +66,7 @@ class RoutingTable:
         if not np.isfinite(scores_LVN).all():
             raise ValueError("distilled scores hold NaN or infinity: refusing to freeze them into a table")
         order = np.argsort(-scores_LVN, axis=-1, kind="stable")[..., :top_k]
-        return cls(np.ascontiguousarray(order, dtype=np.int32), scores_LVN.shape[-1], blocks, tokenizer)
+        return cls(np.ascontiguousarray(order, dtype=np.int32), scores_LVN.shape[-1], blocks, tokenizer, made or {})
 
     @property
     def vocab_size(self) -> int:
@@ -71,6 +81,16 @@ class RoutingTable:
         """Digest of everything that decides routing: shape, experts, positions and entries."""
         head = f"{FORMAT} {list(self.expert_LVK.shape)} {self.experts} {list(self.blocks)}".encode()
         return hashlib.sha256(head + self.expert_LVK.astype("<i4").tobytes()).hexdigest()
+
+    def check_ids(self, tokenizer: str, vocab_size: int, what: str) -> None:
+        """Raise UserError unless ``what`` has this table's ids: as many, and one tokenizer where both are known."""
+        if self.tokenizer and tokenizer and self.tokenizer != tokenizer:
+            raise UserError(
+                f"the routing table is of tokenizer {self.tokenizer[:12]}, {what} of {tokenizer[:12]}: ids mean "
+                "different pieces; use what belongs to the table's tokenizer"
+            )
+        if self.vocab_size != vocab_size:
+            raise UserError(f"the routing table has {self.vocab_size} ids, {what} has {vocab_size}: expected as many")
 
     def expert_load(self, token_counts: NDArray[np.int64]) -> NDArray[np.float64]:
         """Tokens each expert serves, as a multiple of the mean: float64 [L, N].
@@ -95,6 +115,7 @@ class RoutingTable:
             "blocks": ",".join(map(str, self.blocks)),
             "tokenizer": self.tokenizer,
             "sha256": self.sha256,
+            "made": json.dumps(self.made),
         }
         save_file({"expert_LVK": np.ascontiguousarray(self.expert_LVK)}, str(path), metadata)
         follow_umask(path)
@@ -113,9 +134,10 @@ class RoutingTable:
                         f"{path} is not a routing table (format {meta.get('format')!r}, expected {FORMAT!r})"
                     )
                 blocks = tuple(int(b) for b in meta["blocks"].split(","))
-                table = cls(file.get_tensor("expert_LVK"), int(meta["experts"]), blocks, meta["tokenizer"])
+                made = dict(json.loads(meta.get("made", "{}")))  # files of the first version do not say
+                table = cls(file.get_tensor("expert_LVK"), int(meta["experts"]), blocks, meta["tokenizer"], made)
                 said = meta["sha256"]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not a routing table that can be read: {error}") from error
         if table.sha256 != said:
             raise UserError(

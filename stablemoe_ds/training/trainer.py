@@ -19,7 +19,8 @@ from stablemoe_ds.config.resolved import resolve
 from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
-from stablemoe_ds.data.run_data import RunData, token_counts
+from stablemoe_ds.data.corpus import token_counts
+from stablemoe_ds.data.run_data import RunData
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.faults import Place, naming_faults
 from stablemoe_ds.distributed.groups import Groups, World

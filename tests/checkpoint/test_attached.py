@@ -21,7 +21,7 @@ from stablemoe_ds.checkpoint.attached import (
 )
 from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.config.schema import RunConfig, Source
-from stablemoe_ds.data.run_data import token_counts
+from stablemoe_ds.data.corpus import token_counts
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import read_manifest, write_manifest

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from stablemoe_ds.config.routers import ROUTERS
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.data.run_data import token_counts
+from stablemoe_ds.data.corpus import token_counts
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.routing.fixed import hash_routing
 from stablemoe_ds.tables.table import RoutingTable

@@ -1,0 +1,109 @@
+"""Watching a router over a text: how often each id was sent to each expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from stablemoe_ds.checkpoint.attached import check_corpora, find_corpora, token_counts_of
+from stablemoe_ds.checkpoint.reader import Checkpoint
+from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.schema import Source
+from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.data.run_data import eval_set
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.evaluation.inference import inference
+from stablemoe_ds.evaluation.on_checkpoint import loaded
+from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.routing.fixed import TableRouting, freeze, freeze_balanced
+from stablemoe_ds.routing.routes import SumOverRanks
+from stablemoe_ds.routing.source import LEARNED, RouteSource
+from stablemoe_ds.tables.builders import how_made
+from stablemoe_ds.tables.observed import explained, observed_table
+from stablemoe_ds.tables.table import RoutingTable
+
+
+def count_routes(
+    model: StableMoEGPT,
+    batches: Iterable[Batch],
+    routes: RouteSource,
+    sum_over_ranks: SumOverRanks,
+    device: torch.device | str,
+) -> NDArray[np.int64]:
+    """int64 [L, V, N]: real tokens by MoE layer, id and expert; a token counts once for each expert it was sent to.
+
+    batches, routes, sum_over_ranks: as in :func:`evaluate`. Tokens that no expert serves are not counted.
+    """
+    vocab, experts = model.vocab_size, model.run_config.moe.experts
+    total_LC = torch.zeros(len(model.moe_layers), vocab * experts, dtype=torch.int64, device=device)
+    with inference(model):
+        for cpu_batch in batches:
+            batch = cpu_batch.to(device)
+            ids_T1 = batch.ids.transpose(0, 1).reshape(-1, 1)
+            layers = model(batch, routes(batch.ids)).layers
+            for count_C, layer in zip(total_LC, layers, strict=True):
+                cell_TK = ids_T1 * experts + layer.expert_TK
+                count_C += torch.bincount(cell_TK[layer.expert_TK >= 0], minlength=vocab * experts)
+    counted: Tensor = sum_over_ranks(total_LC)
+    return counted.view(-1, vocab, experts).cpu().numpy()
+
+
+def observe(path: str, corpora: list[str], max_load: float | None) -> tuple[RoutingTable, list[float]]:
+    """A table of what the model of a checkpoint does with a text, and the share of it that the table reproduces.
+
+    Its own routing: the learned router in stage 1, the frozen one in stage 2. corpora: prepared ones; none: the run's
+    training text. max_load: see :func:`observed_table`.
+    Raises UserError for a model without experts and for a corpus that is missing or of another tokenizer.
+    """
+    checkpoint = Checkpoint.open(path)
+    moe, progress = checkpoint.run.moe, checkpoint.progress
+    if not moe.facts.routed:
+        raise UserError(f"checkpoint {checkpoint.path} has no router (moe.router {moe.router}): nothing to observe")
+    named = [Source(path=corpus) for corpus in corpora]
+    sources = named or find_corpora(checkpoint, checkpoint.run.data.train)
+    check_corpora(checkpoint, sources)
+    with loaded(checkpoint) as trained:
+        groups, routes = trained.groups, trained.routes if progress.stage == 2 else LEARNED
+        data = eval_set(sources, trained.run, batch_plan(trained.run, groups.world.size).micro_batch, groups)
+        batches = tqdm(data.loader, desc="observing", unit="batch", disable=None)
+        served_LVN = count_routes(trained.model, batches, routes, groups.sum_over_data_ranks, groups.world.device)
+    expert_LVK = observed_table(served_LVN, moe.top_k, max_load)
+    shares = explained(served_LVN, expert_LVK)
+    made = how_made("observed", options={"max_load": max_load}, router=moe.router, step=progress.step, explained=shares)
+    return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), checkpoint.tokenizer, made), shares
+
+
+def frozen(path: str, max_load: float | None) -> RoutingTable:
+    """The table that a checkpoint follows, or that a switch would freeze now; with ``max_load`` under that limit.
+
+    Raises UserError if the router has no table: it is not distilled, or its distilled router sees more than ids.
+    """
+    checkpoint = Checkpoint.open(path)
+    table, moe = checkpoint.table(), checkpoint.run.moe
+    if table is not None and max_load is None:
+        return table
+    if moe.top_k > 1 and max_load is not None:
+        raise UserError(
+            f"--max-load: checkpoint {checkpoint.path} has top_k {moe.top_k}, but the limited choice of a distilled "
+            "router is of one expert: use 'stablemoe table build balanced' on its table"
+        )
+    if max_load is None and moe.facts.table_from == "scores and counts":
+        max_load = moe.table_load
+    with loaded(checkpoint) as trained:
+        routers = trained.model.distilled_routers
+        if not routers or not all(router.is_table for router in routers):
+            raise UserError(
+                f"checkpoint {checkpoint.path} has no distilled router of ids alone (moe.router {moe.router}): "
+                "'stablemoe table build observed' makes a table of any router"
+            )
+        blocks, tokenizer = tuple(moe.layers), checkpoint.tokenizer
+        if max_load is not None:
+            return freeze_balanced(routers, blocks, token_counts_of(checkpoint), max_load, tokenizer).table
+        routing = freeze(routers, moe.top_k, blocks, tokenizer)
+        assert isinstance(routing, TableRouting)
+        return routing.table

@@ -1,0 +1,91 @@
+"""What a routing table is, alone and on a text, and how two of them differ: facts, and the same as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from stablemoe_ds.evaluation.report_text import expert_lines
+from stablemoe_ds.evaluation.specialisation import Piece, describe_experts, use_of_table
+from stablemoe_ds.tables.corpus import Corpus
+from stablemoe_ds.tables.measures import difference, measure
+from stablemoe_ds.tables.table import RoutingTable
+
+
+def table_facts(table: RoutingTable) -> dict[str, Any]:
+    """What a table says of itself."""
+    return {
+        "layers": len(table.blocks),
+        "blocks": list(table.blocks),
+        "vocab_size": table.vocab_size,
+        "top_k": table.top_k,
+        "experts": table.experts,
+        "tokenizer": table.tokenizer,
+        "sha256": table.sha256,
+        "made": dict(table.made),
+    }
+
+
+def measured_facts(table: RoutingTable, corpus: Corpus, piece: Piece, top: int) -> list[dict[str, Any]]:
+    """Each layer on a text: load, its bound, cohesion, and a profile of each expert with ``top`` pieces."""
+    uses = [use_of_table(table, layer, corpus.token_counts) for layer in range(len(table.blocks))]
+    return [
+        {**asdict(layer), "experts": [asdict(profile) for profile in describe_experts(use, piece, top)]}
+        for layer, use in zip(measure(table, corpus), uses, strict=True)
+    ]
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """:func:`table_facts`, a line each; how the table was made as ``name value`` pairs."""
+    shown = {**facts, "made": _made_text(facts["made"])}
+    return "\n".join(f"{name:<12}{value}" for name, value in shown.items())
+
+
+def measured_text(layers: Sequence[Mapping[str, Any]], experts: bool = True) -> str:
+    """:func:`measured_facts`, with or without a line for each expert."""
+    lines: list[str] = []
+    for layer in layers:
+        lines += [
+            "",
+            f"MoE layer at block {layer['block']}: max/mean load {layer['max_load']:.2f}; no table goes below "
+            f"{layer['least_load']:.2f}",
+            f"Cohesion {layer['cohesion']:.3f}, at random {layer['cohesion_random']:.3f}: the share of what an id says "
+            "about its neighbours that its expert still says",
+        ]
+        if experts:
+            lines += ["", *expert_lines(layer["experts"], layer["max_load"])]
+    return "\n".join(lines)
+
+
+def difference_facts(one: RoutingTable, other: RoutingTable, corpus: Corpus | None) -> list[dict[str, Any]]:
+    """Each layer: what moved after the best matching of experts; with a text, load and cohesion of both as well."""
+    moved = difference(one, other, corpus.token_counts if corpus else None)
+    layers: list[dict[str, Any]] = [asdict(layer) for layer in moved]
+    if corpus is not None:
+        for layer, left, right in zip(layers, measure(one, corpus), measure(other, corpus), strict=True):
+            layer |= {"load": [left.max_load, right.max_load], "cohesion": [left.cohesion, right.cohesion]}
+    return layers
+
+
+def difference_text(layers: Sequence[Mapping[str, Any]]) -> str:
+    """:func:`difference_facts` as text."""
+    lines = []
+    for layer in layers:
+        tokens = "" if layer["tokens_moved"] is None else f" and {layer['tokens_moved']:.1%} of tokens"
+        lines.append(f"MoE layer at block {layer['block']}: {layer['ids_moved']:.1%} of ids{tokens} at another expert")
+        if "load" in layer:
+            lines.append("  max/mean load  {:.2f} and {:.2f}".format(*layer["load"]))
+            lines.append("  cohesion       {:.3f} and {:.3f}".format(*layer["cohesion"]))
+    return "\n".join(lines)
+
+
+def _made_text(made: Mapping[str, Any]) -> str:
+    if not made:
+        return "not said"
+    parts = []
+    for name, value in made.items():
+        if isinstance(value, Mapping):
+            value = f"({_made_text(value)})" if value else "none"
+        parts.append(f"{name} {value}")
+    return ", ".join(parts)

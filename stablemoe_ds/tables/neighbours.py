@@ -1,0 +1,104 @@
+"""How often one id follows another in a text that may be larger than memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from tqdm import tqdm
+
+CHUNK = 1 << 22
+"""Tokens that are counted at once; their pairs take 32 MiB."""
+MOST_PAIRS = 1 << 27
+"""Different pairs that are kept, in 12 bytes each."""
+
+
+def count_followers(
+    ids: NDArray[Any],
+    lengths: NDArray[np.integer],
+    vocab: int,
+    window: int = 1,
+    chunk: int = CHUNK,
+    most_pairs: int = MOST_PAIRS,
+) -> csr_array:
+    """int64 [vocab, vocab]: how often the column's id comes 1 to ``window`` places after the row's in a document.
+
+    ids: integers [T] below ``vocab``, read ``chunk`` at a time. lengths: integers [D], ids of each document; the last
+    id of one does not count as before the first of the next. Of a text with more than ``most_pairs`` different pairs
+    the rarest so far are forgotten whenever there are too many (lossy counting, Manku and Motwani 2002), so that
+    memory is bounded; otherwise the counts are exact, whatever the size of the chunks.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = _Sum(most_pairs)
+    with tqdm(total=len(ids), desc="neighbours", unit="token", unit_scale=True, disable=None) as bar:
+        for start in range(0, len(ids), chunk):
+            stop = min(start + chunk, len(ids))
+            part = np.asarray(ids[start : stop + window], dtype=np.int64)
+            document = _documents(ends, start, len(part))
+            for distance in range(1, window + 1):
+                earlier = min(stop - start, len(part) - distance)
+                if earlier > 0:
+                    same = document[:earlier] == document[distance : distance + earlier]
+                    keys = (part[:earlier] * vocab + part[distance : distance + earlier])[same]
+                    total.add(_counted(keys, vocab))
+            bar.update(stop - start)
+    return total.matrix(vocab)
+
+
+def _documents(ends: NDArray[np.int64], start: int, size: int) -> NDArray[np.int64]:
+    """int64 [size]: which document each id from ``start`` on belongs to, counted from the first of them."""
+    first, last = np.searchsorted(ends, [start, start + size - 1], side="right")
+    begins = np.zeros(size, dtype=np.int64)
+    begins[ends[first:last] - start] = 1
+    return np.cumsum(begins)
+
+
+def _counted(keys: NDArray[np.int64], vocab: int) -> csr_array:
+    """Sparse counts of pairs (row * vocab + column), whose order is lost."""
+    keys.sort()
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    pairs = keys[first]
+    counts = np.diff(first, append=len(keys))
+    rows = np.searchsorted(pairs, np.arange(vocab + 1) * vocab)
+    return csr_array((counts, (pairs % vocab).astype(np.int32), rows.astype(np.int32)), shape=(vocab, vocab))
+
+
+class _Sum:
+    """A sum of many sparse matrices.
+
+    Parts are added to parts of about their size only, so that no count is copied more often than there are doublings.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._forgotten = most, 0
+        self._parts: list[csr_array] = []
+
+    def add(self, part: csr_array) -> None:
+        self._parts.append(part)
+        while len(self._parts) > 1 and self._parts[-2].nnz <= 2 * self._parts[-1].nnz:
+            self._merge_last()
+        if sum(part.nnz for part in self._parts) > self._most:
+            while len(self._parts) > 1:
+                self._merge_last()
+            self._forget()
+
+    def matrix(self, vocab: int) -> csr_array:
+        """The sum of all that was added: int64 [vocab, vocab]."""
+        while len(self._parts) > 1:
+            self._merge_last()
+        return self._parts[0] if self._parts else csr_array((vocab, vocab), dtype=np.int64)
+
+    def _merge_last(self) -> None:
+        last = self._parts.pop()
+        self._parts[-1] = self._parts[-1] + last
+
+    def _forget(self) -> None:
+        """Drop the rarest pairs until half of the room is free, more frequent ones each time it fills up again."""
+        (whole,) = self._parts
+        while whole.nnz > self._most // 2:
+            self._forgotten += 1
+            whole.data[whole.data <= self._forgotten] = 0
+            whole.eliminate_zeros()
+        self._parts = [whole]
