@@ -11,7 +11,8 @@ from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, js
 from stablemoe_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from stablemoe_ds.config.schema import RunConfig, Source
+    from stablemoe_ds.checkpoint.reader import Checkpoint
+    from stablemoe_ds.config.schema import Source
     from stablemoe_ds.data.tokenizer import Tokenizer
     from stablemoe_ds.tables.corpus import Corpus
     from stablemoe_ds.tables.table import RoutingTable
@@ -163,11 +164,18 @@ def _finish(table: RoutingTable, arguments: argparse.Namespace, corpus: Corpus |
 def _show(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.evaluation.table_report import facts_text, measured_facts, measured_text, table_facts
 
-    table, run = open_table(arguments.table)
-    sources = arguments.data or (run.data.train if run else [])
-    tokenizer = _tokenizer(arguments.tokenizer or (run.data.tokenizer if run else None))
+    table, checkpoint = open_table(arguments.table)
     facts = table_facts(table)
     text = facts_text(facts)
+    sources, tokenizer = arguments.data, _tokenizer(arguments.tokenizer)
+    if checkpoint is not None:
+        from stablemoe_ds.checkpoint.attached import find_corpora, open_tokenizer
+
+        try:
+            tokenizer = tokenizer or open_tokenizer(checkpoint)
+            sources = sources or find_corpora(checkpoint, checkpoint.run.data.train)
+        except UserError as error:  # a copy of a checkpoint, where its run's text is not
+            text += f"\nnot measured by the run's text: {error}"
     if sources:
         corpus = _corpus(sources, tokenizer, table.vocab_size)
         facts["measured"] = measured_facts(table, corpus, _pieces(tokenizer), arguments.top)
@@ -186,8 +194,8 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def open_table(path: str) -> tuple[RoutingTable, RunConfig | None]:
-    """A table file, or the frozen table of a checkpoint or run directory and its run. Raises UserError without one."""
+def open_table(path: str) -> tuple[RoutingTable, Checkpoint | None]:
+    """A table file, or the frozen table of a checkpoint or run directory and that. Raises UserError without one."""
     from stablemoe_ds.tables.table import RoutingTable
 
     if Path(path).is_file():
@@ -202,7 +210,7 @@ def open_table(path: str) -> tuple[RoutingTable, RunConfig | None]:
             f"checkpoint {checkpoint.path} has no routing table: it is of stage {checkpoint.progress.stage}; "
             "'stablemoe table build frozen' or 'observed' makes one"
         )
-    return table, checkpoint.run
+    return table, checkpoint
 
 
 def write_table(table: RoutingTable, path: Path) -> None:

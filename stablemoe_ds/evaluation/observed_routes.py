@@ -37,7 +37,7 @@ def count_routes(
 ) -> NDArray[np.int64]:
     """int64 [L, V, N]: real tokens by MoE layer, id and expert; a token counts once for each expert it was sent to.
 
-    routes, batches, sum_over_ranks: as in :func:`evaluate`. Tokens that no expert serves are not counted.
+    batches, routes, sum_over_ranks: as in :func:`evaluate`. Tokens that no expert serves are not counted.
     """
     vocab, experts = model.vocab_size, model.run_config.moe.experts
     total_LC = torch.zeros(len(model.moe_layers), vocab * experts, dtype=torch.int64, device=device)
@@ -54,33 +54,28 @@ def count_routes(
 
 
 def observe(path: str, corpora: list[str], max_load: float | None) -> tuple[RoutingTable, list[float]]:
-    """A table of what the model of a checkpoint does with a text, and the share of it that the table explains.
+    """A table of what the model of a checkpoint does with a text, and the share of it that the table reproduces.
 
-    Its own routing: the learned router where that decides, the frozen one in stage 2. corpora: prepared ones; none:
-    the run's training text. max_load: see :func:`observed_table`. Raises UserError for a model without experts.
+    Its own routing: the learned router in stage 1, the frozen one in stage 2. corpora: prepared ones; none: the run's
+    training text. max_load: see :func:`observed_table`.
+    Raises UserError for a model without experts and for a corpus that is missing or of another tokenizer.
     """
     checkpoint = Checkpoint.open(path)
-    moe, tokenizer = checkpoint.run.moe, checkpoint.tokenizer
+    moe, progress = checkpoint.run.moe, checkpoint.progress
     if not moe.facts.routed:
-        raise UserError(f"checkpoint {checkpoint.path} has no router ({moe.router}): nothing to observe")
-    sources = [Source(path=corpus) for corpus in corpora] or find_corpora(checkpoint, checkpoint.run.data.train)
-    check_corpora(checkpoint, sources)  # before anything slow begins
+        raise UserError(f"checkpoint {checkpoint.path} has no router (moe.router {moe.router}): nothing to observe")
+    named = [Source(path=corpus) for corpus in corpora]
+    sources = named or find_corpora(checkpoint, checkpoint.run.data.train)
+    check_corpora(checkpoint, sources)
     with loaded(checkpoint) as trained:
-        groups, stage = trained.groups, checkpoint.progress.stage
+        groups, routes = trained.groups, trained.routes if progress.stage == 2 else LEARNED
         data = eval_set(sources, trained.run, batch_plan(trained.run, groups.world.size).micro_batch, groups)
-        routes = trained.routes if stage == 2 else LEARNED
         batches = tqdm(data.loader, desc="observing", unit="batch", disable=None)
         served_LVN = count_routes(trained.model, batches, routes, groups.sum_over_data_ranks, groups.world.device)
     expert_LVK = observed_table(served_LVN, moe.top_k, max_load)
     shares = explained(served_LVN, expert_LVK)
-    made = how_made(
-        "observed",
-        options={"max_load": max_load},
-        router=moe.router,
-        step=checkpoint.progress.step,
-        explained=shares,
-    )
-    return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), tokenizer, made), shares
+    made = how_made("observed", options={"max_load": max_load}, router=moe.router, step=progress.step, explained=shares)
+    return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), checkpoint.tokenizer, made), shares
 
 
 def frozen(path: str, max_load: float | None) -> RoutingTable:
@@ -89,27 +84,26 @@ def frozen(path: str, max_load: float | None) -> RoutingTable:
     Raises UserError if the router has no table: it is not distilled, or its distilled router sees more than ids.
     """
     checkpoint = Checkpoint.open(path)
-    table = checkpoint.table()
+    table, moe = checkpoint.table(), checkpoint.run.moe
     if table is not None and max_load is None:
         return table
+    if moe.top_k > 1 and max_load is not None:
+        raise UserError(
+            f"--max-load: checkpoint {checkpoint.path} has top_k {moe.top_k}, but the limited choice of a distilled "
+            "router is of one expert: use 'stablemoe table build balanced' on its table"
+        )
+    if max_load is None and moe.facts.table_from == "scores and counts":
+        max_load = moe.table_load
     with loaded(checkpoint) as trained:
-        run, routers, where = trained.run, trained.model.distilled_routers, trained.checkpoint.path
+        routers = trained.model.distilled_routers
         if not routers or not all(router.is_table for router in routers):
             raise UserError(
-                f"checkpoint {where} has no distilled router of ids alone (moe.router {run.moe.router}): "
+                f"checkpoint {checkpoint.path} has no distilled router of ids alone (moe.router {moe.router}): "
                 "'stablemoe table build observed' makes a table of any router"
             )
-        if max_load is None and run.moe.facts.needs_counts:
-            max_load = run.moe.table_load
-        blocks, tokenizer = tuple(run.moe.layers), trained.checkpoint.tokenizer
-        if max_load is None:
-            routing = freeze(routers, run.moe.top_k, blocks, tokenizer)
-            assert isinstance(routing, TableRouting)
-            return routing.table
-        if run.moe.top_k > 1:
-            raise UserError(
-                f"--max-load: checkpoint {where} has top_k {run.moe.top_k}, but the limited choice of a distilled "
-                "router is of one expert: use 'stablemoe table build balanced' on its table"
-            )
-        counts = token_counts_of(checkpoint)
-        return freeze_balanced(routers, blocks, counts, max_load, tokenizer).table
+        blocks, tokenizer = tuple(moe.layers), checkpoint.tokenizer
+        if max_load is not None:
+            return freeze_balanced(routers, blocks, token_counts_of(checkpoint), max_load, tokenizer).table
+        routing = freeze(routers, moe.top_k, blocks, tokenizer)
+        assert isinstance(routing, TableRouting)
+        return routing.table

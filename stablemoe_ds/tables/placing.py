@@ -33,5 +33,6 @@ def heaviest_first(counts_V: NDArray[np.int64]) -> NDArray[np.int64]:
 def deal_absent(choice_VK: NDArray[np.int32], counts_V: NDArray[np.int64], experts: int, seed: list[int]) -> None:
     """Give ids that do not occur, of which nothing is known, to all experts in turn, in random order; in place."""
     absent = np.flatnonzero(counts_V == 0)
-    turn = np.random.default_rng(seed).permutation(len(absent))[:, None] + np.arange(choice_VK.shape[1])
+    top_k = choice_VK.shape[1]
+    turn = np.random.default_rng(seed).permutation(len(absent))[:, None] * top_k + np.arange(top_k)
     choice_VK[absent] = turn % experts

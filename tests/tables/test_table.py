@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -158,3 +160,32 @@ def test_no_table_of_three_ids_beats_the_least_load():
         entries = np.array([code % 4, code // 4 % 4, code // 16], np.int32).reshape(1, 3, 1)
         loads.append(RoutingTable(entries, 4, (1,)).expert_load(counts).max())
     assert min(loads) == pytest.approx(least_load(counts, 4, 1))
+
+
+MADE = {"builder": "cooccurrence", "options": {"dims": 64}, "seed": 3, "corpus": "abc"}
+
+
+def test_a_file_says_how_the_table_was_made(table, tmp_path):
+    path = tmp_path / "table.safetensors"
+    described = replace(table, made=MADE)
+    described.save(path)
+    assert RoutingTable.read(path).made == MADE
+    assert RoutingTable.read(path).sha256 == described.sha256 == table.sha256, "routing is decided by the entries alone"
+
+
+def test_a_file_that_does_not_say_how_it_was_made_is_read(table, tmp_path):
+    """As written before tables said so."""
+    path = tmp_path / "old.safetensors"
+    metadata = {"format": FORMAT, "experts": "7", "blocks": "3,9", "tokenizer": "abc", "sha256": table.sha256}
+    save_file({"expert_LVK": table.expert_LVK.copy()}, str(path), metadata)
+    old = RoutingTable.read(path)
+    assert (old.made, old.sha256) == ({}, table.sha256)
+
+
+@pytest.mark.parametrize("made", ["{", "7", '"text"', "[1]"])
+def test_a_damaged_story_is_refused(table, tmp_path, made):
+    path = tmp_path / "bad.safetensors"
+    metadata = {"format": FORMAT, "experts": "7", "blocks": "3,9", "tokenizer": "", "sha256": table.sha256}
+    save_file({"expert_LVK": table.expert_LVK.copy()}, str(path), metadata | {"made": made})
+    with pytest.raises(UserError, match="is not a routing table that can be read"):
+        RoutingTable.read(path)

@@ -1,0 +1,174 @@
+"""``stablemoe table``: from a corpus, a run or a table to a table, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.tokenizer import train_tokenizer
+from stablemoe_ds.tables.table import RoutingTable
+from tests.cli.test_bad_input import complaint
+from tests.training.runs import VOCAB, TinyData, checkpoint_of, command, command_here
+
+
+def build(how: str, output: Path, *words: str) -> Any:
+    """In a process of its own where a model is built: this one may have process groups already."""
+    run = command if how in ("frozen", "observed") else command_here
+    return run("table", "build", how, *words, "--output", str(output), "--json").json
+
+
+@pytest.fixture
+def table(data: TinyData, tmp_path: Path) -> Path:
+    path = tmp_path / "table.safetensors"
+    build("cooccurrence", path, "dims=16", "--data", data.train, "--experts", "4", "--layers", "1")
+    return path
+
+
+@pytest.mark.parametrize("how", ["random", "even", "scattered", "cooccurrence"])
+def test_from_a_corpus(how: str, data: TinyData, tmp_path: Path) -> None:
+    path = tmp_path / "made" / "table.safetensors"
+    words = ("--data", data.train, "--experts", "4", "--layers", "1", "3", "--top-k", "2", "--seed", "5")
+    facts = build(how, path, *words)
+    table = RoutingTable.read(path)
+    assert (facts["sha256"], facts["made"]["builder"], facts["made"]["seed"]) == (table.sha256, how, 5)
+    assert (table.blocks, table.vocab_size, table.top_k, table.experts) == ((1, 3), VOCAB, 2, 4)
+    assert [layer["block"] for layer in facts["measured"]] == [1, 3]
+    said = command_here("table", "build", how, *words, "--output", str(path)).out
+    assert f"max/mean load {facts['measured'][0]['max_load']:.2f}" in said
+    assert f"Cohesion {facts['measured'][0]['cohesion']:.3f}" in said
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_options_are_taken(table: Path, data: TinyData, tmp_path: Path) -> None:
+    assert RoutingTable.read(table).made["options"]["dims"] == 16
+    facts = build(
+        "even", tmp_path / "large", "--data", data.train, "--experts", "4", "--layers", "1", "--vocab-size", "512"
+    )
+    assert facts["vocab_size"] == 512
+
+
+def test_show(table: Path, data: TinyData) -> None:
+    bare = command_here("table", "show", str(table), "--json").json
+    assert "measured" not in bare
+    words = ("table", "show", str(table), "--data", data.valid, "--tokenizer", data.tokenizer, "--top", "3")
+    (layer,) = command_here(*words, "--json").json["measured"]
+    assert len(layer["experts"]) == 4
+    assert all(len(expert["pieces"]) <= 3 for expert in layer["experts"])
+    assert layer["max_load"] == pytest.approx(max(expert["load"] for expert in layer["experts"]))
+    said = command_here(*words).out
+    assert "builder cooccurrence, options (window 1, sides both" in said
+    commonest = max((piece for expert in layer["experts"] for piece in expert["pieces"]), key=lambda p: p["count"])
+    assert commonest["piece"] in said
+
+
+def test_show_of_a_run_takes_its_text(finished: RunConfig) -> None:
+    (layer,) = command_here("table", "show", finished.directory, "--json").json["measured"]
+    (reported,) = command_here("routing", "report", finished.directory, "--json").json["layers"]
+    assert layer["max_load"] == pytest.approx(reported["max_load"])
+    assert layer["experts"] == reported["experts"]
+
+
+def test_diff(table: Path, data: TinyData, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    names = np.array([2, 0, 3, 1], np.int32)
+    mine = RoutingTable.read(table)
+    RoutingTable(names[mine.expert_LVK], 4, mine.blocks, mine.tokenizer).save(other)
+    assert "0.0% of ids at another expert" in command_here("table", "diff", str(table), str(other)).out
+    build("random", other, "--data", data.train, "--experts", "4", "--layers", "1")
+    facts = command_here("table", "diff", str(table), str(other), "--data", data.valid, "--json").json
+    (layer,) = facts["layers"]
+    assert 0 < layer["ids_moved"] < 0.75
+    assert 0 < layer["tokens_moved"] < 0.75
+    assert layer["cohesion"][0] > layer["cohesion"][1]
+    said = command_here("table", "diff", str(table), str(other), "--data", data.valid).out
+    assert f"{layer['ids_moved']:.1%} of ids and {layer['tokens_moved']:.1%} of tokens at another expert" in said
+
+
+def test_frozen(finished: RunConfig, tmp_path: Path) -> None:
+    """Of stage 2 its table; of stage 1 what a switch would freeze: other vectors, so another table."""
+    kept = RoutingTable.read(Path(finished.directory) / "routing_table.safetensors")
+    assert kept.made["builder"] == "frozen"
+    assert build("frozen", tmp_path / "two", finished.directory)["sha256"] == kept.sha256
+    early = build("frozen", tmp_path / "one", str(checkpoint_of(finished, 3)))
+    assert early["sha256"] != kept.sha256
+    limited = build("frozen", tmp_path / "limited", finished.directory, "--max-load", "1.3")
+    (layer,) = command_here(
+        "table", "show", str(tmp_path / "limited"), "--data", *(s.path for s in finished.data.train), "--json"
+    ).json["measured"]
+    assert limited["made"]["options"] == {"max_load": 1.3}
+    assert layer["max_load"] <= max(1.3, layer["least_load"]) + 1e-9
+
+
+def test_observed(finished: RunConfig, data: TinyData, tmp_path: Path) -> None:
+    """In stage 2 the table itself, wherever an id occurs; in stage 1 what the learned router does, most of the time."""
+    words = ("--data", data.train)
+    again = build("observed", tmp_path / "two", finished.directory, *words)
+    assert again["made"]["explained"] == [1.0]
+    diff = command_here("table", "diff", str(tmp_path / "two"), finished.directory, *words, "--json").json
+    assert diff["layers"][0]["tokens_moved"] < 1e-3, "the last id of a text is followed by nothing, so it is not read"
+    early = command("table", "build", "observed", str(checkpoint_of(finished, 3)), "--output", str(tmp_path / "one"))
+    (share,) = RoutingTable.read(tmp_path / "one").made["explained"]
+    assert 0.25 < share < 1
+    assert f"the table reproduces {share:.1%} of the routing" in early.out
+
+
+@pytest.mark.distributed
+def test_observed_by_two_processes(finished: RunConfig, tmp_path: Path) -> None:
+    tables = []
+    for ranks in (1, 2):
+        path = tmp_path / f"{ranks}"
+        words = ("table", "build", "observed", str(checkpoint_of(finished, 3)), "--output", str(path))
+        assert command(*words, ranks=ranks).code == 0
+        tables.append(RoutingTable.read(path))
+    assert tables[0].sha256 == tables[1].sha256
+    assert tables[0].made == tables[1].made
+
+
+def test_from_another_table(table: Path, data: TinyData, tmp_path: Path) -> None:
+    facts = build("balanced", tmp_path / "even", str(table), "--data", data.train, "--max-load", "1.05")
+    (layer,) = facts["measured"]
+    assert layer["max_load"] <= max(1.05, layer["least_load"]) + 1e-9
+    assert facts["made"]["table"]["sha256"] == RoutingTable.read(table).sha256
+    assert build("resized", tmp_path / "large", str(table), "--experts", "12")["experts"] == 12
+
+
+CORPUS = ("--experts", "4", "--layers", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("build", "even", "--data", "/nowhere/text", *CORPUS), r"no prepared corpus at /nowhere/text"),
+        (("build", "even", "dims", "--data", "{train}", *CORPUS), r"option 'dims': expected key=value"),
+        (("build", "even", "dims=3", "--data", "{train}", *CORPUS), r"unknown option dims"),
+        (("build", "cooccurrence", "dims=x", "--data", "{train}", *CORPUS), r"dims: got 'x'"),
+        (("build", "even", "--data", "{train}", *CORPUS, "--tokenizer", "{other}"), r"was made by tokenizer"),
+        (("build", "balanced", "{table}", "--data", "{train}", "--max-load", "0.5"), r"--max-load: got 0.5"),
+        (("build", "resized", "{table}", "--experts", "7"), r"--experts: got 7: the table has 4"),
+        (("build", "frozen", "{table}"), r"no checkpoint at"),
+        (("show", "{train}.bin"), r"is not a routing table"),
+        (("show", "{table}", "--data", "{train}", "--tokenizer", "{other}"), r"was made by tokenizer"),
+        (("diff", "{table}", "/nowhere/table"), r"no checkpoint at /nowhere/table"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input(words: tuple[str, ...], expected: str, data: TinyData, table: Path, tmp_path: Path) -> None:
+    other = train_tokenizer([data.text], tmp_path / "other.model", 400)
+    known = {"train": data.train, "table": str(table), "other": str(other.path)}
+    output = ("--output", str(tmp_path / "out")) if words[0] == "build" else ()
+    complaint(command_here("table", *(word.format(**known) for word in words), *output), expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written(table: Path) -> None:
+    words = ("table", "build", "resized", str(table), "--experts", "8", "--output", f"{table}/below")
+    complaint(command_here(*words), r"cannot write routing table .*below")
+
+
+def test_a_checkpoint_without_a_table_says_how_to_make_one(finished: RunConfig) -> None:
+    answer = command_here("table", "show", str(checkpoint_of(finished, 3)))
+    complaint(answer, r"has no routing table: it is of stage 1; 'stablemoe table build frozen' or 'observed' makes one")
