@@ -67,7 +67,7 @@ def render(facts: dict[str, Any]) -> str:
     for name, meaning in (
         ("shared", "all of the above"),
         ("expert", "routed experts"),
-        ("router", "centroids"),
+        ("router", "centroids, and what gates learn"),
         ("distilled", "routers of ids, gone after the switch"),
         ("active", "shared, and the experts of one token"),
         ("total", ""),
