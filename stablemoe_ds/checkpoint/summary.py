@@ -27,6 +27,7 @@ def show(path: str) -> Answer:
         "tokens": progress.position.tokens or None,
         "optimizer_steps": checkpoint.optimizer_steps,
         "router": moe.router,
+        "gate": moe.gate_name if moe.facts.routed else None,
         "moe_layers": len(moe.layers),
         "experts": moe.experts if moe.layers else 0,
         "parameters": sum(prod(checkpoint.shape(tensor)) for tensor in checkpoint.tensors),

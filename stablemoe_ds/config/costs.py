@@ -17,7 +17,8 @@ class Counts:
 
     embedding and output: token matrices (output is 0 if tied). positions: learned ones. attention, ffn: with their
     biases. norms: of the blocks and the last one. shared_experts: what serves every token in MoE layers or their place.
-    expert: all routed experts of all MoE layers, with their norms. router: the centroids that choose and gate.
+    expert: all routed experts of all MoE layers, with their norms. router: the centroids that choose and gate, and
+    what gates learn.
     distilled: the routers of token ids, which the switch turns into a table.
     served: of ``expert``, the top_k/N that one token meets.
     """
@@ -82,7 +83,7 @@ def parameters(run: RunConfig) -> Counts:
         norms=(m.layers + dense_ffns + 1) * _norm(run),
         shared_experts=layers * depth * (_ffn(run, width) + _norm(run)),
         expert=routed * moe.experts * one_expert,
-        router=layers * moe.experts * d if moe.facts.learned else 0,
+        router=layers * moe.experts * ((d if moe.has_centroids else 0) + moe.gate_facts.numbers),
         distilled=layers * _distilled(run, vocab) if moe.facts.distilled else 0,
         served=routed * moe.top_k * one_expert,
     )

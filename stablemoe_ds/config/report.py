@@ -17,7 +17,7 @@ from stablemoe_ds.config.text_table import aligned
 MEANINGS = {
     "shared": "all of the above",
     "expert": "routed experts",
-    "router": "centroids",
+    "router": "centroids, and what gates learn",
     "distilled": "routers of ids, gone after the switch",
     "active": "shared, and the experts of one token",
     "total": "",

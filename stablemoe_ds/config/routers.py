@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from stablemoe_ds.config.gates import GATES, GateFacts
-
 
 @dataclass(frozen=True)
 class RouterFacts:
@@ -20,7 +18,7 @@ class RouterFacts:
     made_by: its class as "module:class" below ``stablemoe_ds.routing``; None where nothing is routed.
     layer: what stands in an MoE layer: "experts"; a dense stack of all their sublayers, one after another ("deep") or
     side by side ("wide"); "none" if there is no such layer.
-    gate: its own gate, a key of :data:`GATES`.
+    gate: its own gate, a key of ``gates.GATES``.
     table_from: what fixes its routes. "scores": those of a distilled router, which learns from it until the switch.
     "scores and counts": the same under a load limit, which needs to know how often each id occurs. "counts": these
     alone, before the first update. None: nothing does, it chooses to the end.
@@ -58,16 +56,6 @@ class RouterFacts:
     def needs_counts(self) -> bool:
         """Its table depends on how often each id occurs."""
         return self.table_from in ("counts", "scores and counts")
-
-    @property
-    def gate_facts(self) -> GateFacts:
-        """What is known of its gate."""
-        return GATES[self.gate]
-
-    @property
-    def learned(self) -> bool:
-        """Has centroids that the model learns, for choosing, gating or both."""
-        return self.routed and (not self.fixed or self.gate_facts.affinity)
 
 
 ROUTERS: dict[str, RouterFacts] = {

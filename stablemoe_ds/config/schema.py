@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from stablemoe_ds.config.gates import GATES, GateFacts, GateName
 from stablemoe_ds.config.paths import NameText, PathText, expanded_within, if_written
 from stablemoe_ds.config.routers import ROUTERS, RouterFacts, RouterName
 
@@ -110,6 +111,12 @@ class MoEConfig(Section):
         description="what the centroids meet: the residual stream as it is (paper) or at unit root mean square, which "
         "bounds gates and gradients but not which expert is best",
     )
+    gate: GateName = Field(
+        "own",
+        description="weight of what an expert adds to a token, from their affinity s (docs/method.md). own: the "
+        "router's, sigmoid(s) in the paper; doubled: 2 sigmoid(s), about 1 at the start; learned: 2 sigmoid(a s + b), "
+        "with a and b learned for each expert, the same at the start; one: 1 always",
+    )
     centroid_gain: float = Field(0.1, gt=0, description="norm of each centroid at the start")
     equal_experts: bool = Field(False, description="start all experts of a layer alike, as the authors' code does")
     distilled: DistilledConfig = Field(default_factory=DistilledConfig, description="the router of token ids")
@@ -128,6 +135,21 @@ class MoEConfig(Section):
     def facts(self) -> RouterFacts:
         """How the router behaves over a run."""
         return ROUTERS[self.router]
+
+    @property
+    def gate_name(self) -> str:
+        """The kind of gate, a key of ``gates.GATES``: the named one, or the router's own."""
+        return self.facts.gate if self.gate == "own" else self.gate
+
+    @property
+    def gate_facts(self) -> GateFacts:
+        """What is known of the gate."""
+        return GATES[self.gate_name]
+
+    @property
+    def has_centroids(self) -> bool:
+        """The model learns a centroid for each expert, to choose by, to gate by, or for both."""
+        return self.facts.routed and (not self.facts.fixed or self.gate_facts.affinity)
 
     @model_validator(mode="before")
     @classmethod
@@ -161,6 +183,20 @@ class MoEConfig(Section):
             raise ValueError(f"router '{self.router}' has no experts, shared ones neither: set shared_experts 0")
         if facts.table_from == "scores and counts" and self.distilled.kind != "word":
             raise ValueError(f"a {self.distilled.kind} router has no table to balance: set distilled.kind word")
+        return self
+
+    @model_validator(mode="after")
+    def _gate_fits(self) -> MoEConfig:
+        facts = self.facts
+        if self.gate != "own" and not facts.routed:
+            raise ValueError(f"router '{self.router}' has no experts to weigh: set gate own")
+        balanced = facts.balance_weight > 0 and self.balance_weight > 0
+        if self.has_centroids and not self.gate_facts.affinity and not balanced:
+            reason = "balance_weight is 0" if facts.balance_weight else "it has no balance loss"
+            raise ValueError(
+                f"gate '{self.gate_name}' has no gradient and {reason}, so nothing teaches the centroids of router "
+                f"'{self.router}'; nearest that works: gate doubled"
+            )
         return self
 
 

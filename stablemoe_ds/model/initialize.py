@@ -48,6 +48,8 @@ def _start(name: str, shape: tuple[int, ...], run: RunConfig, generator: torch.G
     if leaf == "centroids":
         # Orthogonal rows of norm ``gain``; with more experts than dimensions torch makes the columns orthogonal.
         return nn.init.orthogonal_(torch.empty(shape), gain=run.moe.centroid_gain, generator=generator)
+    if leaf == "scale_N":
+        return torch.ones(shape)
     if leaf == "taps":
         return _uniform(shape, 1 / math.sqrt(shape[0]), generator)
     if "norm" in name:

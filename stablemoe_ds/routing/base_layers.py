@@ -35,6 +35,7 @@ class BaseLayersRouter(CentroidRouter):
             chosen_TK = chosen_TK[:, None]
         else:
             chosen_TK = best_experts(seen_TN, 1)
-        routes = self.route(torch.sigmoid(scores_TN), chosen_TK, tokens)
+        affinity_TK = scores_TN.gather(1, chosen_TK)
+        routes = self.route(chosen_TK, affinity_TK, torch.sigmoid(affinity_TK), tokens)
         losses, agree = self.imitated(tokens, routes.expert_TK)
         return replace(routes, loss_sums=losses, agree=agree)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.losses import count_tokens
+from stablemoe_ds.routing.gates import Gate
 from stablemoe_ds.routing.router import CentroidRouter
 from stablemoe_ds.routing.routes import NOT_ROUTED, Routes, SumOverRanks, TokenView
 
@@ -28,17 +29,25 @@ class ExpertChoiceRouter(CentroidRouter):
     threshold_N: Tensor  # noqa: N815
 
     def __init__(
-        self, hidden_size: int, experts: int, top_k: int, normalize: bool, distilled: DistilledRouter | None = None
+        self,
+        hidden_size: int,
+        experts: int,
+        top_k: int,
+        normalize: bool,
+        distilled: DistilledRouter | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        super().__init__(hidden_size, experts, top_k, normalize, distilled)
+        super().__init__(hidden_size, experts, top_k, normalize, distilled, gate)
         self.register_buffer("threshold_N", torch.full((experts,), 1 / experts))
 
     def forward(
         self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks
     ) -> Routes:
-        share_TN = torch.softmax(self.affinity(hidden_TD), dim=-1)
+        scores_TN = self.affinity(hidden_TD)
+        share_TN = torch.softmax(scores_TN, dim=-1)
         if fixed_TK is not None:
-            return self.route(share_TN, fixed_TK, tokens)
+            at_TK = fixed_TK.clamp_min(0)
+            return self.route(fixed_TK, scores_TN.gather(1, at_TK), share_TN.gather(1, at_TK), tokens)
         seen_TN = share_TN.detach().masked_fill(~tokens.real_T[:, None], -1.0)
         threshold_N = self.threshold_N
         if self.training:
@@ -53,8 +62,8 @@ class ExpertChoiceRouter(CentroidRouter):
         width = max(1, int(chosen_TN.sum(1).max())) if chosen_TN.numel() else 1
         best_TK = torch.where(chosen_TN, seen_TN, -1.0).topk(width, dim=1)
         expert_TK = torch.where(best_TK.values >= 0, best_TK.indices, NOT_ROUTED)
-        gate_TK = share_TN.gather(1, best_TK.indices)
-        return Routes(expert_TK, gate_TK, {}, count_tokens(expert_TK, self.experts), statistic_N=threshold_N)
+        affinity_TK, share_TK = scores_TN.gather(1, best_TK.indices), share_TN.gather(1, best_TK.indices)
+        return replace(self.route(expert_TK, affinity_TK, share_TK, tokens), statistic_N=threshold_N)
 
     @torch.no_grad()
     def after_update(self, counts_N: Tensor, statistic_N: Tensor | None) -> None:

@@ -1,17 +1,31 @@
-"""Hash layers (Roller et al. 2021): a table of ids that nobody learned."""
+"""Hash layers (Roller et al. 2021): routes that nobody learned."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from stablemoe_ds.routing.losses import count_tokens
-from stablemoe_ds.routing.router import Router
-from stablemoe_ds.routing.routes import NOT_ROUTED, Routes, SumOverRanks, TokenView
+from stablemoe_ds.routing.distilled import DistilledRouter
+from stablemoe_ds.routing.gates import Gate, OneGate
+from stablemoe_ds.routing.router import CentroidRouter
+from stablemoe_ds.routing.routes import Routes, SumOverRanks, TokenView
 
 
-class HashRouter(Router):
-    """Follows given routes with a gate of 1; it has nothing to learn."""
+class HashRouter(CentroidRouter):
+    """Follows given routes. Its own gate is 1, and then it has nothing to learn; others have centroids to gate by."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        experts: int,
+        top_k: int,
+        normalize: bool,
+        distilled: DistilledRouter | None = None,
+        gate: Gate | None = None,
+    ) -> None:
+        gate = gate or OneGate()
+        super().__init__(hidden_size, experts, top_k, normalize, distilled, gate)
+        if gate.constant:
+            self.register_parameter("centroids", None)
 
     def forward(
         self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks
@@ -19,6 +33,4 @@ class HashRouter(Router):
         """As in :class:`Router`; raises ValueError without ``fixed_TK``."""
         if fixed_TK is None:
             raise ValueError("router hash decides nothing by itself: pass the routes of its table")
-        expert_TK = torch.where(tokens.real_T[:, None], fixed_TK, NOT_ROUTED)
-        gate_TK = torch.ones(expert_TK.shape, device=hidden_TD.device)
-        return Routes(expert_TK, gate_TK, {}, count_tokens(expert_TK, self.experts))
+        return self.follow(hidden_TD, fixed_TK, tokens)

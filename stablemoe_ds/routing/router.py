@@ -1,4 +1,4 @@
-"""What all routers have in common: the interface an MoE layer calls, and centroids with a sigmoid gate."""
+"""What all routers have in common: the interface an MoE layer calls, and centroids to choose and gate by."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.chosen import chosen_affinity
 from stablemoe_ds.routing.distilled import DistilledRouter, Fp32Module
+from stablemoe_ds.routing.gates import Gate, make_gate
 from stablemoe_ds.routing.losses import count_tokens, distillation_sum
 from stablemoe_ds.routing.routes import NOT_ROUTED, Routes, SumOverRanks, TokenView
 
@@ -60,38 +61,48 @@ class CentroidRouter(Router):
     """Affinity <E_i, h_t> of the residual stream to one centroid an expert (paper section 3.1)."""
 
     def __init__(
-        self, hidden_size: int, experts: int, top_k: int, normalize: bool, distilled: DistilledRouter | None = None
+        self,
+        hidden_size: int,
+        experts: int,
+        top_k: int,
+        normalize: bool,
+        distilled: DistilledRouter | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        """``normalize``: centroids meet the stream at unit root mean square."""
+        """``normalize``: centroids meet the stream at unit root mean square. gate: instead of the router's own."""
         super().__init__(experts, top_k, distilled)
-        self.normalize = normalize
+        self.normalize, self.gate = normalize, gate
         self.centroids = nn.Parameter(torch.empty(experts, hidden_size))
 
     @classmethod
     def from_config(cls, moe: MoEConfig, hidden_size: int, distilled: DistilledRouter | None) -> Self:
-        return cls(hidden_size, moe.experts, moe.top_k, moe.router_input == "normalized", distilled)
+        return cls(hidden_size, moe.experts, moe.top_k, moe.router_input == "normalized", distilled, make_gate(moe))
 
     def affinity(self, hidden_TD: Tensor) -> Tensor:
         """fp32 [T, N]: <E_i, h_t>; with ``normalize``, of h_t at unit root mean square."""
         with torch.autocast(hidden_TD.device.type, enabled=False):
             return F.linear(self._seen(hidden_TD).float(), self.centroids)
 
-    def route(self, weights_TN: Tensor, chosen_TK: Tensor, tokens: TokenView) -> Routes:
-        """Send the tokens to ``chosen_TK``, gated by the chosen ones of ``weights_TN``; padding goes nowhere."""
-        return self._gated(weights_TN.gather(1, chosen_TK.clamp_min(0)), chosen_TK, tokens)
+    def route(self, chosen_TK: Tensor, affinity_TK: Tensor, own_TK: Tensor, tokens: TokenView) -> Routes:
+        """Send the tokens to ``chosen_TK``; padding goes nowhere.
+
+        affinity_TK: to the chosen experts, for a gate that the configuration names. own_TK: the router's own gates.
+        """
+        gate_TK = own_TK if self.gate is None else self.gate(affinity_TK, chosen_TK.clamp_min(0))
+        expert_TK = torch.where(tokens.real_T[:, None], chosen_TK, NOT_ROUTED)
+        return Routes(expert_TK, gate_TK, {}, count_tokens(expert_TK, self.experts))
 
     def follow(self, hidden_TD: Tensor, fixed_TK: Tensor, tokens: TokenView) -> Routes:
-        """Send the tokens to ``fixed_TK``, gated by the sigmoid of their affinity to these experts."""
+        """Send the tokens to ``fixed_TK``; their own gate is the sigmoid of their affinity to these experts."""
+        if self.gate is not None and self.gate.constant:
+            gate_TK = torch.ones(fixed_TK.shape, device=hidden_TD.device)
+            return self.route(fixed_TK, gate_TK, gate_TK, tokens)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             affinity_TK = chosen_affinity(self._seen(hidden_TD), self.centroids, fixed_TK.clamp_min(0))
-        return self._gated(torch.sigmoid(affinity_TK), fixed_TK, tokens)
+        return self.route(fixed_TK, affinity_TK, torch.sigmoid(affinity_TK), tokens)
 
     def _seen(self, hidden_TD: Tensor) -> Tensor:
         return F.rms_norm(hidden_TD.float(), hidden_TD.shape[-1:], eps=1e-6) if self.normalize else hidden_TD
-
-    def _gated(self, gate_TK: Tensor, chosen_TK: Tensor, tokens: TokenView) -> Routes:
-        expert_TK = torch.where(tokens.real_T[:, None], chosen_TK, NOT_ROUTED)
-        return Routes(expert_TK, gate_TK, {}, count_tokens(expert_TK, self.experts))
 
     def imitated(self, tokens: TokenView, expert_TK: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """The distillation loss towards ``expert_TK``, in training, and how many real tokens already agree."""

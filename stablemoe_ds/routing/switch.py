@@ -17,9 +17,11 @@ class SwitchRouter(CentroidRouter):
     def forward(
         self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks
     ) -> Routes:
-        share_TN = torch.softmax(self.affinity(hidden_TD), dim=-1)
+        scores_TN = self.affinity(hidden_TD)
+        share_TN = torch.softmax(scores_TN, dim=-1)
         chosen_TK = best_experts(share_TN.detach(), self.top_k) if fixed_TK is None else fixed_TK
-        routes = self.route(share_TN, chosen_TK, tokens)
+        at_TK = chosen_TK.clamp_min(0)
+        routes = self.route(chosen_TK, scores_TN.gather(1, at_TK), share_TN.gather(1, at_TK), tokens)
         if not self.training or fixed_TK is not None:
             return routes
         return replace(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.distilled import DistilledRouter
+from stablemoe_ds.routing.gates import Gate
 from stablemoe_ds.routing.router import CentroidRouter, best_experts
 from stablemoe_ds.routing.routes import Routes, SumOverRanks, TokenView
 
@@ -22,25 +23,38 @@ class TopKRouter(CentroidRouter):
 
     bias_N: Tensor  # noqa: N815
 
-    def __init__(self, hidden_size: int, experts: int, top_k: int, normalize: bool, bias_step: float) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        experts: int,
+        top_k: int,
+        normalize: bool,
+        distilled: DistilledRouter | None = None,
+        gate: Gate | None = None,
+        bias_step: float = 0.001,
+    ) -> None:
         """``bias_step``: how far one update moves a bias."""
-        super().__init__(hidden_size, experts, top_k, normalize)
+        super().__init__(hidden_size, experts, top_k, normalize, distilled, gate)
         self.bias_step = bias_step
         self.register_buffer("bias_N", torch.zeros(experts))
 
     @classmethod
     def from_config(cls, moe: MoEConfig, hidden_size: int, distilled: DistilledRouter | None) -> Self:
-        return cls(hidden_size, moe.experts, moe.top_k, moe.router_input == "normalized", moe.bias_step)
+        router = super().from_config(moe, hidden_size, distilled)
+        router.bias_step = moe.bias_step
+        return router
 
     def forward(
         self, hidden_TD: Tensor, tokens: TokenView, fixed_TK: Tensor | None, sum_over_ranks: SumOverRanks
     ) -> Routes:
-        weight_TN = torch.sigmoid(self.affinity(hidden_TD))
+        scores_TN = self.affinity(hidden_TD)
+        weight_TN = torch.sigmoid(scores_TN)
         if fixed_TK is None:
             fixed_TK = best_experts(weight_TN.detach() + self.bias_N, self.top_k)
+        at_TK = fixed_TK.clamp_min(0)
         if self.top_k > 1:
-            weight_TN = weight_TN / weight_TN.gather(1, fixed_TK.clamp_min(0)).sum(1, keepdim=True)
-        return self.route(weight_TN, fixed_TK, tokens)
+            weight_TN = weight_TN / weight_TN.gather(1, at_TK).sum(1, keepdim=True)
+        return self.route(fixed_TK, scores_TN.gather(1, at_TK), weight_TN.gather(1, at_TK), tokens)
 
     @torch.no_grad()
     def after_update(self, counts_N: Tensor, statistic_N: Tensor | None) -> None:

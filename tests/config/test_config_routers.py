@@ -74,6 +74,16 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
         ("moe.bias_step=0", "moe.bias_step"),
         ("moe.hash_table=md5", "moe.hash_table"),
         ("moe.router=swich", "moe.router"),
+        ("moe.gate=softmax", "moe.gate"),
+        (
+            "moe.router=topk moe.gate=one",
+            "gate 'one' has no gradient and it has no balance loss, so nothing teaches the centroids of router 'topk'; "
+            "nearest that works: gate doubled",
+        ),
+        ("moe.router=base_fixed moe.gate=one", "nothing teaches the centroids of router 'base_fixed'"),
+        ("moe.router=expert_choice moe.gate=one", "nothing teaches the centroids of router 'expert_choice'"),
+        ("moe.gate=one moe.balance_weight=0", "gate 'one' has no gradient and balance_weight is 0, so nothing teaches"),
+        ("moe.router=dense_wider moe.gate=doubled", "router 'dense_wider' has no experts to weigh: set gate own"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(make: Make, given: str, said: str) -> None:
@@ -91,3 +101,23 @@ def test_routers_differ_in_nothing_but_what_they_learn(make: Make) -> None:
     assert {name for name, c in counted.items() if c.router == 0} == {"hash"}
     assert {name for name, c in counted.items() if c.distilled} == DISTILLED
     assert len({flops_per_token(make(f"moe.router={name}")) for name in counted}) == 1
+
+
+def test_a_gate_costs_its_centroids_and_its_numbers_and_no_arithmetic(make: Make) -> None:
+    def router(*settings: str) -> int:
+        return parameters(make(*settings)).router
+
+    centroids = router("moe.router=stablemoe")
+    experts = make().moe.experts * len(make().moe.layers)
+    for gate, more in {"sigmoid": 0, "doubled": 0, "one": 0, "learned": 2 * experts}.items():
+        assert router("moe.router=stablemoe", f"moe.gate={gate}") == centroids + more
+        expected = 0 if gate == "one" else centroids + more
+        assert router("moe.router=hash", f"moe.gate={gate}") == expected
+        assert flops_per_token(make(f"moe.gate={gate}")) == flops_per_token(make())
+
+
+def test_a_run_of_a_version_without_gates_has_the_routers_own(make: Make) -> None:
+    for name in ROUTERS:
+        moe = make(*overrides(name)).moe
+        assert moe.gate == "own"
+        assert moe.gate_name == moe.facts.gate

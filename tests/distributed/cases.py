@@ -24,6 +24,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model": {"tie_embeddings": False},
         "moe": {"placement": "replace", "top_k": 2, "shared_experts": 1},
     },
+    "paper, learned gate": {"model": PAPER, "moe": {"gate": "learned"}},
+    "modern, gate of one": {"model": {}, "moe": {"gate": "one", "placement": "replace", "top_k": 2}},
     "paper, shared": {"model": PAPER, "moe": {"shared_experts": 1, "distilled": {"lr_scale": 3.0}}},
 }
 

@@ -109,7 +109,7 @@ class SlowModel:
             self.w[at + "router.distilled.features.embedding.weight"] @ self.w[at + "router.distilled.centroids"].T
         )
         choices: Choices = {}
-        gates: dict[tuple[int, int], list[Tensor]] = {}
+        sigmas: dict[tuple[int, int], list[Tensor]] = {}
         rows: list[list[Tensor]] = []
         for b in range(x.shape[0]):
             rows.append([])
@@ -122,20 +122,29 @@ class SlowModel:
                     seen = h / (h.square().mean() + 1e-6).sqrt() if moe.router_input == "normalized" else h
                     scores = centroids @ seen
                     best = order(distilled[batch.ids[b, s]] if frozen else scores)[: moe.top_k]
-                    choices[b, s], gates[b, s] = best, [1 / (1 + torch.exp(-scores[i])) for i in best]
-                    for i, gate in zip(best, gates[b, s], strict=True):
-                        y = y + gate * (self.expert(f"{at}experts.{i}.", h) - h)
+                    choices[b, s], sigmas[b, s] = best, [1 / (1 + torch.exp(-scores[i])) for i in best]
+                    for i in best:
+                        y = y + self.gate(at, i, scores[i]) * (self.expert(f"{at}experts.{i}.", h) - h)
                 rows[b].append(y)
         out.choices.append(choices)
         if not frozen:
             counts = [sum(best.count(i) for best in choices.values()) for i in range(moe.experts)]
             mean = sum(counts) / moe.experts
             for (b, s), best in choices.items():
-                for i, gate in zip(best, gates[b, s], strict=True):
-                    out.balance_sum = out.balance_sum + (counts[i] - mean) / mean * gate
+                for i, sigma in zip(best, sigmas[b, s], strict=True):
+                    out.balance_sum = out.balance_sum + (counts[i] - mean) / mean * sigma
                     row = distilled[batch.ids[b, s]]
                     out.distill_sum = out.distill_sum + (row.logsumexp(0) - row[i]) / moe.top_k
         return torch.stack([torch.stack(row) for row in rows])
+
+    def gate(self, at: str, expert: int, score: Tensor) -> Tensor:
+        """Weight of an expert: sigmoid(s) as in the paper (eq. 7), or what ``moe.gate`` says instead."""
+        kind = self.run.moe.gate
+        if kind == "one":
+            return torch.ones_like(score)
+        if kind == "learned":
+            score = self.w[at + "router.gate.scale_N"][expert] * score + self.w[at + "router.gate.bias_N"][expert]
+        return (2 if kind in ("doubled", "learned") else 1) / (1 + torch.exp(-score))
 
     def expert(self, at: str, h: Tensor, only: bool = False) -> Tensor:
         """The stack of one token. ``only``: the weights are stacked over a single expert."""

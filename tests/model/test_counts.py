@@ -30,6 +30,10 @@ SHAPES = {
     "switch": {"moe": {"router": "switch", "sublayers": 2}},
     "base, distilled": {"moe": {"router": "base_fixed", "shared_experts": 1}},
     "hash": {"moe": {"router": "hash", "top_k": 2}},
+    "hash, doubled gate": {"moe": {"router": "hash", "gate": "doubled"}},
+    "hash, learned gate": {"moe": {"router": "hash", "gate": "learned", "top_k": 2}},
+    "learned gate": {"moe": {"gate": "learned"}},
+    "gate of one": {"moe": {"gate": "one"}},
     "top-k": {"moe": {"router": "topk", "top_k": 3}},
     "expert choice": {"moe": {"router": "expert_choice"}},
 }

@@ -41,7 +41,8 @@ def test_a_name_makes_its_router(name: str) -> None:
     assert type(router) is CLASSES[name]
     assert (router.experts, router.top_k) == (6, 1)
     assert (router.distilled is not None) is facts.distilled
-    assert isinstance(router, CentroidRouter) is facts.learned
+    assert isinstance(router, CentroidRouter)
+    assert (router.centroids is None) is facts.fixed
 
 
 def test_every_router_with_experts_has_a_name() -> None:

@@ -94,7 +94,7 @@ def test_configuration_chooses_the_table(kind: str) -> None:
 
 
 def test_router_follows_with_a_gate_of_one_and_learns_nothing() -> None:
-    router, view = HashRouter(N, 1), tokens(padding=True)
+    router, view = HashRouter(D, N, 1, False), tokens(padding=True)
     fixed_TK = torch.arange(T)[:, None] % N
     routes = router(torch.full((T, D), torch.nan), view, fixed_TK, alone)
     assert torch.equal(routes.expert_TK[view.real_T], fixed_TK[view.real_T])
@@ -107,4 +107,4 @@ def test_router_follows_with_a_gate_of_one_and_learns_nothing() -> None:
 
 def test_router_decides_nothing_by_itself() -> None:
     with pytest.raises(ValueError, match="pass the routes of its table"):
-        HashRouter(N, 1)(stream(), tokens(), None, alone)
+        HashRouter(D, N, 1, False)(stream(), tokens(), None, alone)

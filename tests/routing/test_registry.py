@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from stablemoe_ds.config.gates import GATES
+from stablemoe_ds.config.gates import GATES, GateName
 from stablemoe_ds.config.routers import ROUTERS, RouterName
 from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.router import Router
@@ -19,15 +19,21 @@ ROOT = Path(__file__).parents[2]
 METHOD = (ROOT / "docs" / "method.md").read_text()
 SYMBOLS = {
     "sigmoid": r"$\sigma(s)$",
+    "doubled": r"$2\sigma(s)$",
+    "learned": r"$2\sigma(a_i s + b_i)$",
     "normalized": r"$\sigma(s)$, normalised",
     "softmax": r"$\mathrm{softmax}(s)$",
     "one": "1",
 }
 
 
-def documented() -> dict[str, list[str]]:
-    """Rows of the table of routers in docs/method.md by name: choice, gate, balanced by, depends on the layout."""
-    _, _, after = METHOD.partition("| `moe.router` | choice | gate | balanced by | depends on the layout |\n")
+ROUTER_TABLE = "| `moe.router` | choice | gate | balanced by | depends on the layout |"
+GATE_TABLE = "| `moe.gate` | gate | at the start | learned for it |"
+
+
+def documented(head: str = ROUTER_TABLE) -> dict[str, list[str]]:
+    """Rows of a table of docs/method.md by the names in their first cell: the other cells."""
+    _, _, after = METHOD.partition(head + "\n")
     rows = [line.strip("| ").split(" | ") for line in after.partition("\n\n")[0].splitlines()[1:]]
     return {name: row[1:] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
 
@@ -74,7 +80,16 @@ def test_the_method_describes_each_router_as_its_facts_do(name: str) -> None:
 
 def test_the_method_describes_no_other_router() -> None:
     assert documented().keys() == ROUTERS.keys()
-    assert GATES.keys() == SYMBOLS.keys()
+
+
+def test_the_method_describes_the_gates_that_are_accepted() -> None:
+    found = documented(GATE_TABLE)
+    assert list(found) == list(get_args(GateName)) == list(get_args(MoEConfig.model_fields["gate"].annotation))
+    for name, (formula, start, learned) in list(found.items())[1:]:
+        assert formula == SYMBOLS[name]
+        assert float(start.partition(",")[0]) == GATES[name].neutral(1, 8)
+        assert ("centroids" in learned) is GATES[name].affinity
+        assert ("two numbers" in learned) is (GATES[name].numbers == 2)
 
 
 def asks_for_a_name(node: ast.AST) -> bool:

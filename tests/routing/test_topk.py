@@ -13,7 +13,7 @@ from tests.routing.batch import D, N, T, alone, stream, tokens
 
 def make(top_k: int = 2, bias_step: float = 0.01) -> TopKRouter:
     torch.manual_seed(8)
-    router = TopKRouter(D, N, top_k, False, bias_step)
+    router = TopKRouter(D, N, top_k, False, bias_step=bias_step)
     torch.nn.init.normal_(router.centroids, std=0.3)
     return router
 

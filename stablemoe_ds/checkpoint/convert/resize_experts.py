@@ -17,7 +17,7 @@ from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.errors import UserError
 
 _EXPERT = re.compile(r"(.+\.experts\.)(\d+)(\..+)")
-_ROWS = ("centroids", "bias_N", "threshold_N")
+_ROWS = ("centroids", "bias_N", "scale_N", "threshold_N")
 """Last part of the names of tensors that have a row for each expert."""
 APART = 1e-3
 """How far copies of a centroid are moved apart, relative to its size."""
@@ -31,7 +31,7 @@ def check_replication(moe: MoEConfig, stage: int) -> None:
     reason, choosing = None, stage == 1 or (moe.facts.distilled and moe.distilled.kind != "word")
     if moe.facts.experts_choose:
         reason = "each copy would choose the same tokens"
-    elif moe.facts.gate_facts.over_all_experts:
+    elif moe.gate_facts.over_all_experts:
         reason = "a softmax over copies gives each a share of the gate only"
     elif choosing and moe.top_k > 1:
         reason = "the best experts of a token would be copies of one"

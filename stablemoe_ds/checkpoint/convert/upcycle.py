@@ -4,9 +4,9 @@ The new model begins by computing what the dense one did:
 
 - Experts after a block start as fresh ones do, with W2 = 0: they add nothing, whatever the router.
 - Experts instead of a block's feed-forward layer are copies of it, W2 and its bias divided by what the gates of a token
-  add up to when all experts are equally good (:func:`neutral_gate`). For router ``hash`` and for ``topk`` with two
-  experts a token or more that is always so. Other gates move with the token from the first update on: what an expert
-  layer adds differs from the dense layer by as much as they depart from that value.
+  add up to when all experts are equally good (:func:`neutral_gate`). For a gate of 1 (router ``hash``) and for router
+  ``topk`` with two experts a token or more that is always so. Other gates move with the token from the first update on:
+  what an expert layer adds differs from the dense layer by as much as they depart from that value.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def neutral_gate(moe: MoEConfig) -> float:
             f"moe.router: got '{moe.router}': it serves some tokens often and others never, so that experts cannot "
             "take the place of a feed-forward layer; nearest that works: topk, or moe.placement after"
         )
-    return moe.facts.gate_facts.neutral(moe.top_k, moe.experts)
+    return moe.gate_facts.neutral(moe.top_k, moe.experts)
 
 
 def _stack(target: RunConfig) -> Iterator[tuple[int, int, int]]:
