@@ -103,6 +103,13 @@ class MoEConfig(Section):
         ge=0,
         description="weight of the router's balance loss; not given: 0.3 for StableMoE (paper eq. 8), 0.01 for switch",
     )
+    balance_over: Literal["update", "micro_batch"] = Field(
+        "update",
+        description="tokens whose experts the balance loss counts: all of an update, whatever its layout, for which "
+        "several micro-batches of stage 1 pass the stack up to the last MoE layer once more; or each micro-batch by "
+        "itself over all ranks, as the authors' code counts, which makes the loss depend on parallel.micro_batch and "
+        "the number of ranks",
+    )
     distill_weight: float = Field(
         0.3, ge=0, description="weight of the distillation loss (paper: 1, authors' code: 0.3)"
     )

@@ -59,6 +59,8 @@ class DenseBlock(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, RoutingPass | None]:
         routing = kwargs.pop("context", None)
+        if routing is not None and routing.ended:
+            return hidden_states, routing
         # Not with a key-value cache: it grows with every call, and each length would be compiled anew.
         compiled = self.compiled and kwargs.get("inference_context") is None
         layer = _compiled_layer if compiled else TransformerLayer.forward

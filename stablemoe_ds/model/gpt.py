@@ -110,17 +110,37 @@ class StableMoEGPT(GPTModel):
         fixed_LTK: Tensor | None = None,
         seed: int = 0,
         plans: Sequence[LayerPlan] | None = None,
+        counts_LN: Tensor | None = None,
     ) -> ForwardOutput:
         """Loss of one micro-batch.
 
         fixed_LTK: int64 [L, T, K], routes made beforehand from ``batch.ids``; None: the learned routers decide.
         seed: seed of random decisions in this call, equal on all ranks.
         plans: one a MoE layer, made beforehand from ``fixed_LTK``; None: each layer makes its own.
+        counts_LN: see :class:`RoutingPass`.
         """
         real_T = batch.real.transpose(0, 1).flatten()
-        routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, seed, plans)
+        routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, seed, plans, counts_LN)
         loss_BS = self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart).float()
         return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
+
+    @torch.no_grad()
+    def choices(self, batch: Batch, seed: int) -> Tensor:
+        """int64 [L, N]: real tokens (times K) of this rank by the expert that each MoE layer's router chooses.
+
+        As in :meth:`forward` with the same seed, at the cost of the stack up to the last MoE layer. Collective.
+        """
+        real_T = batch.real.transpose(0, 1).flatten()
+        routing = RoutingPass(TokenView(batch.ids, real_T), None, seed, only_choices=len(self.moe_layers))
+        self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart)
+        return torch.stack([report.served_N for report in routing.reports])
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """megatron-core's step from the stack's output to logits or losses, where somebody wants them."""
+        if kwargs["extra_block_kwargs"]["context"].ended:
+            return hidden_states
+        output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
+        return output
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """fp32 [B, S], of ids [B, S] and logits [S, B, V], which are lost; in place of megatron-core's own."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
@@ -74,9 +76,12 @@ class MoELayer(MoE):
         """hidden [S, B, D], residual stream -> the stream with what the experts add, and what was done."""
         hidden_TD = hidden_SBD.flatten(0, 1)
         fixed_TK = None if routing.fixed_LTK is None else routing.fixed_LTK[self.index]
-        routes = self.router(hidden_TD, routing.tokens, fixed_TK, self.placement.sum_over_data_ranks)
+        routes = self.router(hidden_TD, routing.tokens, fixed_TK, self._counted(routing))
         plan = None if routing.plans is None else routing.plans[self.index]
-        added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, plan, routing.seed)
+        if routing.at_last_choice:
+            added_TD, dropped = torch.zeros_like(hidden_TD), torch.zeros_like(routes.counts_N[0])
+        else:
+            added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, plan, routing.seed)
         unserved = (routing.tokens.real_T & (routes.expert_TK < 0).all(1)).sum()
         report = LayerReport(
             self.block,
@@ -89,6 +94,13 @@ class MoELayer(MoE):
             routes.statistic_N,
         )
         return (hidden_TD + added_TD).view_as(hidden_SBD), report
+
+    def _counted(self, routing: RoutingPass) -> Callable[[Tensor], Tensor]:
+        """From this call's tokens by expert to those that a balance loss goes by."""
+        if routing.counts_LN is None:
+            return self.placement.sum_over_data_ranks
+        counts_N = routing.counts_LN[self.index]
+        return lambda _: counts_N
 
     def _serve(
         self, hidden_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, plan: LayerPlan | None, seed: int

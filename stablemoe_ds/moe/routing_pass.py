@@ -36,6 +36,10 @@ class RoutingPass:
     fixed_LTK: int64 [L, T, K], routes known beforehand; None lets each layer's learned router decide.
     plans: one a layer, made from those routes beforehand; None lets each layer make its own.
     seed: seed of this call's random decisions (which tokens exceed capacity); equal on all ranks.
+    counts_LN: fp32 [L, N], tokens (times K) by MoE layer and expert that balance losses go by: of the whole update,
+    over all ranks. None: each layer counts those of this call.
+    only_choices: number of MoE layers if the call is made to learn what they choose, and ends with the last choice;
+    0 if its output is wanted.
     reports: one entry a MoE layer, in the order of the layers.
     """
 
@@ -43,4 +47,16 @@ class RoutingPass:
     fixed_LTK: Tensor | None  # noqa: N815
     seed: int = 0
     plans: Sequence[LayerPlan] | None = None
+    counts_LN: Tensor | None = None  # noqa: N815
+    only_choices: int = 0
     reports: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def at_last_choice(self) -> bool:
+        """Whether the MoE layer that comes now is the last whose choice is wanted."""
+        return self.only_choices == len(self.reports) + 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether all choices are made that the call was made for."""
+        return self.only_choices > 0 and self.only_choices == len(self.reports)

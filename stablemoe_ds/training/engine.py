@@ -112,20 +112,41 @@ class Engine:
         update for its gradients drops it for its losses, on all ranks, and nobody has to read them for that.
         """
         groups, moe = self.groups, self.run.moe
+        counts_LN = self._chosen(routed, routes, seed)
         scored, real = groups.sum_over_data_ranks(counted).float().clamp_min(1).unbind()
         # DeepSpeed averages over data ranks and accumulation steps; this makes of the average a global mean.
         shares = groups.data_size * len(routed)
         for number, micro in enumerate(routed):
-            if self.run.model.dropout:
-                torch.manual_seed(hash((seed, number, groups.data_rank)) & 0x7FFF_FFFF)
+            self._seed_dropout(seed, number)
             fixed_LTK = routes(micro.batch.ids) if micro.fixed_LTK is None else micro.fixed_LTK
-            output = model(micro.batch, fixed_LTK, seed * len(routed) + number, micro.plans)
+            output = model(micro.batch, fixed_LTK, seed * len(routed) + number, micro.plans, counts_LN)
             loss = output.loss_sum * (shares / scored)
             for name, weight in (("balance", moe.balance_weight), ("distill", moe.distill_weight)):
                 auxiliary = output.auxiliary_sum(name)
                 if auxiliary is not None:
                     loss = loss + auxiliary * (weight * shares / real)
             yield output, loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+
+    def _chosen(self, routed: Sequence[RoutedBatch], routes: RouteSource, seed: int) -> Tensor | None:
+        """fp32 [L, N]: tokens (times K) by MoE layer and expert of the whole update, over all ranks.
+
+        A balance loss needs them before the first micro-batch goes backward (paper eq. 8). One micro-batch counts by
+        itself, several are looked at beforehand. None where no loss needs that, or ``moe.balance_over`` saves it.
+        """
+        moe = self.run.moe
+        balanced = moe.facts.balance_weight and moe.balance_weight and moe.balance_over == "update"
+        if routes.fixed or len(routed) == 1 or not balanced:
+            return None
+        counts = []
+        for number, micro in enumerate(routed):
+            self._seed_dropout(seed, number)
+            counts.append(self.model.choices(micro.batch, seed * len(routed) + number))
+        return self.groups.sum_over_data_ranks(torch.stack(counts).sum(0).float())
+
+    def _seed_dropout(self, seed: int, number: int) -> None:
+        """The same masks whenever micro-batch ``number`` of an update is run."""
+        if self.run.model.dropout:
+            torch.manual_seed(hash((seed, number, self.groups.data_rank)) & 0x7FFF_FFFF)
 
     def update(self, keep: bool = True) -> bool:
         """Clip and step; False if the update was dropped. Waits for the device, as DeepSpeed does for its decision.

@@ -32,6 +32,25 @@ def test_auxiliary_gradient_depends_on_neither_accumulation_nor_recomputation(re
     assert plain[0] > 1.2 * without[0], "the auxiliary losses must matter here"
 
 
+def balanced(router: str, micro: int, ranks: int, **moe: Any) -> dict[str, float]:
+    """Gradient norm and balance loss of one update of stage 1, its sequences cut into micro-batches of a rank."""
+    section = {"router": router, "balance_weight": 3.0, **moe}
+    run = run_of("paper", section, micro=micro)
+    pieces = SEQUENCES // (micro * ranks)
+    cut = [batch(1).map(lambda whole, i=i: whole.chunk(pieces)[i]) for i in range(pieces)]
+    step = run_distributed(ranks, train, run, start("paper"), [cut], 99)[0].steps[0]
+    return {"norm": step["norm"], "balance": step["balance"]}
+
+
+@pytest.mark.parametrize("router", ["stablemoe", "switch"])
+def test_the_balance_loss_counts_over_the_update_whatever_the_layout(router: str) -> None:
+    whole = balanced(router, SEQUENCES, 1)
+    for micro, ranks in ((1, 1), (2, 1), (1, 2)):
+        assert balanced(router, micro, ranks) == pytest.approx(whole, rel=1e-5)
+    alone = balanced(router, 1, 1, balance_over="micro_batch")
+    assert alone["norm"] != pytest.approx(whole["norm"], rel=1e-3), "the choice matters here"
+
+
 @pytest.mark.parametrize(("shape", "cf"), [("paper", None), ("modern", 0.75)])
 def test_recomputation_changes_no_bit(shape: str, cf: float | None) -> None:
     """Nor the choice of who exceeds an expert's capacity: two micro-batches an update, two updates of stage 1."""
@@ -47,10 +66,10 @@ def test_recomputation_changes_no_bit(shape: str, cf: float | None) -> None:
 
 
 def test_drops_are_counted_over_all_ranks() -> None:
-    """An expert of a group takes int(cf * routed / N) and drops the rest; here the group is the world."""
+    """An expert of a group takes ceil(cf * routed / N) and drops the rest; here the group is the world."""
     run = run_of("paper", {"capacity_factor": 1.0}, expert=2)
     for step in run_distributed(2, train, run, start("paper"), three_updates(1), 2)[0].steps:
-        wanted = sum(max(0, count - sum(row) // 4) for row in step["counts"] for count in row)
+        wanted = sum(max(0, count + -sum(row) // 4) for row in step["counts"] for count in row)
         assert step["dropped"] == wanted > 0
 
 

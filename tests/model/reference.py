@@ -25,9 +25,9 @@ class SlowOutput:
     """Unweighted sums over one micro-batch, and where each token went, by MoE layer."""
 
     loss_sum: Tensor
-    balance_sum: Tensor
     distill_sum: Tensor
     choices: list[Choices]
+    sigmas: list[dict[tuple[int, int], list[Tensor]]]
     logits_BSV: Tensor  # noqa: N815
 
 
@@ -41,7 +41,7 @@ class SlowModel:
         """``frozen``: stage 2: the distilled router's best experts for each id, and no auxiliary losses."""
         m, moe = self.run.model, self.run.moe
         zero = torch.zeros((), dtype=torch.float64)
-        out = SlowOutput(zero, zero, zero, [], zero)
+        out = SlowOutput(zero, zero, [], [], zero)
         x = self.w["embedding.word_embeddings.weight"][batch.ids]
         if m.embedding == "scaled":
             x = x * math.sqrt(m.hidden_size)
@@ -128,11 +128,9 @@ class SlowModel:
                 rows[b].append(y)
         out.choices.append(choices)
         if not frozen:
-            counts = [sum(best.count(i) for best in choices.values()) for i in range(moe.experts)]
-            mean = sum(counts) / moe.experts
+            out.sigmas.append(sigmas)
             for (b, s), best in choices.items():
-                for i, sigma in zip(best, sigmas[b, s], strict=True):
-                    out.balance_sum = out.balance_sum + (counts[i] - mean) / mean * sigma
+                for i in best:
                     row = distilled[batch.ids[b, s]]
                     out.distill_sum = out.distill_sum + (row.logsumexp(0) - row[i]) / moe.top_k
         return torch.stack([torch.stack(row) for row in rows])
@@ -157,6 +155,20 @@ class SlowModel:
             inner = part["w1"] @ _norm(h, self.run, part["norm_weight"], part.get("norm_bias")) + part.get("b1", 0)
             h = h + part["w2"] @ _activate(self.run, inner) + part.get("b2", 0)
         return h
+
+
+def balance_sum(outputs: Sequence[SlowOutput], experts: int) -> Tensor:
+    """Eq. 8 over all micro-batches of an update: n_i counts all of their tokens. Summed over layers and tokens."""
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in range(len(outputs[0].sigmas)):
+        chosen = [best for out in outputs for best in out.choices[layer].values()]
+        counts = [sum(best.count(i) for best in chosen) for i in range(experts)]
+        mean = sum(counts) / experts
+        for out in outputs:
+            for token, best in out.choices[layer].items():
+                for i, sigma in zip(best, out.sigmas[layer][token], strict=True):
+                    total = total + (counts[i] - mean) / mean * sigma
+    return total
 
 
 def order(scores: Tensor) -> list[int]:
@@ -207,10 +219,9 @@ class SlowTraining:
         scored = sum(int(batch.scored.sum()) for batch in micro_batches)
         real = sum(int(batch.real.sum()) for batch in micro_batches)
         outputs = [model(batch, frozen) for batch in micro_batches]
-        loss, balance, distill = (
-            sum(getattr(out, name) for out in outputs) / count
-            for name, count in (("loss_sum", scored), ("balance_sum", real), ("distill_sum", real))
-        )
+        loss = sum(out.loss_sum for out in outputs) / scored
+        balance = balance_sum(outputs, run.moe.experts) / real
+        distill = sum(out.distill_sum for out in outputs) / real
         names = [name for name in self.w if not (frozen and ".distilled." in name)]
         total = loss + run.moe.balance_weight * balance + run.moe.distill_weight * distill
         grads = torch.autograd.grad(total, [self.w[name] for name in names], allow_unused=True)
