@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import distributed
+
+from stablemoe_ds.data.blend import content
 from stablemoe_ds.data.corpus import PreparedInfo
 from stablemoe_ds.distributed.together import on_first_rank
 from stablemoe_ds.errors import UserError
@@ -14,14 +17,30 @@ from stablemoe_ds.errors import UserError
 def verify_once(infos: Sequence[PreparedInfo], folder: Path) -> None:
     """Let the first rank verify corpora, unless a mark in ``folder`` says that files that look the same were sound.
 
-    Collective. Raises UserError on all ranks if a corpus is damaged or the mark cannot be made.
+    Collective. Raises UserError on all ranks if a corpus is damaged, if the mark cannot be made, or if hosts have
+    different corpora.
     """
+    _same_everywhere(infos)
 
     def verify() -> None:
         for info in infos:
             _verify(info, folder)
 
     on_first_rank(verify)
+
+
+def _same_everywhere(infos: Sequence[PreparedInfo]) -> None:
+    """Each rank works out the order of the text for itself, so all must have the same."""
+    if not distributed.is_initialized():
+        return
+    ranks: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(ranks, [content(info) for info in infos])
+    for rank, theirs in enumerate(ranks):
+        for info, here, there in zip(infos, ranks[0], theirs, strict=True):
+            if here != there:
+                raise UserError(
+                    f"rank {rank} has another text at {info.prefix} than rank 0: copy the same corpus to all hosts"
+                )
 
 
 def _verify(info: PreparedInfo, folder: Path) -> None:

@@ -201,6 +201,22 @@ def test_every_rank_is_told_what_the_first_one_found(copy: PreparedInfo, tmp_pat
     assert first == second != ""
 
 
+def verify_here(prefixes: list[str], folder: Path) -> str:
+    distributed.init_process_group("gloo")
+    try:
+        info = PreparedInfo.read(prefixes[distributed.get_rank()])
+        return complaint(lambda: verify_once([info], folder), info.prefix) or ""
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_hosts_with_different_corpora(corpus: Callable[..., str], tmp_path: Path) -> None:
+    prefixes = [corpus("one host"), corpus("another host", 100)]
+    said = run_distributed(2, verify_here, prefixes, tmp_path)
+    assert all("rank 1 has another text at" in line for line in said)
+
+
 @pytest.fixture(scope="session")
 def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RoutingTable]:
     path = tmp_path_factory.mktemp("table") / "table.safetensors"
