@@ -21,13 +21,16 @@ from stablemoe_ds.run_directory.rewind import METRICS, PROBE, REPORTS
 def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dict[str, Any]:
     """The routing report of the run a checkpoint belongs to.
 
-    A checkpoint that was copied out of its run directory has no history; what is left is the load of its table.
+    A checkpoint that was copied out of its run directory has no history; what is left is its table.
     tokenizer_file: instead of the one that the checkpoint carries.
     """
     run, folder = checkpoint.run, checkpoint.run_directory
     tokenizer = open_tokenizer(checkpoint, tokenizer_file)
     records = RecordFolder(folder / PROBE).load_all() if folder else None
-    table = checkpoint.table()
+    metrics = MetricsLog(folder / METRICS).read() if folder else []
+    table, switched_at = checkpoint.table(), checkpoint.progress.switched_at
+    if not metrics and table is not None and switched_at:
+        metrics = [{"kind": "switch", "step": switched_at, "table_sha256": table.sha256}]  # the checkpoint knows this
     uses: list[IdUse] = []
     if table is not None:
         counts = token_counts_of(checkpoint)
@@ -43,7 +46,7 @@ def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dic
         name=run.name,
         steps=run.schedule.steps,
         tokens_per_step=run.schedule.tokens_per_step,
-        metrics=MetricsLog(folder / METRICS).read() if folder else [],
+        metrics=metrics,
         records=records,
         uses=uses,
         piece=tokenizer.piece,

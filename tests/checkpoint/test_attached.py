@@ -26,7 +26,7 @@ from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import read_manifest, write_manifest
 from tests.distributed.launch import run_distributed
-from tests.training.runs import STEPS, Answer, TinyData, checkpoint_of, command_here, run_file, tiny_data
+from tests.training.runs import STEPS, SWITCH, Answer, TinyData, checkpoint_of, command_here, run_file, tiny_data
 
 GONE = {"tokenizer": "gone/tok.model", "train": [{"path": "gone/train"}], "valid": [{"path": "gone/valid"}], "test": []}
 
@@ -90,6 +90,7 @@ def test_a_copy_works_without_what_the_run_names(
     assert measured["loss"] == wanted["loss"]
     report, whole = (ask("routing", "report", where=where) for where in (copy, finished.directory))
     assert report["layers"] == whole["layers"]
+    assert report["switch"]["step"] == whole["switch"]["step"] == SWITCH
     assert (report["history"] == whole["history"]) == (copied == "."), "history lies in the run directory"
     assert ask("checkpoint", "show")["step"] == ask("checkpoint", "verify")["step"] == STEPS
 
@@ -98,6 +99,7 @@ def test_a_report_needs_no_history_to_be_read(alone: Path, tmp_path: Path) -> No
     picture = tmp_path / "report.png"
     answer = command_here("routing", "report", str(alone), "--png", str(picture))
     assert answer.code == 0, answer.err
+    assert "12 updates · stage 2 since update 6" in answer.out
     assert "MoE layer at block 1: 4 experts" in answer.out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -121,6 +123,20 @@ def test_what_is_attached_is_what_training_had(finished: RunConfig, data: TinyDa
 def test_a_tokenizer_keeps_its_suffix(data: TinyData, tmp_path: Path) -> None:
     tokenizer = Tokenizer(shutil.copy(data.tokenizer, tmp_path / "some.name.json"))
     assert list(to_attach(tokenizer, None)) == ["tokenizer.json"]
+
+
+def test_a_tokenizer_of_two_files_is_carried_whole(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers.models import WordLevel
+
+    HuggingFace(WordLevel({"a": 0, "end": 1, "b": 2}, unk_token="a")).save(str(tmp_path / "mine.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "end"}')
+    (tmp_path / "copy").mkdir()
+    files = to_attach(Tokenizer(tmp_path / "mine.json"), None)
+    for name, content in files.items():
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert sorted(files) == ["tokenizer.json", "tokenizer_config.json"]
+    assert Tokenizer(tmp_path / "copy" / "tokenizer.json").eos_id == 1
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "token_counts.npy"])
