@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stablemoe_ds.distributed.environment import free_port
 from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 
 Measure = Callable[..., Any]
@@ -23,9 +23,7 @@ def on_ranks(ranks: int, measure: Measure, *arguments: Any) -> Any:
     Returns what it returns on rank 0, by way of JSON.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         result = Path(folder) / "result.json"
         torch.multiprocessing.spawn(_rank, (ranks, port, result, measure, arguments), nprocs=ranks)
         return json.loads(result.read_text())

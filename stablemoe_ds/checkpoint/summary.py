@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from stablemoe_ds.checkpoint.reader import Checkpoint
+from stablemoe_ds.config.text_table import aligned
 
 Answer = tuple[dict[str, Any], str]
 """Facts for a script, and the same as text."""
@@ -40,11 +41,13 @@ def show(path: str) -> Answer:
         "files": checkpoint.manifest["files"],
         "bytes": sum(checkpoint.manifest["files"].values()),
     }
-    listed = {name: value for name, value in facts.items() if name != "files"}
-    lines = [
-        f"{name:<16}{value:,}" if isinstance(value, int) else f"{name:<16}{value}" for name, value in listed.items()
+    listed = [
+        [name, f"{value:,}" if isinstance(value, int) else str(value)]
+        for name, value in facts.items()
+        if name != "files"
     ]
-    return facts, "\n".join([*lines, *(f"  {size:>16,}  {name}" for name, size in facts["files"].items())])
+    files = [[f"  {size:,}", name] for name, size in facts["files"].items()]
+    return facts, f"{aligned(listed)}\n{aligned(files, right={0})}"
 
 
 def verify(path: str) -> Answer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +18,7 @@ from stablemoe_ds.data.corpus import corpus_file
 from stablemoe_ds.data.prepare import prepare
 from stablemoe_ds.data.text_files import split_files
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
+from stablemoe_ds.distributed.environment import free_port
 from stablemoe_ds.errors import UserError
 
 SKIPPED = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip")
@@ -106,9 +106,7 @@ def _prepare_data(run: RunConfig) -> None:
 
 def _launch(path: Path, settings: list[str], processes: int) -> int:
     """``stablemoe train`` under the deepspeed launcher; returns its exit status."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
+    port = str(free_port())
     launcher = ["deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", str(processes)]
     launcher += ["--master_port", port]
     command = [sys.executable, "-m", *launcher, "--module", "stablemoe_ds", "train", str(path), *settings]

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from stablemoe_ds.data.corpus import PreparedInfo, corpus_file
 from stablemoe_ds.data.flaws import Flaws, Judge
@@ -25,6 +24,7 @@ from stablemoe_ds.data.text import Documents, Span, plan_spans, read_documents
 from stablemoe_ds.data.text_files import AS_FOUND, Reading, TextFile, recognise
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.progress_bar import progress_bar
 
 SPAN_BYTES = 4 << 20
 """Text one task encodes: long enough to hide the cost of a task, short enough to share out one file."""
@@ -149,11 +149,11 @@ def _load(path: Path) -> Tokenizer:
 
 def _in_order(encode: Callable[[Span], Encoded], spans: list[Span], workers: int) -> Iterator[Encoded]:
     """Encode spans on several processes and yield the results in the order of the spans."""
-    with tqdm(total=sum(s.size for s in spans), desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
+    with progress_bar("encoding", sum(span.size for span in spans), in_bytes=True) as advance:
         if workers <= 1:
             for span in spans:
                 yield encode(span)
-                bar.update(span.size)
+                advance(span.size)
             return
         with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
             try:
@@ -163,7 +163,7 @@ def _in_order(encode: Callable[[Span], Encoded], spans: list[Span], workers: int
                 while waiting:
                     done, future = waiting.popleft()
                     yield future.result()
-                    bar.update(done.size)
+                    advance(done.size)
                     waiting.extend((span, pool.submit(encode, span)) for span in islice(remaining, 1))
             except BrokenProcessPool as error:
                 raise UserError(

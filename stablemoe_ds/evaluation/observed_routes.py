@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from stablemoe_ds.checkpoint.attached import check_corpora, find_corpora, token_counts_of
 from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.config.batch import batch_plan
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.data.loader import EvalLoader
 from stablemoe_ds.data.run_data import eval_set
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.evaluation.on_checkpoint import loaded
 from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.progress_bar import progress_bar
 from stablemoe_ds.routing.fixed import TableRouting, freeze, freeze_balanced
 from stablemoe_ds.routing.routes import SumOverRanks
 from stablemoe_ds.routing.source import LEARNED, RouteSource
@@ -70,12 +71,20 @@ def observe(path: str, corpora: list[str], max_load: float | None) -> tuple[Rout
     with loaded(checkpoint) as trained:
         groups, routes = trained.groups, trained.routes if progress.stage == 2 else LEARNED
         data = eval_set(sources, trained.run, batch_plan(trained.run, groups.world.size).micro_batch, groups)
-        batches = tqdm(data.loader, desc="observing", unit="batch", disable=None)
+        batches = _shown(data.loader)
         served_LVN = count_routes(trained.model, batches, routes, groups.sum_over_data_ranks, groups.world.device)
     expert_LVK = observed_table(served_LVN, moe.top_k, max_load)
     shares = explained(served_LVN, expert_LVK)
     made = how_made("observed", options={"max_load": max_load}, router=moe.router, step=progress.step, explained=shares)
     return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), checkpoint.tokenizer, made), shares
+
+
+def _shown(loader: EvalLoader) -> Iterator[Batch]:
+    """Its batches, with a progress bar."""
+    with progress_bar("observing", len(loader)) as advance:
+        for batch in loader:
+            yield batch
+            advance(1)
 
 
 def frozen(path: str, max_load: float | None) -> RoutingTable:

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.cells import cell_len
 
+from stablemoe_ds.config.text_table import aligned
+
 WIDTH = 100
-_LABEL = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 
@@ -30,35 +31,35 @@ def _title(report: dict[str, Any]) -> str:
 
 def _summary(report: dict[str, Any]) -> list[str]:
     ppl, switch, history = report["valid_ppl"], report["switch"], report["history"]
-    lines = []
+    rows: list[list[str]] = []
     if ppl["final"] is not None:
-        lines.append(_row("Validation perplexity", f"{ppl['final']:,.2f} at the end"))
+        rows.append(["Validation perplexity", f"{ppl['final']:,.2f} at the end"])
     if ppl["stage1"] is not None and switch:
         distilled = ppl["stage1_distilled"]
         beside = f", {distilled:,.2f} with the distilled one" if distilled is not None else ""
-        lines.append(_row("", f"{ppl['stage1']:,.2f} in stage 1 with the learned router{beside}"))
+        rows.append(["", f"{ppl['stage1']:,.2f} in stage 1 with the learned router{beside}"])
     if report["test_ppl"] is not None:
-        lines.append(_row("Test perplexity", f"{report['test_ppl']:,.2f}"))
+        rows.append(["Test perplexity", f"{report['test_ppl']:,.2f}"])
     if switch and switch.get("agreement") is not None:
         trace = _sparkline([value for _, value in history["agreement"]])
-        lines.append(_row("The two routers agree", f"on {switch['agreement']:.1%} of tokens at the switch   {trace}"))
+        rows.append(["The two routers agree", f"on {switch['agreement']:.1%} of tokens at the switch   {trace}"])
     if history["churn"]:
         shares = [value for _, value in history["churn"]]
         trace = _sparkline(shares)
-        lines.append(_row("Churn between records", f"{shares[0]:.1%} at first, {shares[-1]:.1%} at last   {trace}"))
+        rows.append(["Churn between records", f"{shares[0]:.1%} at first, {shares[-1]:.1%} at last   {trace}"])
     if report["fluctuation"]:
         marks = " · ".join(f"{at} of the run: {share:.1%}" for at, share in report["fluctuation"]["exceeds"].items())
-        lines.append(_row("Last change comes after", marks))
+        rows.append(["Last change comes after", marks])
     if report["changed_after_switch"] is not None:
-        lines.append(_row("After the switch", _changed(report["changed_after_switch"], report["fluctuation"])))
+        rows.append(["After the switch", _changed(report["changed_after_switch"], report["fluctuation"])])
     if report["fluctuation"] and report["fluctuation"]["unserved"]:
-        lines.append(_row("Served by no expert", f"{report['fluctuation']['unserved']:.1%} of the probe tokens"))
+        rows.append(["Served by no expert", f"{report['fluctuation']['unserved']:.1%} of the probe tokens"])
     if report["tokens_per_second"] is not None:
         probe = f"; {report['probe_share']:.1%} of the time for the probe" if report["probe_share"] is not None else ""
-        lines.append(_row("Speed", f"{report['tokens_per_second']:,.0f} tokens/s{probe}"))
+        rows.append(["Speed", f"{report['tokens_per_second']:,.0f} tokens/s{probe}"])
     if switch and switch.get("table_sha256"):
-        lines.append(_row("Routing table, sha256", switch["table_sha256"]))
-    return lines
+        rows.append(["Routing table, sha256", switch["table_sha256"]])
+    return [_crop(line) for line in aligned(rows).splitlines()]
 
 
 def _changed(share: float, fluctuation: dict[str, Any]) -> str:
@@ -69,34 +70,31 @@ def _changed(share: float, fluctuation: dict[str, Any]) -> str:
 def _layer(layer: dict[str, Any]) -> list[str]:
     """A head and one line an expert: load, how many ids, how varied they are, and as many pieces as fit."""
     experts, least = layer["experts"], layer["least_load"]
-    lines = [
+    return [
         f"MoE layer at block {layer['block']}: {len(experts)} experts, the busiest at {layer['max_load']:.2f} times "
         f"the mean; no table goes below {least:.2f}",
         f"Load entropy {layer['load_entropy']:.3f} of 1, coefficient of variation {layer['load_cv']:.2f}.",
         f"The token id decides {layer['id_decides']:.1%} of the choice; the ids an expert sees have "
         f"{layer['cohesion_bits']:.2f} bits.",
         "",
+        *expert_lines(experts, layer["max_load"]),
     ]
-    return lines + expert_lines(experts, layer["max_load"])
 
 
 def expert_lines(experts: Sequence[dict[str, Any]], max_load: float) -> list[str]:
     """A head and one line for each profile that ``describe_experts`` made, as dicts."""
     # Bars are as wide for a load of 2 as there is room, and no wider for the few experts above it.
     scale = 10 / max(2.0, min(max_load, 4.0))
-    lines = [f"{'expert':>6}  {'load':>5}  {'':10}  {'ids':>7}  {'bits':>5}  commonest pieces"]
-    for profile in experts:
-        load, bar = profile["load"], _bar(min(profile["load"] * scale, 10.0))
-        head = (
-            f"{profile['expert']:>6}  {load:>5.2f}  {bar:<10}  {profile['ids']:>7,}  {profile['entropy_bits']:>5.1f}  "
-        )
-        pieces = [use["piece"] for use in profile["pieces"]]
-        lines.append(head + (_fit(pieces, WIDTH - len(head)) if pieces else "(serves no token)"))
-    return lines
-
-
-def _row(label: str, value: str) -> str:
-    return _crop(f"{label:<{_LABEL}}{value}")
+    rows = [["expert", "load", " " * 10, "ids", "bits"]]
+    for one in experts:
+        bar = _bar(min(one["load"] * scale, 10.0))
+        rows.append([str(one["expert"]), f"{one['load']:.2f}", bar, f"{one['ids']:,}", f"{one['entropy_bits']:.1f}"])
+    head, *lines = aligned(rows, right={0, 1, 3, 4}).splitlines()
+    found = [f"{head}  commonest pieces"]
+    for line, one in zip(lines, experts, strict=True):
+        pieces = [use["piece"] for use in one["pieces"]]
+        found.append(f"{line}  " + (_fit(pieces, WIDTH - len(line) - 2) if pieces else "(serves no token)"))
+    return found
 
 
 def _crop(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from stablemoe_ds.config.text_table import aligned
 from stablemoe_ds.evaluation.report_text import expert_lines
 from stablemoe_ds.evaluation.specialisation import Piece, describe_experts, use_of_table
 from stablemoe_ds.tables.corpus import Corpus
@@ -39,7 +40,7 @@ def measured_facts(table: RoutingTable, corpus: Corpus, piece: Piece, top: int) 
 def facts_text(facts: Mapping[str, Any]) -> str:
     """:func:`table_facts`, a line each; how the table was made as ``name value`` pairs."""
     shown = {**facts, "made": _made_text(facts["made"])}
-    return "\n".join(f"{name:<12}{value}" for name, value in shown.items())
+    return aligned([[name, str(value)] for name, value in shown.items()])
 
 
 def measured_text(layers: Sequence[Mapping[str, Any]], experts: bool = True) -> str:

@@ -13,6 +13,7 @@ from datetime import datetime
 
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.distributed.environment import free_port
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.cluster import ClusterConfig, Launcher
 from stablemoe_ds.launch.deepspeed import deepspeed_job
@@ -59,9 +60,7 @@ def probe_job(cluster: ClusterConfig, facts: Facts) -> Job:
 
 def look_around() -> Facts:
     """The facts of this moment and machine."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     host, *_ = socket.gethostname().split(".")
     return Facts(

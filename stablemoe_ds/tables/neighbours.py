@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from tqdm import tqdm
+
+from stablemoe_ds.progress_bar import progress_bar
 
 CHUNK = 1 << 22
 """Tokens that are counted at once; their pairs take 32 MiB."""
@@ -32,7 +33,7 @@ def count_followers(
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     total = _Sum(most_pairs)
-    with tqdm(total=len(ids), desc="neighbours", unit="token", unit_scale=True, disable=None) as bar:
+    with progress_bar("neighbours", len(ids)) as advance:
         for start in range(0, len(ids), chunk):
             stop = min(start + chunk, len(ids))
             part = np.asarray(ids[start : stop + window], dtype=np.int64)
@@ -43,7 +44,7 @@ def count_followers(
                     same = document[:earlier] == document[distance : distance + earlier]
                     keys = (part[:earlier] * vocab + part[distance : distance + earlier])[same]
                     total.add(_counted(keys, vocab))
-            bar.update(stop - start)
+            advance(stop - start)
     return total.matrix(vocab)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from stablemoe_ds.distributed.environment import free_port
 
 GRACE_SECONDS = 3.0
 """How long the other ranks may go on once one has failed: enough to write down their own failure."""
@@ -30,9 +31,7 @@ def run_distributed(ranks: int, target: Callable[..., Any], *args: Any, timeout:
     # Ranks are forked from a server that has imported the heavy libraries once: 0.1 s a rank instead of 5 s.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stablemoe_ds.training.engine", "tests.distributed.launch"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [

@@ -130,7 +130,7 @@ def test_text_says_it_all_in_a_hundred_columns(report):
         "known · 100 updates · stage 2 since update 40",
         "30.50 at the end",
         "90.00 in stage 1 with the learned router, 95.00 with the distilled one",
-        "Test perplexity         29.75",
+        "Test perplexity          29.75",
         "on 87.5% of tokens at the switch",
         "25.0% at first, 0.0% at last",
         "20% of the run: 0.0%",

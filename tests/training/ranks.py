@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from stablemoe_ds.distributed.environment import free_port
 from tests.waiting import PATIENCE
 
 ENDING = 20.0
@@ -90,9 +90,7 @@ def started(
     """One rank for each list of arguments. environment: variables by rank, laid over what a launcher would set."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stablemoe_ds.training.trainer", "tests.training.ranks"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     logs = [folder / f"rank-{rank}.txt" for rank in range(len(argvs))]
     processes: list[BaseProcess] = []
     for rank, argv in enumerate(argvs):

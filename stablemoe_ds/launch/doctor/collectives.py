@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
+
+from stablemoe_ds.distributed.environment import free_port
 
 RANKS = 2
 
@@ -19,9 +20,7 @@ def talk(seconds: float) -> str:
 
     Takes as long as two imports of torch, and at most ``seconds``.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(

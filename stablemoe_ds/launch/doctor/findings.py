@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from stablemoe_ds.config.text_table import aligned
+
 Verdict = Literal["ok", "warn", "fail"]
 
 
@@ -24,14 +26,11 @@ class Finding:
 
 def render(findings: list[Finding]) -> str:
     """An aligned table, remedies below what they cure, and a last line that sums up."""
-    width = max((len(finding.name) for finding in findings), default=0)
-    lines = []
+    rows = []
     for finding in findings:
-        lines.append(f"{finding.verdict:<6}{finding.name:<{width + 2}}{finding.found}")
+        rows.append([finding.verdict, finding.name, finding.found])
         if finding.remedy:
-            lines.append(f"{'':<{width + 8}}→ {finding.remedy}")
+            rows.append(["", "", f"→ {finding.remedy}"])
     count = {verdict: sum(f.verdict == verdict for f in findings) for verdict in ("fail", "warn")}
     bad = [f"{number} {verdict}" for verdict, number in count.items() if number]
-    lines.append("")
-    lines.append("all well" if not bad else ", ".join(bad) + f" of {len(findings)}")
-    return "\n".join(lines)
+    return f"{aligned(rows)}\n\n" + (", ".join(bad) + f" of {len(findings)}" if bad else "all well")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from stablemoe_ds.cli import main
+from stablemoe_ds.distributed.environment import free_port
 from stablemoe_ds.launch.cluster import ClusterConfig
 from stablemoe_ds.launch.doctor.examine_cluster import examine_cluster
 from stablemoe_ds.launch.doctor.findings import Finding
@@ -52,15 +53,14 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def probes(*folders: str, commands: tuple[list[str], ...] = (PROBE, PROBE)) -> list[Report]:
     """Run a probe in each folder, each as the one rank of a node of its own. Returns the reports in the first."""
-    told = {"WORLD_SIZE": str(len(folders)), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    told = {
+        "WORLD_SIZE": str(len(folders)),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     told |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen([*command, folder], env={**os.environ, **told, "RANK": str(rank)})
@@ -153,7 +153,7 @@ def test_a_folder_that_is_not_there_is_told_by_the_others() -> None:
 )
 def test_a_rank_whose_peer_never_comes_says_so(rank: int, told: str) -> None:
     Path("shared").mkdir()
-    port = free_port()
+    port = str(free_port())
     alone = one_probe(RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert (alone.stage, alone.problem) == ("meeting", told.format(port=port))
     silent, met = bad([replace(alone, host=f"n{rank + 1}")])
