@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 
 from stablemoe_ds.errors import UserError, one_line
+from stablemoe_ds.files import open_file
 
 EOS_NAMES = (
     "</s>",
@@ -60,6 +61,9 @@ class HuggingFaceModel:
                 self._tokenizer.model.dropout = None
             vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
             added = self._tokenizer.get_added_tokens_decoder()
+            for token in parts["added_tokens"]:  # the library would give it another id without an error
+                if vocabulary[token["content"]] != token["id"]:
+                    raise ValueError(f"added token {token['content']!r:.40} cannot have id {token['id']!r:.20}")
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 0 < self.vocab_size <= len(vocabulary) + HOLES:
             raise UserError(
@@ -105,7 +109,8 @@ class HuggingFaceModel:
 def _read_config(path: Path) -> dict[str, Any]:
     """``eos_token`` and ``pad_token`` as plain text. Empty if there is no such file. Raises UserError."""
     try:
-        found = json.loads(path.read_bytes())
+        with open_file(path) as file:
+            found = json.load(file)
         tokens = {name: found.get(name) for name in ("eos_token", "pad_token")}
     except FileNotFoundError:
         return {}
