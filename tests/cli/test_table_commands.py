@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,12 @@ def test_an_output_that_cannot_be_written(table: Path) -> None:
 def test_a_checkpoint_without_a_table_says_how_to_make_one(finished: RunConfig) -> None:
     answer = command_here("table", "show", str(checkpoint_of(finished, 3)))
     complaint(answer, r"has no routing table: it is of stage 1; 'stablemoe table build frozen' or 'observed' makes one")
+
+
+def test_a_copied_checkpoint_is_shown_without_its_text(finished: RunConfig, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_of(finished, 12), tmp_path / "copy")
+    manifest = tmp_path / "copy" / "checkpoint.json"
+    manifest.write_text(manifest.read_text().replace(finished.data.train[0].path, "/nowhere/train"))
+    answer = command_here("table", "show", str(tmp_path / "copy"))
+    assert answer.code == 0
+    assert "not measured by the run's text: no prepared corpus /nowhere/train" in answer.out
