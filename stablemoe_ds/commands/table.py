@@ -55,7 +55,7 @@ def add_to(commands: Subparsers) -> None:
     show = add_command(table, "show", "a table: how it was made, load, cohesion, the pieces of each expert", _show)
     show.add_argument("table", help="table file, checkpoint or run directory")
     _data_argument(show, required=False, default="the run's training text, for a checkpoint")
-    show.add_argument("--tokenizer", type=Path, help="sentencepiece .model file, to write ids as pieces")
+    show.add_argument("--tokenizer", type=Path, help="to write ids as pieces; default: a checkpoint's own")
     show.add_argument("--top", type=int, default=12, help="pieces of each expert (default 12)")
     json_argument(show)
     diff = add_command(table, "diff", "what two tables do differently, after the best matching of their experts", _diff)
@@ -86,7 +86,7 @@ def _add_builder(build: Subparsers, name: str, text: str, call: Any) -> argparse
 
 
 def _data_argument(parser: argparse.ArgumentParser, required: bool, default: str = "") -> None:
-    text = "prepared corpora (paths without ending)" + (f"; default: {default}" if default else "")
+    text = "prepared corpora (paths without ending), in equal parts" + (f"; default: {default}" if default else "")
     parser.add_argument("--data", nargs="+", required=required, default=[], metavar="PREFIX", help=text)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.tokenizer import train_tokenizer
+from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.table import RoutingTable
 from tests.cli.test_bad_input import complaint
 from tests.training.runs import VOCAB, TinyData, checkpoint_of, command, command_here
@@ -172,3 +173,15 @@ def test_an_output_that_cannot_be_written(table: Path) -> None:
 def test_a_checkpoint_without_a_table_says_how_to_make_one(finished: RunConfig) -> None:
     answer = command_here("table", "show", str(checkpoint_of(finished, 3)))
     complaint(answer, r"has no routing table: it is of stage 1; 'stablemoe table build frozen' or 'observed' makes one")
+
+
+def test_a_checkpoint_whose_text_is_gone_is_shown_unmeasured(
+    finished: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise UserError("no prepared corpus /nowhere/train")
+
+    monkeypatch.setattr("stablemoe_ds.checkpoint.attached.find_corpora", gone)
+    answer = command_here("table", "show", finished.directory)
+    assert answer.code == 0
+    assert "not measured by the run's text: no prepared corpus /nowhere/train" in answer.out

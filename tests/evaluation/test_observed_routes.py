@@ -9,6 +9,7 @@ import pytest
 
 from stablemoe_ds.evaluation.observed_routes import count_routes
 from stablemoe_ds.routing.fixed import TableRouting, freeze
+from stablemoe_ds.routing.source import LEARNED
 from stablemoe_ds.tables.observed import explained, observed_table
 from tests.evaluation.test_perplexity import random_batch
 from tests.tiny import VOCAB
@@ -44,7 +45,7 @@ def test_counts_are_those_of_the_layers(build, moe):
                     if expert >= 0:
                         assert batch.real[row, position]
                         counts[int(batch.ids[row, position]), expert] += 1
-    found = count_routes(model.train(), batches, None, same, "cpu")
+    found = count_routes(model.train(), batches, LEARNED, same, "cpu")
     assert np.array_equal(found, wanted)
     assert model.training
 
@@ -56,4 +57,4 @@ def test_a_table_is_observed_as_it_is(tiny_model):
     table, seen = observed_table(served, 1, None), served.sum(2) > 0
     assert np.array_equal(table[seen], routing.table.expert_LVK[seen])
     assert explained(served, table) == [1.0, 1.0]
-    assert explained(count_routes(tiny_model, [random_batch(4)], None, same, "cpu"), table) < [1.0, 1.0]
+    assert explained(count_routes(tiny_model, [random_batch(4)], LEARNED, same, "cpu"), table) < [1.0, 1.0]
