@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh correct WHEELS OUTPUT       at most four minutes: the tests, who waits for the GPU first
 #   benchmarks/gpu.sh fast WHEELS OUTPUT [DATA]   at most six: layer, step, generation, routers on the text in DATA
-#   benchmarks/gpu.sh --cpu correct ...           the same with --quick on the CPU, to try this script out
+#   benchmarks/gpu.sh --cpu correct ...           the same with --quick on the CPU, ten times as patient, to try it out
 #
 #   WHEELS   a folder that benchmarks/wheels.sh has filled; an empty one if everything is installed
 #   DATA     a folder that benchmarks.carry has filled; without it the routers read Python's standard library
@@ -15,12 +15,13 @@
 # the package cannot be imported.
 #
 # The machine is expected to have Python 3.12 with torch 2.11 for CUDA 13, and with it numpy, matplotlib, tensorboard,
-# sentencepiece, safetensors, mpi4py, pyyaml, rich, tqdm, pytest, pytest-timeout, and einops, msgpack, ninja, psutil and
-# py-cpuinfo for DeepSpeed.
+# sentencepiece, tokenizers, safetensors, scipy, jinja2, mpi4py, pyyaml, rich, tqdm, pytest, pytest-timeout, and einops,
+# msgpack, ninja, psutil and py-cpuinfo for DeepSpeed.
 set -uo pipefail
 
 USAGE="usage: benchmarks/gpu.sh [--cpu] correct|fast WHEELS OUTPUT [DATA], and WHEELS has to be a folder"
-NEEDED=(torch deepspeed megatron.core pydantic sentencepiece safetensors matplotlib tensorboard pytest pytest_timeout)
+NEEDED=(torch deepspeed megatron.core pydantic ruamel.yaml sentencepiece tokenizers scipy safetensors matplotlib)
+NEEDED+=(tensorboard pytest pytest_timeout)
 PYTHON="${PYTHON:-python3}"
 
 main() {
@@ -36,8 +37,8 @@ main() {
   trap 'collect "$output"; rm -rf "$work"' EXIT
   mkdir "$work/logs" "$work/results"
   prepare "$wheels"
-  failed=0 quick=()
-  [[ -z "$cpu" ]] || quick=(--quick --rounds 1)
+  failed=0 quick=() patience=1
+  [[ -z "$cpu" ]] || { quick=(--quick --rounds 1) && patience=10; }
   if [[ "$call" == correct ]]; then correct; else fast; fi
   cat "$work/parts.txt"
   exit "$failed"
@@ -45,7 +46,7 @@ main() {
 
 # Tests. Those of the first part are the ones that a GPU alone can answer.
 correct() {
-  TOTAL=225
+  TOTAL=$((225 * patience))
   tests sync 50 tests/gpu/test_sync.py
   tests model 75 tests/gpu/test_gradients.py tests/gpu/test_layer.py tests/gpu/test_model.py
   tests run 75 tests/gpu/test_run.py
@@ -54,12 +55,12 @@ correct() {
 
 # Figures; the comparison of routers has the time that is left.
 fast() {
-  TOTAL=350
+  TOTAL=$((350 * patience))
   part moe_layer 80 -m benchmarks.moe_layer --output "$work/results/moe_layer.json" "${quick[@]}"
   part step 110 -m benchmarks.step --output "$work/results/step.json" --profile "$work/results/profile.txt" "${quick[@]}"
   part generation 30 -m benchmarks.generation --output "$work/results/generation.json" "${quick[@]}"
   part routers 330 -m benchmarks.routers --output "$work/results/routers.json" --seconds 75 "${data[@]}" "${quick[@]}"
-  TOTAL=358
+  TOTAL=$((358 * patience))
   part pictures 20 -m benchmarks.pictures "$work/results"
 }
 
@@ -68,7 +69,7 @@ tests() {
   local name="$1" limit="$2"
   shift 2
   part "$name" "$limit" -m pytest "$@" -v --tb=short -rfE -p no:cacheprovider --durations 5 \
-    --timeout 45 --session-timeout $((limit - 10))
+    --timeout $((45 * patience)) --session-timeout $((limit * patience - 10))
 }
 
 # Wheels on the path, libraries that can be imported, a GPU.
@@ -103,7 +104,7 @@ why() {
 
 # part NAME SECONDS ARGUMENTS...: run Python with these, as long as it may and there is time; one line for the summary.
 part() {
-  local name="$1" limit="$2" began=$SECONDS status=0 what
+  local name="$1" limit=$(($2 * patience)) began=$SECONDS status=0 what
   shift 2
   ((limit <= TOTAL - SECONDS)) || limit=$((TOTAL - SECONDS))
   if ((limit < 10)); then
