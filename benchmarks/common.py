@@ -94,15 +94,21 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def publish(arguments: argparse.Namespace, doc: str | None, result: dict[str, Any], tables: str) -> None:
-    """Print the result, and write it to ``--output`` as JSON and as Markdown.
+    """Print the result, and :func:`record` it."""
+    result = record(arguments, doc, result, tables)
+    print(json.dumps(result) if arguments.json else tables, flush=True)
 
-    doc: of the module: a title, and paragraphs that say what the tables show.
+
+def record(arguments: argparse.Namespace, doc: str | None, result: dict[str, Any], tables: str) -> dict[str, Any]:
+    """Write what is known so far to ``--output`` as JSON and as Markdown, so that a benchmark may be cut off.
+
+    doc: of the module: a title, and paragraphs that say what the tables show. Returns what was written.
     """
     result = {"machine": machine(), "rounds": arguments.rounds, "quick": arguments.quick, **result}
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         arguments.output.with_suffix(".md").write_text(_page(arguments, inspect.cleandoc(doc or ""), result, tables))
-    print(json.dumps(result) if arguments.json else tables, flush=True)
+    return result
 
 
 def _page(arguments: argparse.Namespace, doc: str, result: dict[str, Any], tables: str) -> str:

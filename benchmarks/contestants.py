@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import clock, take_turns
 from benchmarks.corpus import Corpus
@@ -25,6 +28,7 @@ from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.run_data import RunData
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.groups import Groups
+from stablemoe_ds.model import initialize
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.fixed import TableRouting, freeze
 from stablemoe_ds.routing.source import LEARNED
@@ -80,6 +84,7 @@ class Task:
     corpus: Corpus
     folder: str
     rounds: int
+    profiled: bool = False
 
 
 def run_of(task: Task, router: str) -> RunConfig:
@@ -194,10 +199,11 @@ def build(task: Task, groups: Groups) -> dict[str, Contestant]:
         router = "dense_deeper" if name == "dense" else "switch" if name in SWITCH else "stablemoe"
         run, key = run_of(task, router), name if name in SWITCH else router
         if key not in engines:
-            if name in SWITCH:
-                model = switch_gpt(run, run_of(task, "dense_deeper"), groups, **SWITCH[name])
-            else:
-                model = StableMoEGPT(run, task.shape.vocab_size, groups.placement)
+            with drawn_on(groups.world.device):
+                if name in SWITCH:
+                    model = switch_gpt(run, run_of(task, "dense_deeper"), groups, **SWITCH[name])
+                else:
+                    model = StableMoEGPT(run, task.shape.vocab_size, groups.placement)
             engines[key] = Engine(run, batch_plan(run, task.ranks), groups, model)
         engine = engines[key]
         moe, routers = engine.run.moe, engine.model.distilled_routers
@@ -207,6 +213,41 @@ def build(task: Task, groups: Groups) -> dict[str, Contestant]:
     return found
 
 
+@contextmanager
+def drawn_on(device: torch.device) -> Iterator[None]:
+    """Inside, start values are drawn on this device: 2.4 G of them take minutes on one CPU thread.
+
+    They follow from the seed and a tensor's name as they do in a run, but are others than those of the CPU.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    start_value, generator = initialize.start_value, initialize._generator
+
+    def value_there(*arguments: Any) -> Tensor:
+        with device:
+            return start_value(*arguments)
+
+    def generator_there(seed: int, name: str) -> torch.Generator:
+        return torch.Generator(device).manual_seed(generator(seed, name).initial_seed())
+
+    with (
+        mock.patch.object(initialize, "start_value", value_there),
+        mock.patch.object(initialize, "_generator", generator_there),
+    ):
+        yield
+
+
+def profile_of(contestant: Contestant) -> str:
+    """Table of what an update spends its time with, by operator, the longest first."""
+    activities, key = [ProfilerActivity.CPU], "self_cpu_time_total"
+    if contestant.device.type == "cuda":
+        activities, key = [*activities, ProfilerActivity.CUDA], "self_cuda_time_total"
+    with profile(activities=activities) as recorded:
+        contestant.step()
+    return str(recorded.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60))
+
+
 def measure(groups: Groups, task: Task) -> dict[str, Any]:
     """Figures of each contestant, by name."""
     contestants = build(task, groups)
@@ -214,6 +255,7 @@ def measure(groups: Groups, task: Task) -> dict[str, Any]:
     for contestant in contestants.values():
         contestant.start()
     seconds = take_turns({name: contestant.step for name, contestant in contestants.items()}, task.rounds)
+    profiles = {name: profile_of(contestant) if task.profiled else "" for name, contestant in contestants.items()}
     for contestant in contestants.values():
         contestant.close()
     compare_losses({name: contestant.losses for name, contestant in contestants.items()})
@@ -225,6 +267,8 @@ def measure(groups: Groups, task: Task) -> dict[str, Any]:
         flops = flops_per_token(run) * plan.tokens_per_step / task.ranks
         found[name] |= {
             "seconds": took,
+            **({"profile": profiles[name]} if task.profiled else {}),
+            "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
             "every_second": seconds[name],
             "losses": contestant.losses,
             "tokens_per_second": plan.tokens_per_step / took,

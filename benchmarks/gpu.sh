@@ -1,57 +1,75 @@
 #!/usr/bin/env bash
-# All tests and benchmarks that need a GPU, in one call of at most nine minutes, on a machine that need have no network.
+# All tests and benchmarks that need a GPU, in two calls, on a machine that need have no network.
 #
-#   benchmarks/gpu.sh WHEELS OUTPUT         WHEELS: a folder of wheels; an empty one if everything is installed
-#   benchmarks/gpu.sh --cpu WHEELS OUTPUT   everything with --quick on the CPU, to try this script out
+#   benchmarks/gpu.sh correct WHEELS OUTPUT       at most four minutes: the tests, who waits for the GPU first
+#   benchmarks/gpu.sh fast WHEELS OUTPUT [DATA]   at most six: layer, step, generation, routers on the text in DATA
+#   benchmarks/gpu.sh --cpu correct ...           the same with --quick on the CPU, ten times as patient, to try it out
 #
+#   WHEELS   a folder that benchmarks/wheels.sh has filled; an empty one if everything is installed
+#   DATA     a folder that benchmarks.carry has filled; without it the routers read Python's standard library
 #   PYTHON   the interpreter to use (default: python3)
 #
-# It leaves in OUTPUT, whatever fails: summary.txt (begin there), tests.txt, logs.txt, results.json, results.md,
-# moe_layer.png, step.png. The exit status is 0 if all parts succeeded, 1 if one failed or was cut off, 2 if there is no
-# GPU, the call is wrong or the package cannot be imported.
+# The most precious comes first, and every part writes down what it knows as it goes: a call that is cut off leaves
+# something. In OUTPUT, whatever fails: summary.txt (begin there), logs.txt, results.json, results.md, profile.txt, PNGs.
+# The exit status is 0 if all parts succeeded, 1 if one failed or was cut off, 2 if there is no GPU, the call is wrong or
+# the package cannot be imported.
 #
-# The machine is expected to have Python 3.12 with torch 2.11 for CUDA 13, and beside it numpy, matplotlib, tensorboard,
-# sentencepiece, safetensors, mpi4py, pyyaml, rich, tqdm, pytest, pytest-timeout, and einops, msgpack, ninja, psutil and
-# py-cpuinfo for DeepSpeed. The rest comes as wheels, fetched where there is a network (8 MB; DeepSpeed is published as
-# source and built without its compiled operators):
-#
-#   python3 -m pip download -d WHEELS --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-#     --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \
-#     --platform manylinux2014_x86_64 megatron-core==0.16.1 pydantic==2.14.3 pydantic-core==2.50.4 annotated-types \
-#     typing-inspection hjson
-#   DS_BUILD_OPS=0 python3 -m pip wheel -w WHEELS --no-deps deepspeed==0.19.8
+# The machine is expected to have Python 3.12 with torch 2.11 for CUDA 13, and with it numpy, matplotlib, tensorboard,
+# sentencepiece, tokenizers, safetensors, scipy, jinja2, mpi4py, pyyaml, rich, tqdm, pytest, pytest-timeout, and einops,
+# msgpack, ninja, psutil and py-cpuinfo for DeepSpeed.
 set -uo pipefail
 
-TOTAL=515 # seconds for all that is measured
-NEEDED=(torch deepspeed megatron.core pydantic sentencepiece safetensors matplotlib tensorboard pytest pytest_timeout)
+USAGE="usage: benchmarks/gpu.sh [--cpu] correct|fast WHEELS OUTPUT [DATA], and WHEELS has to be a folder"
+NEEDED=(torch deepspeed megatron.core pydantic ruamel.yaml sentencepiece tokenizers scipy safetensors matplotlib)
+NEEDED+=(tensorboard pytest pytest_timeout)
 PYTHON="${PYTHON:-python3}"
 
 main() {
   cpu=
   [[ "${1-}" != --cpu ]] || { cpu=1 && shift; }
-  (($# == 2)) && [[ -d "$1" ]] || stop "usage: benchmarks/gpu.sh [--cpu] WHEELS OUTPUT, and WHEELS has to be a folder"
-  mkdir -p "$2" || stop "cannot write to $2"
-  local wheels output
-  wheels="$(realpath "$1")" output="$(realpath "$2")"
+  (($# == 3 || $# == 4)) && [[ "$1" == correct || "$1" == fast ]] && [[ -d "$2" ]] || stop "$USAGE"
+  mkdir -p "$3" || stop "cannot write to $3"
+  local call="$1" wheels output data=()
+  wheels="$(realpath "$2")" output="$(realpath "$3")"
+  [[ -z "${4-}" ]] || data=(--data "$(realpath "$4")")
   cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
   work="$(mktemp -d)"
-  trap 'rm -rf "$work"' EXIT
+  trap 'collect "$output"; rm -rf "$work"' EXIT
   mkdir "$work/logs" "$work/results"
   prepare "$wheels"
-
-  # By worth: if time runs out, it is the last ones that are cut.
-  failed=0 quick=()
-  [[ -z "$cpu" ]] || quick=(--quick --rounds 1)
-  part tests 210 -m pytest tests/gpu tests/ops -p no:cacheprovider --timeout 120 --durations 5 -rfE
-  part moe_layer 130 -m benchmarks.moe_layer --output "$work/results/moe_layer.json" "${quick[@]}"
-  part step 150 -m benchmarks.step --output "$work/results/step.json" "${quick[@]}"
-  part generation 60 -m benchmarks.generation --output "$work/results/generation.json" "${quick[@]}"
-  part checkpoint 60 -m benchmarks.checkpoint --output "$work/results/checkpoint.json" "${quick[@]}"
-  TOTAL=535
-  part pictures 20 -m benchmarks.pictures "$work/results"
-  collect "$output"
-  cat "$output/summary.txt"
+  failed=0 quick=() patience=1
+  [[ -z "$cpu" ]] || { quick=(--quick --rounds 1) && patience=10; }
+  if [[ "$call" == correct ]]; then correct; else fast; fi
+  cat "$work/parts.txt"
   exit "$failed"
+}
+
+# Tests. Those of the first part are the ones that a GPU alone can answer.
+correct() {
+  TOTAL=$((225 * patience))
+  tests sync 50 tests/gpu/test_sync.py
+  tests model 75 tests/gpu/test_gradients.py tests/gpu/test_layer.py tests/gpu/test_model.py
+  tests run 75 tests/gpu/test_run.py
+  tests kernels 60 tests/ops
+}
+
+# Figures; the comparison of routers has the time that is left.
+fast() {
+  TOTAL=$((350 * patience))
+  part moe_layer 80 -m benchmarks.moe_layer --output "$work/results/moe_layer.json" "${quick[@]}"
+  part step 110 -m benchmarks.step --output "$work/results/step.json" --profile "$work/results/profile.txt" "${quick[@]}"
+  part generation 30 -m benchmarks.generation --output "$work/results/generation.json" "${quick[@]}"
+  part routers 330 -m benchmarks.routers --output "$work/results/routers.json" --seconds 75 "${data[@]}" "${quick[@]}"
+  TOTAL=$((358 * patience))
+  part pictures 20 -m benchmarks.pictures "$work/results"
+}
+
+# tests NAME SECONDS FILES...: they end by themselves before they are killed, so that they say what they know.
+tests() {
+  local name="$1" limit="$2"
+  shift 2
+  part "$name" "$limit" -m pytest "$@" -v --tb=short -rfE -p no:cacheprovider --durations 5 \
+    --timeout $((45 * patience)) --session-timeout $((limit * patience - 10))
 }
 
 # Wheels on the path, libraries that can be imported, a GPU.
@@ -86,7 +104,7 @@ why() {
 
 # part NAME SECONDS ARGUMENTS...: run Python with these, as long as it may and there is time; one line for the summary.
 part() {
-  local name="$1" limit="$2" began=$SECONDS status=0 what
+  local name="$1" limit=$(($2 * patience)) began=$SECONDS status=0 what
   shift 2
   ((limit <= TOTAL - SECONDS)) || limit=$((TOTAL - SECONDS))
   if ((limit < 10)); then
@@ -105,10 +123,11 @@ part() {
 }
 
 # Few files, whatever there is.
+# shellcheck disable=SC2329 # the trap calls it
 collect() {
   local file
-  mv "$work/logs/tests.txt" "$1/tests.txt"
-  cp "$work"/results/*.png "$1/" 2>/dev/null
+  [[ -e "$work/parts.txt" ]] || return
+  cp "$work"/results/*.png "$work"/results/profile.txt "$1/" 2>/dev/null
   (cd "$work/logs" && tail -n +1 -- *.txt) >"$1/logs.txt"
   for file in "$work"/results/*.md; do
     [[ ! -e "$file" ]] || { cat "$file" && echo; }
@@ -124,7 +143,7 @@ END
     echo
     cat "$work/parts.txt"
     echo
-    grep -E '^(FAILED|ERROR)|(passed|failed|skipped|error).* in [0-9.]+s' "$1/tests.txt"
+    grep -hE '^(FAILED|ERROR)|(passed|failed|skipped|error).* in [0-9.]+s' "$work"/logs/*.txt
   } >"$1/summary.txt"
 }
 

@@ -7,7 +7,8 @@ against each token's expert computed by itself. Stage 2 is planned beforehand, a
 Our layer follows given routes in stage 2, uniform or as skewed as Zipf's law has token ids, and routes by itself in
 stage 1. The others route by their own gates, whose load on these random states is about uniform. BASE is one rank of
 its own layout, one expert a rank, without the exchange. DeepSpeed's einsum path has masks of [tokens, experts,
-capacity] and is left out where they are large. On a GPU, stage 2 runs also in plain torch, without Triton's kernels.
+capacity] and is left out where they are large. On a GPU, stage 2 runs also in plain torch, without Triton's kernels,
+and once compiled. A layer that fails has an empty column; why it failed stands below the tables.
 
 The bound is the dense layer, and reading the other experts' weights in both passes and writing their gradients at the
 rate of a large copy: what any layer of that many experts must do, if its weights are not in a cache.
@@ -19,14 +20,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
+from benchmarks.common import markdown, medians, parser, publish, ratios, record, take_turns, timed
 from benchmarks.memory import peak_bytes
 from benchmarks.peers import BaseStyleLayer, DeepSpeedLayer, EinsumLayer, Ffn, MegatronLayer, Residual, Shape
 from benchmarks.rates import copy_rate
@@ -130,32 +131,67 @@ class PlainStage(Stage):
             return super().forward(hidden)
 
 
-def contestants(shape: Shape, device: torch.device) -> dict[str, nn.Module]:
-    """Layers of hidden states [T, 1, d] by name; 'dense' is the bound."""
+def contestants(shape: Shape, device: torch.device, compiled: bool) -> dict[str, Callable[[], nn.Module]]:
+    """Makers of layers of hidden states [T, 1, d] by name, the most telling first; 'dense' is the bound."""
     torch.manual_seed(0)
     rank = torch.arange(1, VOCAB + 1).float()
     ids = torch.multinomial(1 / rank, shape.tokens, replacement=True, generator=torch.Generator().manual_seed(1))[None]
     expert_TK = routes_of(shape, ids).to(device)
     tokens = TokenView(ids.to(device), torch.ones(shape.tokens, dtype=torch.bool, device=device))
-    ours = Ours(shape).to(device)
-    found = {
-        "dense": Residual(Ffn(shape).to(shape.torch_dtype)),
-        "stage 2": Stage(ours, tokens, expert_TK),
-        "stage 1": Stage(ours, tokens, None),
-        "BASE": BaseStyleLayer(shape),
-        "megatron allgather": MegatronLayer(shape, "allgather"),
-        "megatron alltoall": MegatronLayer(shape, "alltoall"),
-        "deepspeed dropless": DeepSpeedLayer(shape, drop_tokens=False),
-        "deepspeed capacity 2": DeepSpeedLayer(shape, capacity_factor=2.0),
+    ours = cache(partial(Ours, shape))
+    found: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: Residual(Ffn(shape).to(shape.torch_dtype)),
+        "stage 2": lambda: checked(Stage(ours(), tokens, expert_TK), shape, device),
+        "stage 1": lambda: Stage(ours(), tokens, None),
+        "BASE": lambda: BaseStyleLayer(shape),
+        "megatron allgather": lambda: MegatronLayer(shape, "allgather"),
+        "megatron alltoall": lambda: MegatronLayer(shape, "alltoall"),
+        "deepspeed dropless": lambda: DeepSpeedLayer(shape, drop_tokens=False),
+        "deepspeed capacity 2": lambda: DeepSpeedLayer(shape, capacity_factor=2.0),
     }
     if shape.tokens <= EINSUM_TOKENS and shape.hidden_size <= 512:
-        found["deepspeed einsum"] = EinsumLayer(shape, drop_tokens=False)
+        found["deepspeed einsum"] = lambda: EinsumLayer(shape, drop_tokens=False)
     if device.type == "cuda":
-        found["stage 2, plain torch"] = PlainStage(ours, tokens, expert_TK)
-    found = {name: layer.to(device).train() for name, layer in found.items()}
-    hidden = sample(shape, device)
-    ours.check(hidden, expert_TK[:, 0], found["stage 2"](hidden))
+        found["stage 2, plain torch"] = lambda: PlainStage(ours(), tokens, expert_TK)
+    if compiled:
+        found["stage 2, compiled"] = lambda: compiled_stage(Stage(ours(), tokens, expert_TK))
     return found
+
+
+def checked(stage: Stage, shape: Shape, device: torch.device) -> Stage:
+    """A stage whose outputs were held against each token's expert computed by itself. Raises AssertionError."""
+    hidden, fixed_LTK = sample(shape, device), stage.fixed_LTK
+    assert fixed_LTK is not None
+    stage.ours.check(hidden, fixed_LTK[0, :, 0], stage.to(device)(hidden))
+    return stage
+
+
+def compiled_stage(stage: Stage) -> Stage:
+    stage.compile(dynamic=False)
+    return stage
+
+
+def working(
+    makers: dict[str, Callable[[], nn.Module]], device: torch.device, step: Callable[[nn.Module], None]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers that were made and have made a step, and of the others why they have not. Raises what "dense" raises."""
+    layers: dict[str, nn.Module] = {}
+    reasons: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            with device:  # start values are drawn there: on one CPU thread those of large layers take a minute
+                layer = make()
+            layer = layer.to(device).train()
+            step(layer)
+        except Exception as error:
+            if name == "dense":
+                raise
+            reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            print(f"{name}: {reasons[name]}", file=sys.stderr, flush=True)
+            continue
+        layers[name] = layer
+        layer.zero_grad(set_to_none=True)
+    return layers, reasons
 
 
 def sample(shape: Shape, device: torch.device) -> Tensor:
@@ -169,12 +205,12 @@ def weight_bytes(shape: Shape) -> int:
     return 3 * weights * shape.torch_dtype.itemsize
 
 
-def measure(shape: Shape, rounds: int, device: torch.device, bytes_per_second: float) -> dict[str, Any]:
+def measure(shape: Shape, rounds: int, device: torch.device, bytes_per_second: float, compiled: bool) -> dict[str, Any]:
     """Median seconds, median ratio to the dense layer of the same round, and peak memory, of each contestant.
 
-    bytes_per_second: of a copy, for the bound.
+    bytes_per_second: of a copy, for the bound. compiled: whether stage 2 runs also as one compiled graph.
     """
-    layers, hidden = contestants(shape, device), sample(shape, device)
+    hidden = sample(shape, device)
     weight = torch.randn_like(hidden)
 
     def step(layer: nn.Module) -> None:
@@ -186,6 +222,7 @@ def measure(shape: Shape, rounds: int, device: torch.device, bytes_per_second: f
         hidden.grad = None
         return took
 
+    layers, reasons = working(contestants(shape, device, compiled), device, step)
     seconds = take_turns({name: partial(turn, layer) for name, layer in layers.items()}, rounds, WARM_UP)
     memory = {}
     for name, layer in layers.items():
@@ -198,12 +235,14 @@ def measure(shape: Shape, rounds: int, device: torch.device, bytes_per_second: f
         "bound_to_dense": 1 + weight_bytes(shape) / bytes_per_second / medians(seconds)["dense"],
         "peak_bytes": memory,
         "peak_to_dense": {name: size / memory["dense"] for name, size in memory.items()},
+        "failed": reasons,
     }
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Time, then memory, relative to the dense layer; a row a shape."""
-    names = [name for name in rows[0]["ratio_to_dense"] if name != "dense"]
+    """Time, then memory, relative to the dense layer; a row a shape. What failed has no figure, but a reason below."""
+    every = [name for row in rows for name in (*row["ratio_to_dense"], *row["failed"])]
+    names = [name for name in dict.fromkeys(every) if name != "dense"]
     head = ["T", "d", "N", "load", "dtype"]
 
     def lines(key: str, facts: Callable[[dict[str, Any]], list[str]]) -> list[list[str]]:
@@ -217,6 +256,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     memory = lines("peak_to_dense", lambda r: [f"{r['peak_bytes']['dense'] / 2**20:.0f}"])
     parts = ["Time:", markdown([*head, "dense, ms", "bound", *names], time)]
     parts += ["Peak memory:", markdown([*head, "dense, MiB", *names], memory)]
+    reasons = {name: reason for row in rows for name, reason in row["failed"].items()}
+    parts += [f"{name} failed: {reason}" for name, reason in reasons.items()]
     return "\n\n".join(parts)
 
 
@@ -225,10 +266,12 @@ def main() -> None:
     torch.set_num_threads(1)
     world = start_world()
     Groups(world, tensor=1, expert=1)
-    rows, rate = [], copy_rate(world.device)
-    for shape in shapes(arguments.quick, world.device.type == "cuda"):
-        rows.append(measure(shape, arguments.rounds, world.device, rate))
+    rows: list[dict[str, Any]] = []
+    rate, on_gpu = copy_rate(world.device), world.device.type == "cuda"
+    for shape in shapes(arguments.quick, on_gpu):
+        rows.append(measure(shape, arguments.rounds, world.device, rate, on_gpu and not rows))
         print(tables(rows[-1:]).splitlines()[4], file=sys.stderr, flush=True)
+        record(arguments, __doc__, {"rows": rows}, tables(rows))
     publish(arguments, __doc__, {"rows": rows}, tables(rows))
     stop_world()
 

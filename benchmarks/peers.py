@@ -118,6 +118,7 @@ class MegatronLayer(nn.Module):
     def __init__(self, shape: Shape, dispatcher: str) -> None:
         super().__init__()
         from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
         from megatron.core.transformer.spec_utils import build_module
         from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -140,6 +141,8 @@ class MegatronLayer(nn.Module):
             params_dtype=shape.torch_dtype,
             bf16=shape.dtype == "bf16",
         )
+        if on_gpu:  # its parameters are drawn from a random state on the GPU that somebody has to seed
+            model_parallel_cuda_manual_seed(1)
         with cuda_calls_on_the_cpu():
             self.norm = nn.LayerNorm(shape.hidden_size, dtype=shape.torch_dtype)
             self.moe = build_module(get_moe_module_spec(use_te=False, num_experts=shape.experts), config=config)

@@ -20,32 +20,53 @@ models do not fit in beside each other, so each has a process of its own there, 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
-from benchmarks.common import markdown, parser, publish, ratios
+from benchmarks.common import markdown, parser, publish, ratios, record
 from benchmarks.contestants import GPU, LAPTOP, QUICK, Shape, Task, compare_losses, measure
 from benchmarks.corpus import Corpus, library_text, make_corpus
 from benchmarks.ranks import on_ranks
 
+Row = dict[str, Any]
 CONTESTANTS = (("dense",), ("stage 1", "stage 2"), ("deepspeed capacity 1",), ("deepspeed dropless",))
 """Those in one bracket share an engine."""
 
 
-def row_of(ranks: int, shape: Shape, corpus: Corpus, folder: str, rounds: int) -> dict[str, Any]:
-    """All contestants at this number of processes: side by side, or one after the other where memory is a GPU's."""
+def rows_of(ranks: int, shape: Shape, corpus: Corpus, folder: str, rounds: int, profiled: bool) -> Iterator[Row]:
+    """All contestants at this number of processes: side by side, or one after the other where memory is a GPU's.
+
+    Gives the row as far as it is known, each time more of it is. One that fails has a reason in place of figures.
+    """
     brackets = CONTESTANTS if torch.cuda.is_available() else (sum(CONTESTANTS, ()),)
     found: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     for names in brackets:
-        found |= on_ranks(ranks, measure, Task(ranks, names, shape, corpus, folder, rounds))
-    compare_losses({name: figures.pop("losses") for name, figures in found.items()})
-    seconds = {name: figures.pop("every_second") for name, figures in found.items()}
-    for name, ratio in ratios(seconds, "dense").items():
-        found[name]["ratio_to_dense"] = ratio
-    return {"processes": ranks, "stage_1_to_stage_2": ratios(seconds, "stage 2")["stage 1"], "contestants": found}
+        try:
+            found |= on_ranks(ranks, measure, Task(ranks, names, shape, corpus, folder, rounds, profiled))
+        except ProcessRaisedException as error:
+            if "dense" in names:
+                raise
+            failed |= dict.fromkeys(names, str(error).strip().splitlines()[-1])
+        yield _row(ranks, found, failed)
+
+
+def _row(ranks: int, found: dict[str, Any], failed: dict[str, str]) -> Row:
+    compare_losses({name: figures["losses"] for name, figures in found.items()})
+    seconds = {name: figures["every_second"] for name, figures in found.items()}
+    to_dense = ratios(seconds, "dense")
+    left_out = ("losses", "every_second")
+    contestants = {
+        name: {"ratio_to_dense": to_dense[name], **{key: f[key] for key in f if key not in left_out}}
+        for name, f in found.items()
+    }
+    gain = ratios(seconds, "stage 2")["stage 1"] if "stage 2" in seconds else None
+    return {"processes": ranks, "stage_1_to_stage_2": gain, "contestants": contestants, "failed": failed}
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -60,6 +81,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "MFU",
         "/ matrix bound",
         "/ copy bound",
+        "peak, GB",
     ]
     times, numbers = [], []
     for row in rows:
@@ -68,13 +90,15 @@ def tables(rows: list[dict[str, Any]]) -> str:
             bounds = [f"{took / f['matrix_bound']:.2f}", f"{took / f['copy_bound']:.1f}"]
             shares = [f"{f['tokens_per_second']:,.0f}", f"{f['waiting']:.1%}", f"{f['mfu']:.1%}"]
             where = [str(row["processes"]), name]
-            times.append([*where, f"{1000 * took:.1f}", f"{f['ratio_to_dense']:.2f}", *shares, *bounds])
+            peak = f"{f['peak_bytes'] / 1e9:.1f}" if f["peak_bytes"] else ""
+            times.append([*where, f"{1000 * took:.1f}", f"{f['ratio_to_dense']:.2f}", *shares, *bounds, peak])
             counts = [f["collectives"], f.get("planner_collectives", {}), f["host_waits"]]
             numbers.append([*where, *(_listed(count) for count in counts)])
-    gains = [[str(row["processes"]), f"{row['stage_1_to_stage_2']:.2f}"] for row in rows]
+    gains = [[str(r["processes"]), f"{r['stage_1_to_stage_2']:.2f}"] for r in rows if r["stage_1_to_stage_2"]]
     counted_head = ["processes", "model", "collectives an update", "in the planner's thread", "host waits"]
     parts = [(head, times), (["processes", "speed of stage 2 / stage 1"], gains), (counted_head, numbers)]
-    return "\n\n".join(markdown(*part) for part in parts)
+    reasons = [f"{name} failed: {reason}" for row in rows for name, reason in row["failed"].items()]
+    return "\n\n".join([*(markdown(*part) for part in parts), *reasons])
 
 
 def _listed(counts: dict[str, float]) -> str:
@@ -83,6 +107,7 @@ def _listed(counts: dict[str, float]) -> str:
 
 def main() -> None:
     options = parser(__doc__, rounds=15)
+    options.add_argument("--profile", type=Path, metavar="FILE", help="write what an update spends its time with")
     options.add_argument("--processes", type=int, nargs="+", help="default: 1 2 4, and on a GPU 1")
     arguments = options.parse_args()
     cuda = torch.cuda.is_available()
@@ -91,8 +116,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = library_text(200_000 if arguments.quick else 4_000_000)
         corpus = make_corpus(Path(folder), text, min(shape.vocab_size, LAPTOP.vocab_size))
-        rows = [row_of(ranks, shape, corpus, folder, arguments.rounds) for ranks in processes]
-    publish(arguments, __doc__, {"shape": asdict(shape), "rows": rows}, tables(rows))
+        done: list[Row] = []
+        for ranks in processes:
+            for row in rows_of(ranks, shape, corpus, folder, arguments.rounds, arguments.profile is not None):
+                if arguments.profile:
+                    arguments.profile.write_text(profiles(row))
+                rows = [*done, row]
+                record(arguments, __doc__, {"shape": asdict(shape), "rows": rows}, tables(rows))
+            done = rows
+    publish(arguments, __doc__, {"shape": asdict(shape), "rows": done}, tables(done))
+
+
+def profiles(row: Row) -> str:
+    """The profiler's tables of a row, taken out of it."""
+    found = {name: figures.pop("profile") for name, figures in row["contestants"].items()}
+    return "\n".join(f"{name}\n\n{table}\n" for name, table in found.items() if table)
 
 
 if __name__ == "__main__":

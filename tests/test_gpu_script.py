@@ -20,16 +20,17 @@ def called(*arguments: str | Path) -> tuple[int, list[str]]:
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
 
-def test_shellcheck_finds_nothing() -> None:
+@pytest.mark.parametrize("script", ["gpu.sh", "wheels.sh"])
+def test_shellcheck_finds_nothing(script: str) -> None:
     tool = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
     if tool is None:
         pytest.skip("needs shellcheck")
-    done = subprocess.run([tool, SCRIPT], capture_output=True, text=True, check=False)
+    done = subprocess.run([tool, SCRIPT.parent / script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
-    code, (line,) = called(tmp_path, tmp_path / "out")
+    code, (line,) = called("correct", tmp_path, tmp_path / "out")
     assert code == 2
     assert "torch sees no GPU" in line
     assert "--cpu" in line
@@ -37,13 +38,13 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
 
 def test_wheels_that_cannot_be_installed(tmp_path: Path) -> None:
     (tmp_path / "broken-1.0-py3-none-any.whl").write_bytes(b"no wheel")
-    code, lines = called("--cpu", tmp_path, tmp_path / "out")
+    code, lines = called("--cpu", "fast", tmp_path, tmp_path / "out")
     assert code == 2
     assert "cannot be installed" in lines[-1]
 
 
-@pytest.mark.parametrize("arguments", [(), ("one",), ("missing", "out")], ids=str)
+@pytest.mark.parametrize("arguments", [(), ("one",), ("correct", "missing", "out"), ("both", ".", "out")], ids=str)
 def test_a_wrong_call_shows_the_right_one(arguments: tuple[str, ...]) -> None:
     code, (line,) = called(*arguments)
     assert code == 2
-    assert "usage: benchmarks/gpu.sh [--cpu] WHEELS OUTPUT" in line
+    assert "usage: benchmarks/gpu.sh [--cpu] correct|fast WHEELS OUTPUT [DATA]" in line

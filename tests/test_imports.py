@@ -144,7 +144,7 @@ def test_answers_without_torch(module: str) -> None:
 def test_command_line_imports_next_to_nothing() -> None:
     """``--help`` answers at once because every command imports what it needs when it is called."""
     ours = [name for name in loaded_by("stablemoe_ds.cli") if name.startswith("stablemoe_ds")]
-    assert sorted(ours) == ["stablemoe_ds", "stablemoe_ds.cli", "stablemoe_ds.errors"]
+    assert sorted(ours) == ["stablemoe_ds", "stablemoe_ds.answers", "stablemoe_ds.cli", "stablemoe_ds.errors"]
 
 
 def test_no_path_of_somebodys_machine() -> None:

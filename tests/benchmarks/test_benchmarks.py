@@ -75,6 +75,17 @@ def test_generation_is_timed_with_and_without_the_cache() -> None:
         assert row["tokens_per_second"].keys() == {"dense", "stage 2", "stage 2, no cache"}
 
 
+def test_routers_are_compared_on_the_same_text() -> None:
+    rows = result_of("routers")["rows"]
+    assert [row["recipe"] for row in rows][:2] == ["hash", "stablemoe"]
+    for row in rows:
+        assert row["failed"] is None
+        first, *_, last = row["points"]
+        assert first["tokens"] < last["tokens"]
+        assert 0 < first["seconds"] < last["seconds"]
+        assert last["perplexity"] < first["perplexity"]
+
+
 def test_startup_times_help_and_the_first_update() -> None:
     result = result_of("startup")
     assert {"stablemoe --help", "stablemoe train"} <= result["seconds"].keys()

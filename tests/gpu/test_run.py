@@ -25,16 +25,18 @@ def stablemoe(*argv: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=[("bf16", 1), ("bf16", 2), ("fp16", 1), ("fp32", 1)], ids=str)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A finished run with checkpoints 3 (stage 1), 6 (the switch), 9 and 12."""
-    folder = tmp_path_factory.mktemp(request.param)
+    dtype, zero = request.param
+    folder = tmp_path_factory.mktemp(f"{dtype}-{zero}")
     data = tiny_data(tmp_path_factory.getbasetemp() / "tiny-data")
     run = small_run(
         data,
         folder / "run",
         data={"tokenizer": data.tokenizer},
-        precision={"dtype": request.param},
+        precision={"dtype": dtype},
+        parallel={"zero_stage": zero},
         checkpoint={"every": 3, "keep": 9},
         optimizer={"lr": 1e-2},
     )

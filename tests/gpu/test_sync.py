@@ -12,6 +12,8 @@ from torch import Tensor
 
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.training.routed_batch import RoutedBatch
+from tests.benchmarks.updates import engine_of, waits_of
+from tests.benchmarks.updates import planned as planned_updates
 from tests.gpu.cases import DTYPES, SHAPES, build, gradients, loss_of, planned, some_batch
 
 WAITS = "synchronizing CUDA operation"
@@ -54,6 +56,15 @@ def test_stage_1_waits_once_an_moe_layer(groups: Groups, shape: str, dtype: torc
         loss_of(model, routed).backward()
     waits = [w for w in caught if WAITS in str(w.message)]
     assert len(waits) == len(model.moe_layers), [f"{w.filename}:{w.lineno}" for w in waits]
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)])
+def test_a_whole_update_of_stage_2_waits_for_the_norm_alone(groups: Groups, dtype: str, zero: int) -> None:
+    engine = engine_of(groups, dtype, zero)
+    engine.freeze_distilled()
+    steps = planned_updates(engine)
+    waits = waits_of(engine, lambda: next(steps))
+    assert sum(waits.values()) <= 1, waits
 
 
 def test_the_guard_notices_a_wait(groups: Groups) -> None:

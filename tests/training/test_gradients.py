@@ -36,8 +36,8 @@ def gradients_of_an_update(run: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
         random = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in named.values():
-                parameter.add_(torch.randn(parameter.shape, generator=random) * 0.1)
-        sums = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named.items()}
+                parameter.add_((torch.randn(parameter.shape, generator=random) * 0.1).to(parameter))
+        sums = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in named.items()}
         for name, parameter in named.items():
             parameter.register_hook(partial(_add_to, sums[name]))
         given: dict[int, Tensor] = {}
@@ -51,12 +51,13 @@ def gradients_of_an_update(run: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
         mine = [share(batch(n, SEQUENCES), groups.data_rank, groups.data_size) for n in range(MICRO_BATCHES)]
         engine.set_learning_rate(1e-3)
         engine.accumulate([RoutedBatch(one) for one in mine], LEARNED, 0)
+        scale = getattr(engine.optimizer, "loss_scale", 1.0)
         engine.update()
 
         fp32, found = Fp32State(engine.deepspeed), {}
-        squares = torch.zeros((), dtype=torch.float64)
+        squares = torch.zeros((), dtype=torch.float64, device=groups.world.device)
         for name, parameter in named.items():
-            wanted = sums[name] / groups.data_size
+            wanted = sums[name] / groups.data_size / scale
             alone = ".experts." in name and groups.expert > 1
             if not alone:
                 dist.all_reduce(wanted)
@@ -66,8 +67,8 @@ def gradients_of_an_update(run: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
                 got = given[id(stretch.held)].view(-1)[stretch.at :][: stretch.numel]
                 found[name] = got, wanted.view(-1)[stretch.start :][: stretch.numel]
         dist.all_reduce(squares)
-        found["norm"] = torch.tensor([engine.gradient_norm()]), squares.sqrt()[None]
-    return found
+        found["norm"] = torch.tensor([engine.gradient_norm()]), squares.sqrt()[None].cpu()
+    return {name: (got.cpu(), wanted.cpu()) for name, (got, wanted) in found.items()}
 
 
 def _add_to(total: Tensor, gradient: Tensor) -> None:
