@@ -88,7 +88,7 @@ def outcome_of(finished: SuiteRun) -> Outcome:
 def _table(run: RunConfig) -> str:
     moe = run.moe
     if moe.facts.fixed:
-        return moe.hash_table
+        return moe.hash_table if moe.facts.table_from == "counts" else str(moe.table)
     if not two_stages(run):
         return "none" if moe.facts.routed else ""
     return "distilled, balanced" if moe.facts.needs_counts else "distilled"
