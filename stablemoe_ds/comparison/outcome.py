@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from stablemoe_ds.comparison.suite import SuiteRun
 from stablemoe_ds.config.costs import flops_per_token, parameters
+from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.diagnostics import routing_series
@@ -31,6 +32,7 @@ class Outcome:
     figures: a number by the name of its column; None where there is nothing to measure.
     curves: (x, y) by name; x is tokens, but seconds for ``perplexity_time`` and a share of the run for ``fluctuation``.
     expert_bits: float64 [L * N], entropy of the ids each expert sees in the end; empty without experts.
+    table, gate: what fixes the routes, and what weighs the experts, in words; empty without experts.
     """
 
     label: str
@@ -38,6 +40,8 @@ class Outcome:
     figures: dict[str, float | None]
     curves: dict[str, Curve]
     expert_bits: NDArray[np.float64]
+    table: str = ""
+    gate: str = ""
 
 
 def outcome_of(finished: SuiteRun) -> Outcome:
@@ -69,7 +73,25 @@ def outcome_of(finished: SuiteRun) -> Outcome:
         "agreement": _by_tokens(_series(lines, "train", "agreement"), run),
     }
     of_routing, more_curves, expert_bits = _routing(finished, run)
-    return Outcome(finished.label, finished.seed, figures | of_routing, curves | more_curves, expert_bits)
+    moe = run.moe
+    return Outcome(
+        finished.label,
+        finished.seed,
+        figures | of_routing,
+        curves | more_curves,
+        expert_bits,
+        table=_table(run),
+        gate=moe.gate_name if moe.facts.routed else "",
+    )
+
+
+def _table(run: RunConfig) -> str:
+    moe = run.moe
+    if moe.facts.fixed:
+        return moe.hash_table if moe.facts.table_from == "counts" else str(moe.table)
+    if not two_stages(run):
+        return "none" if moe.facts.routed else ""
+    return "distilled, balanced" if moe.facts.needs_counts else "distilled"
 
 
 def _routing(

@@ -35,6 +35,7 @@ PERPLEXITY_NOTE = (
     "interval of Student's t. Seconds are spent in updates: validation and probes are not in them."
 )
 ROUTING_NOTE = (
+    "Table: what fixes the routes. Gate: `moe.gate`, or the router's own. "
     "Means over seeds, on the probe tokens at the last record; of several MoE layers the mean. Moves after 20 %: "
     "tokens whose last change of expert comes later in the run. NMI: mutual information of token id and expert over "
     "the entropy of the expert; by chance: with the experts shuffled over the tokens. Cohesion: entropy of the ids an "
@@ -46,10 +47,11 @@ def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
     """One line a run; what was not measured is empty."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("router", "seed", *COLUMNS))
+        writer.writerow(("router", "seed", *COLUMNS, "table", "gate"))
         for outcome in outcomes:
             row = [outcome.figures.get(name) for name in COLUMNS]
-            writer.writerow((outcome.label, outcome.seed, *("" if value is None else f"{value:.12g}" for value in row)))
+            numbers = ["" if value is None else f"{value:.12g}" for value in row]
+            writer.writerow((outcome.label, outcome.seed, *numbers, outcome.table, outcome.gate))
 
 
 def markdown(outcomes: Sequence[Outcome], labels: Sequence[str], reference: str) -> str:
@@ -83,9 +85,10 @@ def _routing(by_label: dict[str, list[Outcome]]) -> list[str]:
         return []
     measured = {key for ours in routed.values() for key, value in ours[0].figures.items() if value is not None}
     columns = [key for key in ROUTING if key in measured]
-    rows = [("", *(ROUTING[key][0] for key in columns))]
+    rows = [("", "table", "gate", *(ROUTING[key][0] for key in columns))]
     for label, ours in routed.items():
-        rows.append((label, *(_mean(ours, key, ROUTING[key][1]) for key in columns)))
+        numbers = [_mean(ours, key, ROUTING[key][1]) for key in columns]
+        rows.append((label, ours[0].table, ours[0].gate, *numbers))
     return _table(rows)
 
 

@@ -38,7 +38,7 @@ def _experts(run: RunConfig) -> Iterator[str]:
         yield _caution(
             "moe.top_k", moe.top_k, "every expert serves every token, so routing decides nothing", moe.experts // 2
         )
-    if moe.router == "topk" and moe.bias_step >= 1:
+    if moe.facts.balanced_by_bias and moe.bias_step >= 1:
         reason = "affinities lie between 0 and 1, so after one update only the bias chooses"
         yield _caution("moe.bias_step", moe.bias_step, reason, 0.001)
 
@@ -62,7 +62,7 @@ def _shares(run: RunConfig, world_size: int) -> Iterator[str]:
         elif factor < 1:
             reason = f"even at a perfectly even load {1 - factor:.0%} of the choices are dropped"
             yield _caution("moe.capacity_factor", factor, reason, "1 or more, or null")
-    if moe.router in ("base", "base_fixed", "expert_choice") and rank_tokens * moe.top_k < moe.experts:
+    if moe.facts.by_micro_batch and rank_tokens * moe.top_k < moe.experts:
         reason = f"router '{moe.router}' shares out {rank_tokens} tokens at a time: not every expert can have one"
         yield _caution("moe.experts", moe.experts, reason, f"a micro-batch of {moe.experts} tokens or more")
 

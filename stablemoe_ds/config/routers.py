@@ -21,8 +21,9 @@ class RouterFacts:
     gate: its own gate, a key of ``gates.GATES``.
     table_from: what fixes its routes. "scores": those of a distilled router, which learns from it until the switch.
     "scores and counts": the same under a load limit, which needs to know how often each id occurs. "counts": these
-    alone, before the first update. None: nothing does, it chooses to the end.
+    alone, before the first update. "file": the table in a file. None: nothing does, it chooses to the end.
     balance_weight: default weight of its balance loss.
+    balanced_by_bias: a bias of each expert, which follows the load by ``moe.bias_step``, joins the choice.
     one_expert: gives a token one expert only.
     experts_choose: experts choose tokens, so that a token has several experts, one or none.
     by_micro_batch: in training a choice depends on the other tokens of the rank's micro-batch, and so on the layout.
@@ -31,8 +32,9 @@ class RouterFacts:
     made_by: str | None = None
     layer: Literal["experts", "deep", "wide", "none"] = "experts"
     gate: str = "sigmoid"
-    table_from: Literal["scores", "scores and counts", "counts"] | None = None
+    table_from: Literal["scores", "scores and counts", "counts", "file"] | None = None
     balance_weight: float = 0.0
+    balanced_by_bias: bool = False
     one_expert: bool = False
     experts_choose: bool = False
     by_micro_batch: bool = False
@@ -45,7 +47,7 @@ class RouterFacts:
     @property
     def fixed(self) -> bool:
         """Follows a table from the first update."""
-        return self.table_from == "counts"
+        return self.table_from in ("counts", "file")
 
     @property
     def distilled(self) -> bool:
@@ -70,7 +72,8 @@ ROUTERS: dict[str, RouterFacts] = {
     ),
     "switch": RouterFacts("switch:SwitchRouter", gate="softmax", balance_weight=0.01),
     "hash": RouterFacts("hashed:HashRouter", gate="one", table_from="counts"),
-    "topk": RouterFacts("topk:TopKRouter", gate="normalized"),
+    "table": RouterFacts("hashed:HashRouter", gate="one", table_from="file"),
+    "topk": RouterFacts("topk:TopKRouter", gate="normalized", balanced_by_bias=True),
     "expert_choice": RouterFacts(
         "expert_choice:ExpertChoiceRouter", gate="softmax", experts_choose=True, by_micro_batch=True
     ),

@@ -131,6 +131,12 @@ class MoEConfig(Section):
         "random",
         description="table of router hash: each id at random, or the heaviest ids first, each to the emptiest expert",
     )
+    table: PathText | None = Field(
+        None,
+        description="table of router table: a file of 'stablemoe table build', or routing_table.safetensors of a run, "
+        "for the run's tokenizer and the model's experts, top_k and number of MoE layers; a run that continues follows "
+        "the table in its checkpoint",
+    )
     table_load: float = Field(
         1.1, ge=1, description="router stablemoe_balanced: largest max/mean load of its table, where frequencies allow"
     )
@@ -182,6 +188,10 @@ class MoEConfig(Section):
             raise ValueError(f"router '{self.router}' has no MoE layer: leave moe.layers empty, or name another router")
         if facts.layer != "none" and not self.layers:
             raise ValueError(f"router '{self.router}' needs moe.layers, e.g. [6]; or set router: dense")
+        if facts.table_from == "file" and self.table is None:
+            raise ValueError(
+                f"router '{self.router}' needs moe.table, the file of a table: 'stablemoe table build' makes one"
+            )
         if self.top_k > self.experts:
             raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")
         if self.top_k > 1 and facts.one_expert:

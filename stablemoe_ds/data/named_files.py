@@ -14,6 +14,7 @@ from stablemoe_ds.data.prepare import ENDINGS
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import check_sizes, read_manifest, saved_checkpoints
+from stablemoe_ds.tables.given import given_table
 
 State = Literal["sound", "missing", "unusable"]
 
@@ -51,9 +52,30 @@ def look_at_files(run: RunConfig) -> tuple[list[NamedFile], int | None]:
                 files.append(NamedFile("data.tokenizer", path, "unusable", str(error)))
         else:
             files.append(_missing("data.tokenizer", path))
+    if run.moe.facts.table_from == "file" and run.moe.table is not None:
+        files.append(_table(run, run.moe.table, tokenizer))
     files += _corpora(run, tokenizer)
     files += _run_directory(run)
     return files, tokenizer.vocab_size if tokenizer else None
+
+
+def _table(run: RunConfig, path: str, tokenizer: Tokenizer | None) -> NamedFile:
+    """The table of router ``table``; what only the tokenizer decides is not checked while that is not here."""
+    if not os.path.lexists(path):
+        return _missing("moe.table", path)
+    unknown = tokenizer is None and run.data.tokenizer is not None
+    try:
+        table = given_table(
+            path,
+            experts=run.moe.experts,
+            top_k=run.moe.top_k,
+            blocks=tuple(run.moe.layers),
+            vocab_size=run.model.vocab_size or (tokenizer.vocab_size if tokenizer else None),
+            tokenizer=None if unknown else tokenizer.fingerprint if tokenizer else "",
+        )
+    except UserError as error:
+        return NamedFile("moe.table", path, "unusable", str(error).removeprefix("moe.table: "))
+    return NamedFile("moe.table", path, "sound", f"{table.vocab_size:,} ids to {table.experts} experts")
 
 
 def _corpora(run: RunConfig, tokenizer: Tokenizer | None) -> Iterator[NamedFile]:

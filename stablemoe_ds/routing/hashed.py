@@ -1,4 +1,4 @@
-"""Hash layers (Roller et al. 2021): routes that nobody learned."""
+"""Hash layers (Roller et al. 2021) and whatever else follows a table from the first update."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ class HashRouter(CentroidRouter):
     ) -> Routes:
         """As in :class:`Router`; raises ValueError without ``fixed_TK``."""
         if fixed_TK is None:
-            raise ValueError("router hash decides nothing by itself: pass the routes of its table")
+            raise ValueError("a router that follows a table decides nothing by itself: pass the routes of its table")
         return self.follow(hidden_TD, fixed_TK, tokens)

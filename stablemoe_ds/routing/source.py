@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.errors import UserError
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_routing
+from stablemoe_ds.tables.given import given_table
 from stablemoe_ds.tables.table import RoutingTable
 
 
@@ -56,16 +59,53 @@ class RouteMaker:
         """Whether the routing of this run is fixed at some time."""
         return self.run.moe.facts.fixed or two_stages(self.run)
 
+    @cached_property
+    def given(self) -> RoutingTable | None:
+        """The table in a file that the run is to follow, or None. Raises UserError if it does not fit."""
+        moe = self.run.moe
+        if moe.facts.table_from != "file" or moe.table is None:
+            return None
+        return given_table(
+            moe.table,
+            experts=moe.experts,
+            top_k=moe.top_k,
+            blocks=tuple(moe.layers),
+            vocab_size=self.run.model.vocab_size,
+            tokenizer=self.tokenizer,
+        )
+
+    def check(self) -> None:
+        """Raise UserError for a table in a file that the run cannot follow, before anything is written or trained."""
+        _ = self.given
+
     def frozen(self) -> FixedSource:
-        """What the run follows if its routing is fixed now. Raises ValueError if it never is."""
+        """What the run follows if its routing is fixed now.
+
+        Raises ValueError if it never is, UserError for a table in a file that does not fit.
+        """
         moe, blocks = self.run.moe, tuple(self.run.moe.layers)
         if not self.can_freeze:
             raise ValueError(f"router {moe.router} of this run is never fixed")
+        if self.given is not None:
+            return TableRouting(self.given, self.device)
         if moe.facts.fixed:
             return hash_routing(moe, self.token_counts(), self.run.seed, self.tokenizer, self.device)
         if moe.facts.needs_counts:
             return freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer)
         return freeze(self.routers, moe.top_k, blocks, self.tokenizer)
+
+    def departures(self, followed: RoutingTable | None) -> list[str]:
+        """What a run has to be told that goes on along ``followed`` while the file it names holds another table."""
+        if followed is None:
+            return []
+        goes_on = f"the run goes on along table {followed.sha256[:12]} of its checkpoint"
+        try:
+            given = self.given
+        except UserError as error:
+            return [f"WARNING: {line}; {goes_on}" for line in str(error).splitlines()]
+        if given is None or given.sha256 == followed.sha256:
+            return []
+        return [f"WARNING: moe.table: {self.run.moe.table} holds table {given.sha256[:12]}; {goes_on}"]
 
     def restored(self, stage: int, table: RoutingTable | None) -> RouteSource:
         """What a checkpoint of this stage follows: the table in it, which was frozen then, before all else."""

@@ -220,6 +220,8 @@ class Trainer:
         found = self._newest() if self.run.checkpoint.resume else None
         if found is not None:
             self._load(found.checkpoint)
+        else:
+            self.routes.check()
         self._restore_history(self.state.progress.step if found is not None else None)
         if found is not None and found.warning:
             self.reporter.fault(self.state.progress.step, found.warning)
@@ -236,7 +238,9 @@ class Trainer:
         position, self.resumption = self.data.train.resume(progress.position, progress.samples, checkpoint.run)
         self.engine.freeze_distilled(progress.stage == 2)
         self.state.progress, self.saving.step = replace(progress, position=position), progress.step
-        self.state.routes = self.routes.restored(progress.stage, checkpoint.table())
+        table = checkpoint.table()
+        self.state.routes = self.routes.restored(progress.stage, table)
+        self.resumption += self.routes.departures(table)
 
     def _restore_history(self, step: int | None) -> None:
         """What was recorded up to ``step``; None: nothing."""

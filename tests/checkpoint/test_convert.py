@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from stablemoe_ds.checkpoint.convert.resize_experts import check_replication
+from stablemoe_ds.checkpoint.convert.resize_experts import check_replication, merge, replicate
 from stablemoe_ds.config.schema import MoEConfig, RunConfig, StagesConfig
 from stablemoe_ds.errors import UserError
 from tests.checkpoint.moves import loss_here, train_here
@@ -70,6 +71,9 @@ UPCYCLED: dict[str, tuple[str, dict[str, Any], float]] = {
     "instead, topk of 2": ("modern", {"router": "topk", "top_k": 2, "shared_experts": 0}, 1e-6),
     "instead, of two sublayers, biased": ("paper", {"router": "hash", "placement": "replace", "sublayers": 2}, 1e-6),
     "instead, gates of a half": ("modern", {"router": "stablemoe", "centroid_gain": 1e-5}, 1e-5),
+    "instead, gates of one": ("modern", {"router": "stablemoe", "gate": "one"}, 1e-6),
+    "instead, doubled gates": ("modern", {"router": "stablemoe", "gate": "doubled", "centroid_gain": 1e-5}, 1e-5),
+    "instead, learned gates": ("modern", {"router": "hash", "gate": "learned", "centroid_gain": 1e-5}, 1e-5),
     "instead, a softmax": ("modern", {"router": "switch", "top_k": 1, "centroid_gain": 1e-5}, 1e-5),
 }
 
@@ -173,3 +177,19 @@ def test_a_dense_run_becomes_a_run_with_experts(data: TinyData, tmp_path: Path) 
 def test_experts_are_not_copied_where_several_are_still_chosen(moe: dict[str, Any], stage: int, refused: bool) -> None:
     with pytest.raises(UserError, match="copies of one") if refused else nullcontext():
         check_replication(MoEConfig(layers=[1], experts=4, **moe), stage)
+
+
+def test_experts_are_not_copied_where_a_copy_would_take_from_the_gate() -> None:
+    with pytest.raises(UserError, match="'switch' with top_k 1: its experts cannot be copied: a softmax over copies"):
+        check_replication(MoEConfig(router="switch", layers=[1]), 1)
+    check_replication(MoEConfig(router="switch", layers=[1], gate="doubled"), 1)
+    with pytest.raises(UserError, match="each copy would choose the same tokens"):
+        check_replication(MoEConfig(router="expert_choice", layers=[1], gate="doubled"), 1)
+
+
+def test_what_gates_learn_is_copied_and_merged_with_the_experts() -> None:
+    weights = {f"moe.router.gate.{name}": torch.randn(3) for name in ("scale_N", "bias_N")}
+    grown = replicate(weights, 2, seed=5)
+    for name, value in weights.items():
+        assert grown[name].tolist() == [number for number in value.tolist() for _ in range(2)]
+    assert differing(merge(grown, 2), weights) == []

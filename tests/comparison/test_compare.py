@@ -65,6 +65,10 @@ def test_table_says_what_the_runs_have_measured(compared: TinySuite):
         assert 0 <= float(row["exceeds_80"]) <= float(row["exceeds_20"]) <= 1
     assert float(found["ours", 1]["exceeds_50"]) == 0, "nothing moves after the switch, which is half way"
     assert found["ours", 1]["total_parameters"] > found["switch", 1]["total_parameters"], "a distilled router more"
+    assert [(found[label, 1]["table"], found[label, 1]["gate"]) for label in VARIANTS] == [
+        ("distilled", "sigmoid"),
+        ("none", "softmax"),
+    ]
 
 
 def test_markdown_says_mean_deviation_and_interval(compared: TinySuite):

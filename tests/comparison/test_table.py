@@ -16,7 +16,7 @@ SIZES = {"tokens": 5e6, "active_parameters": 2e6, "total_parameters": 8.25e6, "f
 
 def outcome(label: str, seed: int, valid: float, **figures: float | None) -> Outcome:
     known = {**SIZES, "valid_ppl": valid, "test_ppl": valid + 1, "seconds": 100.0 * seed, **figures}
-    return Outcome(label, seed, known, {}, np.empty(0))
+    return Outcome(label, seed, known, {}, np.empty(0), table="random", gate="one")
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_routing_table_has_what_was_measured(outcomes: list[Outcome]):
     text = markdown(outcomes, ["ours", "theirs", "dense"], "ours")
     assert "| load, max/mean | moves after 20 % |" in text
     found = rows(text)
-    assert found["ours"][8:] == ["1.50", "0.0%"]
-    assert found["theirs"][8:] == ["1.50", "40.0%"], "means over the seeds that have a number"
+    assert found["ours"][8:] == ["random", "one", "1.50", "0.0%"]
+    assert found["theirs"][8:] == ["random", "one", "1.50", "40.0%"], "means over the seeds that have a number"
     assert len(found["dense"]) == 8, "no routing, no row"
     assert "load" not in markdown([outcomes[-1]], ["dense"], "dense")
 
@@ -63,7 +63,8 @@ def test_csv_has_a_line_a_run(outcomes: list[Outcome], tmp_path: Path):
     with (tmp_path / "table.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0])[:6] == ["router", "seed", "tokens", "valid_ppl", "test_ppl", "seconds"]
-    assert list(lines[0])[2:] == list(COLUMNS)
+    assert list(lines[0])[2:] == [*COLUMNS, "table", "gate"]
+    assert (lines[0]["table"], lines[0]["gate"]) == ("random", "one")
     assert [(line["router"], line["seed"], float(line["valid_ppl"])) for line in lines] == [
         (one.label, str(one.seed), one.figures["valid_ppl"]) for one in outcomes
     ]

@@ -19,7 +19,8 @@ DISTILLED = {"stablemoe", "stablemoe_balanced", "base_fixed"}
 
 
 def overrides(name: str) -> list[str]:
-    return [f"moe.router={name}"] + ["moe.layers=[]"] * (name == "dense")
+    needed = {"dense": ["moe.layers=[]"], "table": ["moe.table=any.safetensors"]}
+    return [f"moe.router={name}", *needed.get(name, [])]
 
 
 def test_which_routers_are_distilled() -> None:
@@ -33,7 +34,7 @@ def test_one_file_serves_all_routers(make: Make, name: str) -> None:
         check(make(*overrides(name), f"stages={stages}"), 1)
     run = make(*overrides(name))
     assert two_stages(run) is (name in DISTILLED)
-    assert switch_step(run) == (10 if name in DISTILLED else 0 if name == "hash" else None)
+    assert switch_step(run) == (10 if name in DISTILLED else 0 if name in ("hash", "table") else None)
 
 
 def test_a_router_with_one_stage_needs_no_section_for_them(make: Make) -> None:
@@ -74,6 +75,7 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
         ("moe.bias_step=0", "moe.bias_step"),
         ("moe.hash_table=md5", "moe.hash_table"),
         ("moe.router=swich", "moe.router"),
+        ("moe.router=table", "router 'table' needs moe.table, the file of a table: 'stablemoe table build' makes one"),
         ("moe.gate=softmax", "moe.gate"),
         (
             "moe.router=topk moe.gate=one",
@@ -96,11 +98,11 @@ def test_what_cannot_be_combined_is_refused(make: Make, given: str, said: str) -
 
 def test_routers_differ_in_nothing_but_what_they_learn(make: Make) -> None:
     """The same experts and the same arithmetic; centroids for those that learn, a distilled router for some."""
-    counted = {name: parameters(make(f"moe.router={name}")) for name, facts in ROUTERS.items() if facts.routed}
+    counted = {name: parameters(make(*overrides(name))) for name, facts in ROUTERS.items() if facts.routed}
     assert len({(c.shared, c.expert, c.active) for c in counted.values()}) == 1
-    assert {name for name, c in counted.items() if c.router == 0} == {"hash"}
+    assert {name for name, c in counted.items() if c.router == 0} == {"hash", "table"}
     assert {name for name, c in counted.items() if c.distilled} == DISTILLED
-    assert len({flops_per_token(make(f"moe.router={name}")) for name in counted}) == 1
+    assert len({flops_per_token(make(*overrides(name))) for name in counted}) == 1
 
 
 def test_a_gate_costs_its_centroids_and_its_numbers_and_no_arithmetic(make: Make) -> None:

@@ -25,13 +25,14 @@ CLASSES = {
     "base_fixed": BaseLayersRouter,
     "switch": SwitchRouter,
     "hash": HashRouter,
+    "table": HashRouter,
     "topk": TopKRouter,
     "expert_choice": ExpertChoiceRouter,
 }
 
 
 def make(name: str, **options: Any) -> Router:
-    moe = MoEConfig.model_validate({"router": name, "layers": [1], "experts": 6, **options})
+    moe = MoEConfig.model_validate({"router": name, "layers": [1], "experts": 6, "table": "any", **options})
     return make_router(moe, hidden_size=16, heads=2, vocab=30, positions=8)
 
 

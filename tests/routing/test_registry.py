@@ -74,6 +74,7 @@ def test_the_method_describes_each_router_as_its_facts_do(name: str) -> None:
     assert gate == (SYMBOLS[facts.gate] if facts.routed else "none")
     assert ("table" in choice) is (facts.table_from is not None)
     assert ("loss" in balance) is (facts.balance_weight > 0)
+    assert ("bias" in balance) is facts.balanced_by_bias
     assert layout == ("no" if not facts.by_micro_batch else "stage 1" if facts.distilled else "yes")
     assert re.search(rf"^### .*`{name}`", METHOD, re.MULTILINE) or name == "stablemoe", "it has a section of its own"
 

@@ -37,9 +37,21 @@ LAYOUT_INDEPENDENT = [name for name, facts in ROUTERS.items() if not facts.by_mi
 STATE = {"topk": "bias_N", "expert_choice": "threshold_N"}
 
 
+def table_of(data: TinyData) -> str:
+    """A file with the table that router hash makes for :func:`run_of`."""
+    path = Path(data.tokenizer).with_name("table.safetensors")
+    run = run_of("hash", data, path)
+    size = run.model.vocab_size or 0
+    hash_routing(run.moe, np.zeros(size, np.int64), run.seed, Tokenizer(data.tokenizer).fingerprint, "cpu").table.save(
+        path
+    )
+    return str(path)
+
+
 def run_of(name: str, data: TinyData, folder: Path, /, **sections: Any) -> RunConfig:
     """A small run by that router with every second checkpoint; its ``stages`` are ignored by most."""
-    moe = {"router": name, "bias_step": 0.01, **({"layers": []} if name == "dense" else {}), **sections.pop("moe", {})}
+    needed = {"layers": []} if name == "dense" else {"table": table_of(data)} if name == "table" else {}
+    moe = {"router": name, "bias_step": 0.01, **needed, **sections.pop("moe", {})}
     base: dict[str, Any] = {
         "data": {"tokenizer": data.tokenizer},
         "checkpoint": {"every": 2, "keep": 99},

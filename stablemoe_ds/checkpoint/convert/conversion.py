@@ -84,7 +84,14 @@ def _check_same(old: RunConfig, new: RunConfig, moe_differs: bool) -> None:
     """Raise UserError unless the models are the same but for what the conversion changes."""
     sections = {"model": (old.model, new.model)} | ({} if moe_differs else {"moe": (old.moe, new.moe)})
     free = {"model.dropout", "model.vocab_size", "model.init", "model.init_std", "moe.experts", "moe.capacity_factor"}
-    free |= {"moe.balance_weight", "moe.distill_weight", "moe.distilled.lr_scale", "moe.bias_step", "moe.table_load"}
+    free |= {
+        "moe.balance_weight",
+        "moe.distill_weight",
+        "moe.distilled.lr_scale",
+        "moe.bias_step",
+        "moe.table_load",
+        "moe.table",
+    }
     for name, (one, other) in sections.items():
         before, after = (flat(section.model_dump(mode="json"), f"{name}.") for section in (one, other))
         for key in before:

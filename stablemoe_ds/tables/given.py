@@ -1,0 +1,61 @@
+"""A table from a file that a run is to follow: it has to be of the run's tokenizer and of its model's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.tables.table import RoutingTable
+
+ANOTHER = "'stablemoe table build' makes one"
+
+
+def given_table(
+    path: str | Path,
+    *,
+    experts: int,
+    top_k: int,
+    blocks: tuple[int, ...],
+    vocab_size: int | None,
+    tokenizer: str | None,
+) -> RoutingTable:
+    """The table in a file, its layers in order at the blocks of this model, which need not be those it was made for.
+
+    blocks: numbers of the blocks that have an MoE layer. vocab_size, tokenizer: ids and fingerprint of the run's
+    tokenizer, "" for a run without one; None: not known, not checked.
+    Raises UserError if the file is missing or damaged, and with a line for each thing that does not fit the run.
+    """
+    try:
+        table = RoutingTable.read(path)
+    except UserError as error:
+        raise UserError(f"moe.table: {error}; {ANOTHER}") from error
+    if problems := [
+        f"moe.table: {path} {problem}"
+        for problem in _problems(table, experts, top_k, len(blocks), vocab_size, tokenizer)
+    ]:
+        raise UserError("\n".join(problems))
+    return replace(table, blocks=blocks)
+
+
+def _problems(
+    table: RoutingTable, experts: int, top_k: int, layers: int, vocab_size: int | None, tokenizer: str | None
+) -> Iterator[str]:
+    if tokenizer is not None and table.tokenizer != tokenizer:
+        yield (
+            f"is for ids of {_named(table.tokenizer)}, but the run has {_named(tokenizer)}, whose ids mean other "
+            f"pieces: expected a table for that; {ANOTHER}"
+        )
+    if vocab_size is not None and table.vocab_size != vocab_size:
+        yield f"has {table.vocab_size} ids, but model.vocab_size is {vocab_size}: expected the same; {ANOTHER}"
+    if table.experts != experts:
+        yield f"is for {table.experts} experts, but moe.experts is {experts}; nearest that works: {table.experts}"
+    if table.top_k != top_k:
+        yield f"gives an id {table.top_k} experts, but moe.top_k is {top_k}; nearest that works: {table.top_k}"
+    if len(table.blocks) != layers:
+        yield f"is for {len(table.blocks)} MoE layers, but moe.layers names {layers}; {ANOTHER}"
+
+
+def _named(tokenizer: str) -> str:
+    return f"tokenizer {tokenizer[:12]}" if tokenizer else "no tokenizer"

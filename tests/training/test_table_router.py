@@ -1,0 +1,99 @@
+"""Runs along a table from a file: hash's own gives hash's run, and a checkpoint keeps what the file may lose."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.tables.table import RoutingTable
+from tests.training.runs import (
+    STEPS,
+    TinyData,
+    checkpoint_of,
+    command,
+    differing,
+    history,
+    probe_records,
+    restarted,
+    run_file,
+    tensors_of,
+    train_run,
+)
+from tests.training.test_routers import run_of, table_of
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("table")
+    file = shutil.copy(table_of(data), folder / "table.safetensors")
+    run = run_of("table", data, folder / "run", moe={"table": str(file)})
+    train_run(run)
+    return run
+
+
+def test_the_table_of_hash_gives_its_run_to_the_bit(trained: RunConfig, data: TinyData, tmp_path: Path) -> None:
+    hashed = run_of("hash", data, tmp_path / "hash")
+    train_run(hashed)
+    assert history(trained) == history(hashed)
+    assert differing(tensors_of(checkpoint_of(trained, STEPS)), tensors_of(checkpoint_of(hashed, STEPS))) == []
+    assert probe_records(trained) == probe_records(hashed)
+
+
+def test_the_run_and_its_checkpoints_keep_the_table(trained: RunConfig) -> None:
+    assert trained.moe.table is not None
+    folders = [Path(trained.directory), *(checkpoint_of(trained, step) for step in range(2, STEPS + 1, 2))]
+    kept = {RoutingTable.read(folder / "routing_table.safetensors").sha256 for folder in folders}
+    assert kept == {RoutingTable.read(trained.moe.table).sha256}
+
+
+@pytest.mark.parametrize("file", ["the same", "another", "none"])
+def test_a_run_that_continues_follows_the_table_of_its_checkpoint(
+    file: str, trained: RunConfig, tmp_path: Path
+) -> None:
+    table = RoutingTable.read(trained.moe.table or "")
+    named = tmp_path / "table.safetensors"
+    if file != "none":
+        moved = table.expert_LVK if file == "the same" else (table.expert_LVK + 1) % np.int32(table.experts)
+        RoutingTable(moved, table.experts, table.blocks, table.tokenizer).save(named)
+    resumed = restarted(trained, tmp_path / "resumed", 6)
+    said = train_run(resumed.model_copy(update={"moe": resumed.moe.model_copy(update={"table": str(named)})}))
+    goes_on = f"the run goes on along table {table.sha256[:12]} of its checkpoint"
+    assert (goes_on in " ".join(said.split())) is (file != "the same")
+    assert history(resumed) == history(trained)
+    assert differing(tensors_of(checkpoint_of(resumed, STEPS)), tensors_of(checkpoint_of(trained, STEPS))) == []
+
+
+def test_evaluation_and_generation_need_no_file(trained: RunConfig, tmp_path: Path) -> None:
+    copied = restarted(trained, tmp_path / "copied", STEPS)
+    file = Path(trained.moe.table or "")
+    aside = file.rename(file.with_suffix(".aside"))
+    try:
+        said = command("eval", copied.directory, "--json").json
+        asked = ("generate", copied.directory, "--prompt", "def wrap(self", "--tokens", "6", "--json")
+        assert command(*asked).json == command(*asked, "--no-cache").json
+    finally:
+        aside.rename(file)
+    (final,) = (line for line in history(trained, "valid") if line["step"] == STEPS)
+    assert said["perplexity"] == pytest.approx(final["perplexity"], rel=1e-6)
+    assert said["stage"] == 2
+
+
+def test_a_foreign_table_is_refused_before_anything_is_written(
+    trained: RunConfig, data: TinyData, tmp_path: Path
+) -> None:
+    table = RoutingTable.read(trained.moe.table or "")
+    foreign = tmp_path / "foreign.safetensors"
+    RoutingTable(table.expert_LVK, table.experts, table.blocks, "ab" * 32).save(foreign)
+    run = run_of("table", data, tmp_path / "run", moe={"table": str(foreign)})
+    file = run_file(run, tmp_path / "run.yaml")
+    for words in (("train", file), ("config", "check", file)):
+        answer = command(*words)
+        assert answer.code == 2
+        assert f"{foreign} is for ids of tokenizer abababababab, but the run has tokenizer" in answer.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
