@@ -86,9 +86,9 @@ def _routing(
         raise UserError(f"cannot read the ids of the probe {ids_path}: {error}; train the run again") from error
     measured = routing_series(records, ids, run.moe.experts)
     names = ("load", "load_cv", "unserved", "nmi", "nmi_chance", "cohesion")
-    series_R = {name: getattr(measured, name).mean(1) for name in names}
-    figures: dict[str, float | None] = {name: float(series[-1]) for name, series in series_R.items()}
-    curves = {name: _by_tokens(zip(records.steps, series, strict=True), run) for name, series in series_R.items()}
+    series_H = {name: getattr(measured, name).mean(1) for name in names}
+    figures: dict[str, float | None] = {name: float(series[-1]) for name, series in series_H.items()}
+    curves = {name: _by_tokens(zip(records.steps, series, strict=True), run) for name, series in series_H.items()}
     moved = churn(records)
     curves["churn"] = _by_tokens(zip(records.steps[1:], moved, strict=True), run)
     figures["churn"] = float(moved[-1]) if len(moved) else None

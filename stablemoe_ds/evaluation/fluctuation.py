@@ -18,17 +18,17 @@ NEVER = -1
 
 
 def churn(records: RouteRecords) -> NDArray[np.float64]:
-    """float64 [R - 1]: share of tokens whose expert differs from the record before; entry r is of record r + 1."""
-    expert_RLP = records.expert_RLP
-    return (expert_RLP[1:] != expert_RLP[:-1]).mean(axis=(1, 2))
+    """float64 [H - 1]: share of tokens whose expert differs from the record before; entry r is of record r + 1."""
+    expert_HLP = records.expert_HLP
+    return (expert_HLP[1:] != expert_HLP[:-1]).mean(axis=(1, 2))
 
 
 def last_fluctuation_step(records: RouteRecords) -> NDArray[np.int64]:
     """int64 [L, P]: step of the last record that differs from the final one, or ``NEVER``."""
-    expert_RLP = records.expert_RLP
-    last_LP = np.full(expert_RLP.shape[1:], NEVER, dtype=np.int64)
-    for step, expert_LP in zip(records.steps, expert_RLP, strict=True):
-        last_LP[expert_LP != expert_RLP[-1]] = step
+    expert_HLP = records.expert_HLP
+    last_LP = np.full(expert_HLP.shape[1:], NEVER, dtype=np.int64)
+    for step, expert_LP in zip(records.steps, expert_HLP, strict=True):
+        last_LP[expert_LP != expert_HLP[-1]] = step
     return last_LP
 
 
@@ -42,7 +42,7 @@ def changed_since(records: RouteRecords, step: int) -> float | None:
 
     A token that leaves and comes back has changed. None if there are not two records to compare.
     """
-    expert_RLP = records.expert_RLP[records.steps >= step]
-    if len(expert_RLP) < 2:
+    expert_HLP = records.expert_HLP[records.steps >= step]
+    if len(expert_HLP) < 2:
         return None
-    return float((expert_RLP != expert_RLP[0]).any(axis=0).mean())
+    return float((expert_HLP != expert_HLP[0]).any(axis=0).mean())

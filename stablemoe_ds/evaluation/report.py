@@ -72,8 +72,8 @@ def _fluctuation(records: RouteRecords, steps: int, since: int | None) -> dict[s
     return {
         "records": len(records.steps),
         "records_after_switch": int((records.steps >= since).sum()) if since is not None else 0,
-        "tokens": records.expert_RLP.shape[2],
-        "unserved": (records.expert_RLP[-1] < 0).mean(),
+        "tokens": records.expert_HLP.shape[2],
+        "unserved": (records.expert_HLP[-1] < 0).mean(),
         "exceeds": {
             f"{mark:.0%}": share for mark, share in zip(MARKS, fluctuation_curve(last_LP, steps, MARKS), strict=True)
         },

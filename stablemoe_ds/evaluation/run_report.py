@@ -37,7 +37,7 @@ def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dic
         uses = [use_of_table(table, layer, counts) for layer in range(len(table.blocks))]
     elif folder is not None and records is not None and (folder / PROBE_IDS).exists():
         ids = np.load(folder / PROBE_IDS)
-        final_LP = records.expert_RLP[-1]
+        final_LP = records.expert_HLP[-1]
         uses = [
             use_of_pairs(ids, experts, run.moe.experts, block)
             for block, experts in zip(run.moe.layers, final_LP, strict=True)

@@ -50,22 +50,22 @@ def block_mask(start_BS: Tensor) -> BlockMask:
     least: these two decide which blocks of keys are looked at, and which of them without a mask.
     """
     length = start_BS.shape[1]
-    first_C = torch.arange(0, length, BLOCK, device=start_BS.device)  # of each block of queries, or of keys
-    last_C = (first_C + BLOCK - 1).clamp_max(length - 1)
-    furthest_BC1, nearest_BC1 = start_BS[:, first_C, None], start_BS[:, last_C, None]
-    earlier_CC = first_C < first_C[:, None]
-    whole_BCC = (first_C >= nearest_BC1) & earlier_CC
-    part_BCC = (last_C >= furthest_BC1) & (first_C <= first_C[:, None]) & ~whole_BCC
+    first_U = torch.arange(0, length, BLOCK, device=start_BS.device)  # of each block of queries, or of keys
+    last_U = (first_U + BLOCK - 1).clamp_max(length - 1)
+    furthest_BU, nearest_BU = start_BS[:, first_U], start_BS[:, last_U]
+    earlier_UU = first_U < first_U[:, None]
+    whole_BUU = (first_U >= nearest_BU[..., None]) & earlier_UU
+    part_BUU = (last_U >= furthest_BU[..., None]) & (first_U <= first_U[:, None]) & ~whole_BUU
 
     def visible(b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= start_BS[b, query])
 
     return BlockMask.from_kv_blocks(
-        *_listed(part_BCC), *_listed(whole_BCC), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
+        *_listed(part_BUU), *_listed(whole_BUU), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
     )
 
 
-def _listed(chosen_BCC: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 [B, 1, C] and [B, 1, C, C]: how many blocks of keys are chosen for each block of queries, and which."""
-    order = chosen_BCC.int().argsort(dim=-1, descending=True, stable=True)
-    return chosen_BCC.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+def _listed(chosen_BUU: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 [B, 1, U] and [B, 1, U, U]: how many blocks of keys are chosen for each block of queries, and which."""
+    order = chosen_BUU.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen_BUU.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]

@@ -166,8 +166,6 @@ class StableMoEGPT(GPTModel):
     def _run(
         self, ids_BS: Tensor, routing: RoutingPass, labels: Tensor | None = None, cache: Any = None, apart: bool = False
     ) -> Tensor:
-        if self.position_embedding_type == "rope":
-            self.rotary_pos_emb.device = ids_BS.device
         first = cache.sequence_len_offset if cache is not None else 0
         positions_BS = torch.arange(first, first + ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
         documents = None

@@ -9,6 +9,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.tensor_parallel import RowParallelLinear
 from torch import Tensor, nn
 
+from stablemoe_ds.routing.distilled import Fp32Module
+
 
 class RowLinear(RowParallelLinear):
     """megatron-core's row-parallel linear layer, computing with the tensor-parallel group it was built with.
@@ -28,12 +30,20 @@ class Norm:
         return kinds[config.normalization](hidden_size, eps=eps)
 
 
-class DeviceRotaryEmbedding(RotaryEmbedding):
-    """Rotary embedding whose frequencies stay fp32 and follow the input's device."""
+class DeviceRotaryEmbedding(Fp32Module, RotaryEmbedding):
+    """Rotary embedding whose frequencies stay fp32 and move with the model."""
 
-    device: torch.device = torch.device("cpu")
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        frequencies: Tensor = vars(self).pop(
+            "inv_freq"
+        )  # a plain attribute, which would stay behind when the model moves
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    def forward(self, max_seq_len: int, offset: int = 0, **_: Any) -> Tensor:
+        """[max_seq_len, 1, 1, width]: angles. megatron-core would keep those of an earlier call, on its device."""
+        return self.get_emb(max_seq_len, offset)
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        self.inv_freq: Tensor = self.inv_freq.to(self.device)
-        freqs = self.get_freqs_non_repeated(max_seq_len, offset)
+        freqs: Tensor = self.get_freqs_non_repeated(max_seq_len, offset)
         return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]

@@ -58,12 +58,12 @@ def plan_dispatch(expert_TK: Tensor, experts: int, group: dist.ProcessGroup | No
     expert_TK: int64 [T, K], negative where not routed. group: expert-parallel group, None for a single rank.
     Rank r of the group holds experts [r * n, (r + 1) * n), n = experts / group size. parts: see :func:`cut`.
     """
-    counts_PN = count_parts(expert_TK, experts, parts)
+    counts_CN = count_parts(expert_TK, experts, parts)
     if group is None:
-        return plan_from_counts(expert_TK, counts_PN[None], 0)
-    counts_RPN = counts_PN.new_empty(dist.get_world_size(group), *counts_PN.shape)
-    dist.all_gather_into_tensor(counts_RPN.view(-1), counts_PN.view(-1), group=group)
-    return plan_from_counts(expert_TK, counts_RPN, dist.get_rank(group))
+        return plan_from_counts(expert_TK, counts_CN[None], 0)
+    counts_GCN = counts_CN.new_empty(dist.get_world_size(group), *counts_CN.shape)
+    dist.all_gather_into_tensor(counts_GCN.view(-1), counts_CN.view(-1), group=group)
+    return plan_from_counts(expert_TK, counts_GCN, dist.get_rank(group))
 
 
 def cut(rows: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -72,28 +72,28 @@ def cut(rows: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 
 def count_parts(expert_TK: Tensor, experts: int, parts: int) -> Tensor:
-    """int64 [P, N]: (token, choice) pairs of each part by expert."""
+    """int64 [C, N]: (token, choice) pairs of each part by expert."""
     return torch.stack([count_tokens(part, experts) for part in cut(expert_TK, parts)])
 
 
-def plan_from_counts(expert_TK: Tensor, counts_RPN: Tensor, rank: int) -> LayerPlan:
+def plan_from_counts(expert_TK: Tensor, counts_GCN: Tensor, rank: int) -> LayerPlan:
     """Plan once the counts of every rank are known.
 
-    expert_TK: int64 [T, K] of this rank. counts_RPN: int64 [ranks, P, N], :func:`count_parts` of each rank.
+    expert_TK: int64 [T, K] of this rank. counts_GCN: int64 [G, C, N], :func:`count_parts` of each rank.
     """
-    counts = counts_RPN.transpose(0, 1).tolist()  # on a GPU the one wait
+    counts = counts_GCN.transpose(0, 1).tolist()  # on a GPU the one wait
     parts = cut(expert_TK, len(counts))
-    return tuple(_plan(part, counts_RPN[:, p], counts[p], rank) for p, part in enumerate(parts))
+    return tuple(_plan(part, counts_GCN[:, p], counts[p], rank) for p, part in enumerate(parts))
 
 
-def _plan(expert_TK: Tensor, counts_RN: Tensor, counts: list[list[int]], rank: int) -> DispatchPlan:
-    """One dispatch. counts: ``counts_RN`` on the host."""
+def _plan(expert_TK: Tensor, counts_GN: Tensor, counts: list[list[int]], rank: int) -> DispatchPlan:
+    """One dispatch. counts: ``counts_GN`` on the host."""
     ranks, held = len(counts), len(counts[0]) // len(counts)
     mine = slice(rank * held, (rank + 1) * held)
     send_splits = [sum(counts[rank][to * held : (to + 1) * held]) for to in range(ranks)]
     recv_splits = [sum(sender[mine]) for sender in counts]
     sizes = [sum(column) for column in zip(*(sender[mine] for sender in counts), strict=True)]
-    received_RE = counts_RN[:, mine]
+    received_GE = counts_GN[:, mine]
     # Negative entries sort to the front, where they are cut off.
     order = torch.argsort(expert_TK.reshape(-1), stable=True)
     order_A = order[order.numel() - sum(send_splits) :]
@@ -102,8 +102,8 @@ def _plan(expert_TK: Tensor, counts_RN: Tensor, counts: list[list[int]], rank: i
     arrival = departure = None
     if ranks > 1:
         # Rows arrive by (sender, expert); a stable sort by expert groups them and keeps the senders in order.
-        expert_RE = torch.arange(held, device=order.device).repeat(ranks)
-        arrived_R = torch.repeat_interleave(expert_RE, received_RE.reshape(-1), output_size=sum(recv_splits))
+        expert_GE = torch.arange(held, device=order.device).repeat(ranks)
+        arrived_R = torch.repeat_interleave(expert_GE, received_GE.reshape(-1), output_size=sum(recv_splits))
         arrival = torch.argsort(arrived_R, stable=True)
         departure = inverse(arrival)
     return DispatchPlan(
@@ -113,7 +113,7 @@ def _plan(expert_TK: Tensor, counts_RN: Tensor, counts: list[list[int]], rank: i
         recv_splits=recv_splits,
         arrival_R=arrival,
         departure_R=departure,
-        offsets=ExpertOffsets(sizes, received_RE.sum(0).cumsum(0, dtype=torch.int32)),
+        offsets=ExpertOffsets(sizes, received_GE.sum(0).cumsum(0, dtype=torch.int32)),
         group_total=sum(map(sum, counts)),
     )
 

@@ -72,10 +72,10 @@ class CnnFeatures(WordFeatures):
         length = word.shape[1]
         padded = F.pad(word, (0, 0, CNN_TAPS - 1, 0))
         shifted = torch.stack([padded[:, tap : tap + length] for tap in range(CNN_TAPS)])
-        back_K = torch.arange(CNN_TAPS - 1, -1, -1, device=ids_BS.device)  # how far each tap looks back
+        back_taps = torch.arange(CNN_TAPS - 1, -1, -1, device=ids_BS.device)  # how far each tap looks back
         inside_BS = torch.arange(length, device=ids_BS.device) - document_starts(ids_BS, self.eos_id)
-        seen_KBS = inside_BS >= back_K[:, None, None]
-        return torch.einsum("k,kbsd->bsd", self.taps, shifted * seen_KBS[..., None])
+        seen = inside_BS >= back_taps[:, None, None]
+        return torch.einsum("k,kbsd->bsd", self.taps, shifted * seen[..., None])
 
 
 class TransformerFeatures(nn.Module):

@@ -1,8 +1,27 @@
 """What a router decides, as values that are passed on, never stored.
 
-Shape suffixes used throughout: T tokens of this rank's micro-batch in megatron-core's order (sequence first:
-t = s * B + b), S sequence positions, B sequences, D hidden size, N experts of a layer, K experts per token,
-L MoE layers, V vocabulary.
+Names of tensors and arrays end in their shape, one letter a dimension. A letter means one thing in the whole package:
+
+A  routed (token, choice) pairs of this rank, sorted by expert
+B  sequences of a micro-batch
+C  consecutive parts that a micro-batch's tokens are cut into for dispatch
+D  hidden size
+E  experts of this rank
+F  inner width of an expert
+G  ranks of the expert-parallel group
+H  records of the probe set over a run (its history)
+I  columns of a row, or inputs of a matrix
+K  experts (choices) of a token
+L  MoE layers
+M  micro-batches of an update
+N  experts of a layer, over all ranks
+O  outputs of a matrix
+P  tokens of the probe set
+R  rows that have arrived at this rank, sorted by expert
+S  positions of a sequence
+T  tokens of this rank's micro-batch in megatron-core's order, sequence first: t = s * B + b
+U  blocks of queries or keys in attention
+V  vocabulary
 """
 
 from __future__ import annotations

@@ -19,16 +19,16 @@ PROBE_IDS = "probe_ids.npy"
 class RouteRecords:
     """The expert of each probe token over a run.
 
-    steps: int64 [R], ascending; how many updates had been made. expert_RLP: int16 [R, L, P].
+    steps: int64 [H], ascending; how many updates had been made. expert_HLP: int16 [H, L, P].
     """
 
     steps: NDArray[np.int64]
-    expert_RLP: NDArray[np.int16]  # noqa: N815
+    expert_HLP: NDArray[np.int16]  # noqa: N815
 
     def __post_init__(self) -> None:
-        if self.expert_RLP.ndim != 3 or self.steps.shape != self.expert_RLP.shape[:1]:
+        if self.expert_HLP.ndim != 3 or self.steps.shape != self.expert_HLP.shape[:1]:
             raise ValueError(
-                f"expected steps [R] and experts [R, L, P], got {self.steps.shape}, {self.expert_RLP.shape}"
+                f"expected steps [H] and experts [H, L, P], got {self.steps.shape}, {self.expert_HLP.shape}"
             )
         if (np.diff(self.steps) <= 0).any():
             raise ValueError("record steps must ascend")

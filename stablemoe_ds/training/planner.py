@@ -94,12 +94,12 @@ class Planner:
         routes = [self._routes(batch) for batch in batches]
         shares = [[split_tokens(layer, self._tensor_group) for layer in expert_LTK] for expert_LTK in routes]
         counted = [torch.stack([count_parts(e, self._experts, self._parts) for e in layers]) for layers in shares]
-        counts_RMLPN = self._exchange(number, batches, torch.stack(counted))
+        counts_GMLCN = self._exchange(number, batches, torch.stack(counted))
         rank = dist.get_rank(self._group) if self._group is not None else 0
         pin = self._groups.world.device.type == "cuda"
         planned = []
         for m, (batch, expert_LTK) in enumerate(zip(batches, routes, strict=True)):
-            plans = [plan_from_counts(e, counts_RMLPN[:, m, layer], rank) for layer, e in enumerate(shares[m])]
+            plans = [plan_from_counts(e, counts_GMLCN[:, m, layer], rank) for layer, e in enumerate(shares[m])]
             routed = RoutedBatch(batch, expert_LTK, tuple(plans))
             planned.append(routed.pin() if pin else routed)
         return planned
@@ -112,41 +112,41 @@ class Planner:
         real_T = batch.real.transpose(0, 1).flatten()
         return torch.where(real_T[None, :, None], self._routing(batch.ids), NOT_ROUTED)
 
-    def _exchange(self, number: int, batches: list[Batch], counts_MLPN: Tensor) -> Tensor:
-        """Counts of every rank of the expert-parallel group, int64 [R, M, L, P, N].
+    def _exchange(self, number: int, batches: list[Batch], counts_MLCN: Tensor) -> Tensor:
+        """Counts of every rank of the expert-parallel group, int64 [G, M, L, C, N].
 
         With them travels what must be equal: how many updates were planned, the routing of each layer, and among
         ranks that share a batch (tensor parallelism) its ids. Raises UserError on every rank if it is not.
         """
         if self._group is None:
-            return counts_MLPN[None]
+            return counts_MLCN[None]
         ids = _digest(torch.stack([batch.ids for batch in batches]).numpy().tobytes())
         head = torch.tensor([number, self._groups.data_rank, ids, *self._tables])
-        mine = torch.cat([head, counts_MLPN.reshape(-1)])
+        mine = torch.cat([head, counts_MLCN.reshape(-1)])
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(parts, mine, group=self._group)
-        counts_RMLPN = torch.stack([part[len(head) :].view_as(counts_MLPN) for part in parts])
-        self._compare([part[: len(head)].tolist() for part in parts], counts_RMLPN)
-        return counts_RMLPN
+        counts_GMLCN = torch.stack([part[len(head) :].view_as(counts_MLCN) for part in parts])
+        self._compare([part[: len(head)].tolist() for part in parts], counts_GMLCN)
+        return counts_GMLCN
 
-    def _compare(self, heads: list[list[int]], counts_RMLPN: Tensor) -> None:
+    def _compare(self, heads: list[list[int]], counts_GMLCN: Tensor) -> None:
         """Raise UserError unless all ranks plan the same update alike; ``heads``: what came before their counts."""
         first_of_data_rank: dict[int, tuple[int, int]] = {}
         for rank, (update, data_rank, ids, *tables) in enumerate(heads):
             if update != heads[0][0]:
-                self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_RMLPN)
+                self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_GMLCN)
             for layer, (table, expected) in enumerate(zip(tables, heads[0][3:], strict=True)):
                 if table != expected:
                     what = f"route MoE layer {layer + 1} by different tables"
-                    self._refuse(0, rank, what, counts_RMLPN[:, :, layer : layer + 1])
+                    self._refuse(0, rank, what, counts_GMLCN[:, :, layer : layer + 1])
             other, expected = first_of_data_rank.setdefault(data_rank, (rank, ids))
             if ids != expected:
-                self._refuse(other, rank, "should have the same batch and have not", counts_RMLPN)
+                self._refuse(other, rank, "should have the same batch and have not", counts_GMLCN)
 
-    def _refuse(self, first: int, second: int, what: str, counts_RMLPN: Tensor) -> None:
+    def _refuse(self, first: int, second: int, what: str, counts_GMLCN: Tensor) -> None:
         """Raise UserError naming two ranks of the group, and the rows each has to send by MoE layer."""
         names = dist.get_process_group_ranks(self._group)
-        rows = counts_RMLPN.sum((1, 3, 4)).tolist()
+        rows = counts_GMLCN.sum((1, 3, 4)).tolist()
         raise UserError(
             f"ranks {names[first]} and {names[second]} {what} ({rows[first]} and {rows[second]} rows to send): "
             "were they started with the same configuration, data and checkpoint?"

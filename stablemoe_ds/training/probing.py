@@ -59,15 +59,15 @@ class Probing(Callback):
         records = None if step is None else self._records.load_all()
         if self._batches:
             ids = self._joined(np.concatenate([batch.ids[batch.real].numpy() for batch in self._batches]))
-            if records is not None and records.expert_RLP.shape[-1] != len(ids):
+            if records is not None and records.expert_HLP.shape[-1] != len(ids):
                 raise UserError(
-                    f"{self._records.folder}: holds records of {records.expert_RLP.shape[-1]} tokens, now they would "
+                    f"{self._records.folder}: holds records of {records.expert_HLP.shape[-1]} tokens, now they would "
                     f"be of {len(ids)}: set logging.probe_tokens as it was, or move that folder away"
                 )
             if self._reporter.main:
                 np.save(self._reporter.folder / PROBE_IDS, ids)
         if step is not None:
-            self._last_LP = None if records is None else records.expert_RLP[-1]
+            self._last_LP = None if records is None else records.expert_HLP[-1]
             settled = [line["settled"] for line in self._reporter.metrics.read() if line.get("settled")]
             self.history = [RoutingState(**state) for state in settled]
 

@@ -42,7 +42,7 @@ def series(records: RouteRecords, ids: np.ndarray) -> RoutingSeries:
 
 
 def test_numbers_of_a_random_routing(series, records, ids):
-    pairs = [(i, e) for i, e in zip(ids.tolist(), records.expert_RLP[0, 0].tolist(), strict=True) if e >= 0]
+    pairs = [(i, e) for i, e in zip(ids.tolist(), records.expert_HLP[0, 0].tolist(), strict=True) if e >= 0]
     by_expert = {e: [i for i, other in pairs if other == e] for e in range(EXPERTS)}
     served = [len(by_expert[e]) for e in range(EXPERTS)]
     mean = sum(served) / EXPERTS

@@ -14,15 +14,15 @@ STEPS = np.array([0, 10, 20, 35, 50])
 @pytest.fixture
 def records() -> RouteRecords:
     rng = np.random.default_rng(0)
-    expert_RLP = rng.integers(0, 3, (5, 2, 40)).astype(np.int16)
-    expert_RLP[:, :, :8] = expert_RLP[-1, :, :8]  # some tokens never move
-    return RouteRecords(STEPS, expert_RLP)
+    expert_HLP = rng.integers(0, 3, (5, 2, 40)).astype(np.int16)
+    expert_HLP[:, :, :8] = expert_HLP[-1, :, :8]  # some tokens never move
+    return RouteRecords(STEPS, expert_HLP)
 
 
 def histories(records: RouteRecords) -> list[list[int]]:
     """The experts of each (layer, token) over the records, layer by layer."""
-    _, layers, tokens = records.expert_RLP.shape
-    return [records.expert_RLP[:, layer, token].tolist() for layer in range(layers) for token in range(tokens)]
+    _, layers, tokens = records.expert_HLP.shape
+    return [records.expert_HLP[:, layer, token].tolist() for layer in range(layers) for token in range(tokens)]
 
 
 def slow_last(history: list[int]) -> int:
@@ -68,11 +68,11 @@ def test_a_token_that_comes_back_has_changed():
 def test_one_record_proves_nothing(records):
     assert changed_since(records, 36) is None
     assert changed_since(records, 51) is None
-    assert churn(RouteRecords(STEPS[:1], records.expert_RLP[:1])).tolist() == []
+    assert churn(RouteRecords(STEPS[:1], records.expert_HLP[:1])).tolist() == []
 
 
 def test_records_out_of_order_are_refused(records):
     with pytest.raises(ValueError, match="ascend"):
-        RouteRecords(STEPS[::-1], records.expert_RLP)
-    with pytest.raises(ValueError, match="R, L, P"):
-        RouteRecords(STEPS[:-1], records.expert_RLP)
+        RouteRecords(STEPS[::-1], records.expert_HLP)
+    with pytest.raises(ValueError, match="H, L, P"):
+        RouteRecords(STEPS[:-1], records.expert_HLP)

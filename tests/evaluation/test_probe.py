@@ -85,8 +85,8 @@ def test_folder_gives_back_what_it_got_in_order(tmp_path):
         folder.append(step, record(step % 7))
     records = folder.load_all()
     assert records.steps.tolist() == [0, 20, 900, 123_456_789]
-    assert records.expert_RLP[:, 0, 0].tolist() == [0, 6, 4, 123_456_789 % 7]
-    assert records.expert_RLP.dtype == np.int16
+    assert records.expert_HLP[:, 0, 0].tolist() == [0, 6, 4, 123_456_789 % 7]
+    assert records.expert_HLP.dtype == np.int16
 
 
 def test_folder_is_cut_back_on_resume(tmp_path):
@@ -97,7 +97,7 @@ def test_folder_is_cut_back_on_resume(tmp_path):
     folder.truncate_after(20)
     assert folder.steps() == [10, 20]
     folder.append(20, record(3))
-    assert folder.load_all().expert_RLP[-1].tolist() == record(3).tolist()
+    assert folder.load_all().expert_HLP[-1].tolist() == record(3).tolist()
 
 
 def test_folder_survives_a_kill_in_the_middle(tmp_path):

@@ -40,12 +40,12 @@ def metrics(tmp_path) -> list[dict]:
 
 def records(moves_late: bool = False) -> RouteRecords:
     """Four tokens in two layers, so eight cases: three move up to the switch, and one after it if asked."""
-    expert_RLP = np.zeros((6, 2, 4), dtype=np.int16)
-    expert_RLP[0, 0, :2] = 1  # 2 of 8 differ from the end at update 0
-    expert_RLP[:2, 1, 3] = 2  # 1 of 8 still differs at update 20
+    expert_HLP = np.zeros((6, 2, 4), dtype=np.int16)
+    expert_HLP[0, 0, :2] = 1  # 2 of 8 differ from the end at update 0
+    expert_HLP[:2, 1, 3] = 2  # 1 of 8 still differs at update 20
     if moves_late:
-        expert_RLP[5, 1, 0] = 3  # so the record at 80 is its last that differs
-    return RouteRecords(np.array([0, 20, 40, 60, 80, 100]), expert_RLP)
+        expert_HLP[5, 1, 0] = 3  # so the record at 80 is its last that differs
+    return RouteRecords(np.array([0, 20, 40, 60, 80, 100]), expert_HLP)
 
 
 @pytest.fixture

@@ -90,3 +90,15 @@ def test_cudnn_is_left_out_where_lengths_change(device, training, plans):
         assert torch.backends.cuda.cudnn_sdp_enabled() is plans
         assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_rotary_angles_stay_fp32_and_move_with_the_model():
+    from stablemoe_ds.model.parts import DeviceRotaryEmbedding
+
+    rotary = DeviceRotaryEmbedding(WIDTH, 1.0, rotary_base=10_000, use_cpu_initialization=True)
+    before = rotary(5)
+    angles = torch.arange(5.0)[:, None] * 10_000 ** (-torch.arange(0, WIDTH, 2) / WIDTH)
+    torch.testing.assert_close(before[:, 0, 0], torch.cat([angles, angles], -1))
+    assert torch.equal(rotary.bfloat16()(5), before)
+    assert rotary.to("meta")(5).device.type == "meta", "angles of an earlier call must not be kept"
+    assert not rotary.state_dict()
