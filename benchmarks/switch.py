@@ -17,21 +17,22 @@ from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 
 
 class SwitchBlock(MegatronModule):
-    """DeepSpeed's layer as a member of ``TransformerBlock``: h + gate * expert(h)."""
+    """DeepSpeed's layer as a member of ``RoutedStack``: h + gate * expert(h)."""
 
     def __init__(self, config: Any, moe: MoE, layer_number: int) -> None:
         super().__init__(config)
         self.moe, self.layer_number = moe, layer_number
 
-    def forward(self, hidden_states: Tensor, context: RoutingPass, **_: Any) -> tuple[Tensor, RoutingPass]:
+    def forward(self, hidden_states: Tensor, *, routing: RoutingPass, **_: Any) -> Tensor:
+        added: Tensor
         added, balance, served_N = self.moe(hidden_states)
         tokens = hidden_states.shape[0] * hidden_states.shape[1]
         none = served_N.new_zeros(())
         # Its loss is a mean over tokens, the engine wants a sum. Where a token went stays inside the layer.
         losses = {"balance": balance * tokens}
         report = LayerReport(self.layer_number, served_N.new_empty(0, 1), served_N, none, none, losses, None)
-        context.reports.append(report)
-        return hidden_states + added, context
+        routing.reports.append(report)
+        return hidden_states + added
 
 
 def switch_gpt(run: RunConfig, dense: RunConfig, groups: Groups, **options: Any) -> StableMoEGPT:

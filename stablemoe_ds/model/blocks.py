@@ -1,7 +1,7 @@
 """The layers of the stack: megatron-core's transformer layer, and an MoE layer beside it in the residual stream.
 
-The :class:`RoutingPass` of a forward call travels through ``TransformerBlock`` as its ``context`` argument,
-which a decoder-only model leaves free. MoE layers read routes from it and append their reports to it.
+The :class:`RoutingPass` of a forward call travels through :class:`stablemoe_ds.model.stack.RoutedStack` as an argument.
+MoE layers read routes from it and append their reports to it.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ class DenseBlock(TransformerLayer):
         super().__init__(*args, **kwargs)
         self.recompute, self.compiled = recompute, compiled
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, RoutingPass | None]:
-        routing = kwargs.pop("context", None)
-        if routing is not None and routing.ended:
-            return hidden_states, routing
+    def forward(self, hidden_states: Tensor, *, routing: RoutingPass, **kwargs: Any) -> Tensor:
+        if routing.ended:
+            return hidden_states
         # Not with a key-value cache: it grows with every call, and each length would be compiled anew.
         compiled = self.compiled and kwargs.get("inference_context") is None
         layer = _compiled_layer if compiled else TransformerLayer.forward
+        output: Tensor
         output, _ = _call(self.recompute and self.training, layer, self, hidden_states, **kwargs)
-        return output, routing
+        return output
 
 
 class MoEBlock(MegatronModule):
-    """An MoE layer as a member of ``TransformerBlock``."""
+    """An MoE layer as a member of ``RoutedStack``."""
 
     def __init__(
         self,
@@ -84,11 +84,12 @@ class MoEBlock(MegatronModule):
         self.layer_number, self.recompute = layer_number, recompute
         self.moe = build()
 
-    def forward(self, hidden_states: Tensor, context: RoutingPass, **_: Any) -> tuple[Tensor, RoutingPass]:
-        output, report = _call(self.recompute and self.training, self.moe, hidden_states, context)
+    def forward(self, hidden_states: Tensor, *, routing: RoutingPass, **_: Any) -> Tensor:
+        output: Tensor
+        output, report = _call(self.recompute and self.training, self.moe, hidden_states, routing)
         # Outside of what is recomputed, so that a report is made once per forward call.
-        context.reports.append(report)
-        return output, context
+        routing.reports.append(report)
+        return output
 
 
 class DenseStack(MegatronModule):
@@ -101,9 +102,10 @@ class DenseStack(MegatronModule):
         self.layer_number, self.recompute = layer_number, recompute
         self.stack = Experts(shape, 1)
 
-    def forward(self, hidden_states: Tensor, context: RoutingPass, **_: Any) -> tuple[Tensor, RoutingPass]:
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         rows = hidden_states.flatten(0, 1)
         added = _call(
             self.recompute and self.training, self.stack, rows, ExpertOffsets.whole(rows.shape[0], rows.device)
         )
-        return hidden_states + added.view_as(hidden_states), context
+        stream: Tensor = hidden_states + added.view_as(hidden_states)
+        return stream

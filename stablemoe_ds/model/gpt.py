@@ -28,6 +28,7 @@ from stablemoe_ds.model.cross_entropy import cross_entropy
 from stablemoe_ds.model.document_mask import Documents, can_be_fast
 from stablemoe_ds.model.initialize import initialize_parameters
 from stablemoe_ds.model.parts import DeviceRotaryEmbedding, Norm, RowLinear
+from stablemoe_ds.model.stack import RoutedStack
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import LayerPlan
@@ -72,7 +73,7 @@ class StableMoEGPT(GPTModel):
         config = transformer_config(run, len(specs))
         super().__init__(
             config,
-            TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm),
+            TransformerBlockSubmodules(layer_specs=[], layer_norm=Norm),  # its decoder is replaced below
             vocab_size,
             run.data.sequence_length,
             share_embeddings_and_output_weights=m.tie_embeddings,
@@ -80,6 +81,7 @@ class StableMoEGPT(GPTModel):
             rotary_base=m.rope_base,
         )
         self.run_config = run
+        self.decoder = RoutedStack(config, TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm))
         if m.positions == "rope":
             self.rotary_pos_emb = DeviceRotaryEmbedding(
                 config.kv_channels, 1.0, rotary_base=m.rope_base, use_cpu_initialization=True
@@ -137,7 +139,7 @@ class StableMoEGPT(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """megatron-core's step from the stack's output to logits or losses, where somebody wants them."""
-        if kwargs["extra_block_kwargs"]["context"].ended:
+        if kwargs["extra_block_kwargs"]["routing"].ended:
             return hidden_states
         output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
         return output
@@ -181,7 +183,7 @@ class StableMoEGPT(GPTModel):
             documents,
             labels=labels,
             inference_context=cache,
-            extra_block_kwargs={"context": routing},
+            extra_block_kwargs={"routing": routing},
             runtime_gather_output=labels is None,
         )
 

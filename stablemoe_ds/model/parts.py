@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -35,9 +35,8 @@ class DeviceRotaryEmbedding(Fp32Module, RotaryEmbedding):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        frequencies: Tensor = vars(self).pop(
-            "inv_freq"
-        )  # a plain attribute, which would stay behind when the model moves
+        frequencies = cast(Tensor, self.inv_freq)
+        del self.inv_freq  # a plain attribute, which would stay behind when the model moves
         self.register_buffer("inv_freq", frequencies, persistent=False)
 
     def forward(self, max_seq_len: int, offset: int = 0, **_: Any) -> Tensor:
@@ -45,5 +44,5 @@ class DeviceRotaryEmbedding(Fp32Module, RotaryEmbedding):
         return self.get_emb(max_seq_len, offset)
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        freqs: Tensor = self.get_freqs_non_repeated(max_seq_len, offset)
+        freqs = cast(Tensor, RotaryEmbedding.get_freqs_non_repeated(self, max_seq_len, offset))
         return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
