@@ -56,7 +56,7 @@ def _shares(run: RunConfig, world_size: int) -> Iterator[str]:
         if factor * mean < 1:
             reason = (
                 f"an expert's share of {group_tokens:g} tokens is {factor * mean:.2g}, less than one; "
-                "each expert takes one token, and most tokens may be dropped"
+                "each expert takes one token, and many may be dropped"
             )
             yield _caution("moe.capacity_factor", factor, reason, f"{1 / mean:.3g} or more, or a larger micro-batch")
         elif factor < 1:
