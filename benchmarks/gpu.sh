@@ -59,7 +59,7 @@ fast() {
   part moe_layer 80 -m benchmarks.moe_layer --output "$work/results/moe_layer.json" "${quick[@]}"
   part step 110 -m benchmarks.step --output "$work/results/step.json" --profile "$work/results/profile.txt" "${quick[@]}"
   part generation 30 -m benchmarks.generation --output "$work/results/generation.json" "${quick[@]}"
-  part routers 330 -m benchmarks.routers --output "$work/results/routers.json" --seconds 75 "${data[@]}" "${quick[@]}"
+  part routers 330 -m benchmarks.routers --output "$work/results/routers.json" --seconds $((75 * patience)) "${data[@]}" "${quick[@]}"
   TOTAL=$((358 * patience))
   part pictures 20 -m benchmarks.pictures "$work/results"
 }
