@@ -49,7 +49,7 @@ def settings_of(name: str, train: Corpus, valid: Corpus, folder: Path, tokens: i
     steps = max(2 * POINTS, tokens // step)
     return {
         "name": name,
-        "run_dir": str(folder / "runs"),
+        "run_dir": str(folder / name),
         "model": {"layers": layers, "hidden_size": width, "heads": width // 64, "ffn_hidden_size": 4 * width},
         "moe": {"layers": [layers // 2], "experts": experts},
         "data": {"tokenizer": train.tokenizer, "train": train.prefix, "valid": valid.prefix, "sequence_length": length},
@@ -121,7 +121,7 @@ def main() -> None:
                 continue
             settings = settings_of(recipe, train_text, valid_text, folder, tokens, arguments.quick)
             failed = train(settings, changes, arguments.seconds)
-            points = points_of(folder / "runs" / recipe, settings["schedule"]["tokens_per_step"])
+            points = points_of(folder / recipe, settings["schedule"]["tokens_per_step"])
             rows.append({"recipe": recipe, "points": points, "failed": failed})
             record(arguments, __doc__, {"rows": rows}, tables(rows))
     publish(arguments, __doc__, {"rows": rows}, tables(rows))
