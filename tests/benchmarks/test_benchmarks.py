@@ -76,8 +76,8 @@ def test_generation_is_timed_with_and_without_the_cache() -> None:
 
 
 def test_routers_are_compared_on_the_same_text() -> None:
-    rows = result_of("routers")["rows"]
-    assert [row["recipe"] for row in rows][:2] == ["hash", "stablemoe"]
+    rows = result_of("routers")["rows"][:2]
+    assert [row["recipe"] for row in rows] == ["hash", "stablemoe"]
     for row in rows:
         assert row["failed"] is None
         first, *_, last = row["points"]
