@@ -6,11 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import distributed
-
 from stablemoe_ds.data.blend import content
 from stablemoe_ds.data.corpus import PreparedInfo
-from stablemoe_ds.distributed.together import on_first_rank
+from stablemoe_ds.distributed.together import of_all_ranks, on_first_rank
 from stablemoe_ds.errors import UserError
 
 
@@ -31,10 +29,7 @@ def verify_once(infos: Sequence[PreparedInfo], folder: Path) -> None:
 
 def _same_everywhere(infos: Sequence[PreparedInfo]) -> None:
     """Each rank works out the order of the text for itself, so all must have the same."""
-    if not distributed.is_initialized():
-        return
-    ranks: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(ranks, [content(info) for info in infos])
+    ranks: list[list[str]] = of_all_ranks([content(info) for info in infos])
     for rank, theirs in enumerate(ranks):
         for info, here, there in zip(infos, ranks[0], theirs, strict=True):
             if here != there:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import distributed
@@ -37,6 +38,15 @@ def on_first_rank_within(context: AbstractContextManager[None]) -> Iterator[None
     with ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(context))
         yield
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """What each rank has, in the order of the ranks; a process without a group is the only one. Collective."""
+    if not distributed.is_initialized():
+        return [value]
+    ranks: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(ranks, value)
+    return ranks
 
 
 class StopVote:
