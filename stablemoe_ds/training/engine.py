@@ -135,7 +135,8 @@ class Engine:
         """
         moe = self.run.moe
         balanced = moe.facts.balance_weight and moe.balance_weight and moe.balance_over == "update"
-        if routes.fixed or len(routed) == 1 or not balanced:
+        known = routes.fixed or routed[0].fixed_LTK is not None
+        if known or len(routed) == 1 or not balanced:
             return None
         counts = []
         for number, micro in enumerate(routed):
