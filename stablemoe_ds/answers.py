@@ -27,7 +27,7 @@ def reserve_stdout() -> Iterator[None]:
     before.flush()
     original = os.dup(1)
     kept = before
-    if isinstance(before, io.TextIOWrapper) and before.fileno() == 1:
+    if isinstance(before, io.TextIOWrapper) and _writes_to(before, 1):
         # A terminal that lacks a letter shows its code instead.
         kept = open(os.dup(1), "w", encoding=before.encoding, errors="backslashreplace")  # noqa: SIM115
     _reserved.append((kept, original))
@@ -42,6 +42,13 @@ def reserve_stdout() -> Iterator[None]:
         os.close(original)
         if kept is not before:
             kept.close()
+
+
+def _writes_to(file: TextIO, number: int) -> bool:
+    try:
+        return file.fileno() == number
+    except OSError:  # a stand-in that writes to memory
+        return False
 
 
 def stream() -> TextIO:

@@ -52,7 +52,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a damaged name
         raise UserError(f"cannot read Parquet file {path}: {one_line(error)[:200]}") from error
 
 

@@ -142,7 +142,7 @@ def test_settings_that_do_not_fit_the_files(folder: Path, capsys: pytest.Capture
     for words, said in (
         (["model.vocab_size=100"], "model.vocab_size: got 100: the tokenizer has 350 ids"),
         (["data.tokenizer=null", "model.vocab_size=100"], "got 100: "),
-        (["data.sequence_length=999999", "schedule.tokens_per_step=999999"], "but a sequence of 999999 needs"),
+        (["data.sequence_length=999999", "schedule.tokens_per_step=999999"], "fewer than a sequence of 999999"),
         ([f"run_dir={folder}/tok.model/run"], f"run_dir: {folder}/tok.model is a file: name another run_dir"),
         (["parallel.tensor=4", "model.heads=4"], "model.vocab_size: got 350: expected a multiple of parallel.tensor 4"),
     ):

@@ -99,7 +99,7 @@ def test_a_killed_rank_is_named_by_all_others(data: TinyData, tmp_path: Path) ->
         assert ranks.codes == [3, -9, 3]
         for rank in (0, 2):
             assert f"rank {rank} in update {BROKEN}, " in ranks.error(rank)
-            assert "lost contact with other ranks in training.engine." in ranks.error(rank)
+            assert "lost contact with other ranks in training." in ranks.error(rank)
             assert "no word from rank 1: killed, hung, or its host is gone" in ranks.error(rank)
             assert "Started again, the run goes on after step-000002" in ranks.error(rank)
             assert "Traceback" not in ranks.said(rank)
@@ -143,7 +143,7 @@ def test_out_of_memory_on_one_rank(data: TinyData, tmp_path: Path) -> None:
         ranks.wait()
         assert ranks.codes == [3, 1]
         assert f"rank 1 in update {BROKEN}, " in ranks.error(1)
-        assert "out of memory in training.trainer._update; a smaller parallel.micro_batch" in ranks.error(1)
+        assert "out of memory in training.trainer._keep_or_drop; a smaller parallel.micro_batch" in ranks.error(1)
         assert "the cause is: rank 1 in update 3, " in ranks.error(0)
         assert "out of memory" in ranks.error(0)
         assert "Traceback" not in ranks.said(0)

@@ -40,7 +40,7 @@ def launch(*words: str, cluster: str = SLURM) -> int:
         (["one.yaml"], SLURM + "forward: [NOT_SET_ANYWHERE]\n", "NOT_SET_ANYWHERE is not set in this shell"),
         (["one.yaml", "parallel.expert=3"], SLURM, "parallel.expert: got 3"),
         (["one.yaml"], SLURM + "processes_per_node: 3\n", "schedule.tokens_per_step: got 64"),
-        (["none.yaml"], SLURM, "none.yaml: cannot read the configuration"),
+        (["none.yaml"], SLURM, "none.yaml: cannot read it"),
     ],
 )
 def test_refusals_come_before_anything_is_written(
