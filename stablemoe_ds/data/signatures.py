@@ -73,7 +73,7 @@ SIGNATURES: dict[str, dict[str, bytes]] = {
     },
     NO_TEXT: {
         "a PyTorch file": ZIP + rb"[^\0]{1,200}?/(data\.pkl|\.format_version)",
-        "a Python pickle": rb"\x80[\x02-\x05][\x95\]}(cX\x8a\x8c]",
+        "a pickled Python object": rb"\x80[\x02-\x05][\x95\]}(cX\x8a\x8c]",
         "a safetensors file": rb"[\s\S]{4}[\0-\x0f]\0{3}\{\"",
         "a GGUF model": rb"GGUF[\x01-\x0f]\0\0\0",
         "a sentencepiece model": rb"\n[\s\S]\n[\x01-\x40][^\n]{1,64}\x15[\s\S]{4}",

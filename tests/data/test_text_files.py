@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "sqlite": (database(), "an SQLite database"),
     "npy": (saved(lambda out: np.save(out, np.arange(9))), "a numpy array"),
     "npz": (saved(lambda out: np.savez(out, a=np.arange(9))), "a numpy archive"),
-    "pickle": (pickle.dumps({"a": 1}), "a Python pickle"),
+    "pickle": (pickle.dumps({"a": 1}), "a pickled Python object"),
     "torch": (saved(lambda out: torch.save({"a": torch.zeros(3)}, out)), "a PyTorch file"),
     "safetensors": (save({"a": np.zeros(3)}), "a safetensors file"),
     "gguf": (b"GGUF\3\0\0\0" + bytes(20), "a GGUF model"),
