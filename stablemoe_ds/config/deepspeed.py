@@ -31,6 +31,7 @@ UNSAFE = {
     "gradient_predivide_factor": (1.0, "DeepSpeed's ZeRO 2 refuses it"),
     "communication_data_type": ("fp32", "gradients are summed over ranks in fp32"),
     "data_types.grad_accum_dtype": ("fp32", "gradients are summed over micro-batches in fp32"),
+    "bf16.immediate_grad_update": (True, "otherwise gradients of the first micro-batches are counted several times"),
 }
 UNUSABLE = {
     "amp": "DeepSpeed 0.19 has dropped it",
