@@ -63,7 +63,7 @@ class StableMoEGPT(GPTModel):
     def __init__(self, run: RunConfig, vocab_size: int, placement: LayerPlacement) -> None:
         """Build on the CPU in fp32, initialised from ``run.seed`` alone: equal under every parallel layout.
 
-        Needs megatron-core's process groups (``training.groups``). Raises UserError if the run is to be compiled and
+        Needs megatron-core's process groups (``distributed.groups``). Raises UserError if the run is to be compiled and
         this machine cannot.
         """
         m = run.model
