@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = train_tokenizer([parts["train"]], given.folder / "tokenizer.model", given.vocab_size, "bpe")
         for part, text in parts.items():
             info = prepare([text], tokenizer, Path(name) / part, documents="line")
-            for ending in (".bin", ".idx"):
+            for ending in (".bin", ".idx", ".json", ".counts.npy"):
                 made = Path(f"{info.prefix}{ending}")
                 (given.folder / f"{part}{ending}.xz").write_bytes(lzma.compress(made.read_bytes(), preset=9))
             size = sum(file.stat().st_size for file in given.folder.iterdir())

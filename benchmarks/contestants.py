@@ -70,7 +70,7 @@ class Shape:
 QUICK = Shape(64, 2, 4, 512, (1, 2), 8, 64, 512, "fp32")
 LAPTOP = Shape(256, 4, 4, 4096, (2, 4), 8, 128, 2048, "fp32")
 # 1.4 B active of 2.4 B parameters. At 18 bytes each (bf16 weight; fp32 gradient, master weight and two moments) that is
-# 43 GB; the activations of 8 192 tokens take about 20 GB more.
+# 43 GB; the activations of 8 192 tokens take about 10 GB more.
 GPU = Shape(2048, 24, 16, 32768, (6, 12, 18, 24), 8, 2048, 32768, "bf16", micro=4)
 
 
@@ -100,7 +100,7 @@ def run_of(task: Task, router: str) -> RunConfig:
             },
             "moe": {"router": router, "layers": list(s.moe_layers), "experts": 1 if dense else s.experts},
             "data": {"tokenizer": task.corpus.tokenizer, "train": task.corpus.prefix, "sequence_length": s.sequence},
-            "optimizer": {"lr": 1e-6},
+            "optimizer": {"lr": 1e-9},
             "schedule": {"steps": task.rounds + 10, "tokens_per_step": s.tokens},
             "stages": {"at_step": 1} if ROUTERS[router].distilled else {},
             "parallel": {"expert": 1 if dense else task.ranks, "micro_batch": s.micro},

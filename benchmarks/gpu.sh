@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # All tests and benchmarks that need a GPU, in two calls, on a machine that need have no network.
 #
-#   benchmarks/gpu.sh correct WHEELS OUTPUT       at most four minutes: the tests, who waits for the GPU first
-#   benchmarks/gpu.sh fast WHEELS OUTPUT [DATA]   at most six: layer, step, generation, routers on the text in DATA
-#   benchmarks/gpu.sh --cpu correct ...           the same with --quick on the CPU, ten times as patient, to try it out
+#   benchmarks/gpu.sh correct WHEELS OUTPUT [DATA]   at most three minutes: the tests, and each benchmark at its smallest,
+#                                                    side by side
+#   benchmarks/gpu.sh fast WHEELS OUTPUT             at most five: layer, step and generation, one after the other
+#   benchmarks/gpu.sh train WHEELS OUTPUT [DATA]     at most five: routers and tables on the text in DATA
+#   benchmarks/gpu.sh --cpu correct ...              the same with --quick on the CPU, ten times as patient, to try it out
 #
 #   WHEELS   a folder that benchmarks/wheels.sh has filled; an empty one if everything is installed
 #   DATA     a folder that benchmarks.carry has filled; without it the routers read Python's standard library
 #   PYTHON   the interpreter to use (default: python3)
 #
-# The most precious comes first, and every part writes down what it knows as it goes: a call that is cut off leaves
-# something. In OUTPUT, whatever fails: summary.txt (begin there), logs.txt, results.json, results.md, profile.txt, PNGs.
+# Every part writes down what it knows as it goes: a call that is cut off leaves something. In OUTPUT, whatever fails: summary.txt (begin there), logs.txt, results.json, results.md, profile.txt, PNGs.
 # The exit status is 0 if all parts succeeded, 1 if one failed or was cut off, 2 if there is no GPU, the call is wrong or
 # the package cannot be imported.
 #
@@ -19,15 +20,23 @@
 # msgpack, ninja, psutil and py-cpuinfo for DeepSpeed.
 set -uo pipefail
 
-USAGE="usage: benchmarks/gpu.sh [--cpu] correct|fast WHEELS OUTPUT [DATA], and WHEELS has to be a folder"
+USAGE="usage: benchmarks/gpu.sh [--cpu] correct|fast|train WHEELS OUTPUT [DATA], and WHEELS has to be a folder"
 NEEDED=(torch deepspeed megatron.core pydantic ruamel.yaml sentencepiece tokenizers scipy safetensors matplotlib)
 NEEDED+=(tensorboard pytest pytest_timeout)
+IMPORTS='
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        print(f"{name} cannot be imported ({error})")
+'
 PYTHON="${PYTHON:-python3}"
 
 main() {
   cpu=
   [[ "${1-}" != --cpu ]] || { cpu=1 && shift; }
-  (($# == 3 || $# == 4)) && [[ "$1" == correct || "$1" == fast ]] && [[ -d "$2" ]] || stop "$USAGE"
+  (($# == 3 || $# == 4)) && [[ "$1" =~ ^(correct|fast|train)$ ]] && [[ -d "$2" ]] || stop "$USAGE"
   mkdir -p "$3" || stop "cannot write to $3"
   local call="$1" wheels output data=()
   wheels="$(realpath "$2")" output="$(realpath "$3")"
@@ -37,31 +46,57 @@ main() {
   trap 'collect "$output"; rm -rf "$work"' EXIT
   mkdir "$work/logs" "$work/results"
   prepare "$wheels"
-  failed=0 quick=() patience=1
+  quick=() patience=1
   [[ -z "$cpu" ]] || { quick=(--quick --rounds 1) && patience=10; }
-  if [[ "$call" == correct ]]; then correct; else fast; fi
+  case "$call" in
+    correct) correct ;;
+    fast) fast ;;
+    train) train ;;
+  esac
   cat "$work/parts.txt"
-  exit "$failed"
+  ! grep -qv 'ok$' "$work/parts.txt"
+  exit
 }
 
-# Tests. Those of the first part are the ones that a GPU alone can answer.
+# What can fail, all at once: nothing here is a measurement.
 correct() {
-  TOTAL=$((225 * patience))
-  tests sync 50 tests/gpu/test_sync.py
-  tests model 75 tests/gpu/test_gradients.py tests/gpu/test_layer.py tests/gpu/test_model.py
-  tests run 75 tests/gpu/test_run.py
-  tests kernels 60 tests/ops
+  TOTAL=$((165 * patience))
+  tests sync 160 tests/gpu/test_sync.py &
+  tests model 160 tests/gpu/test_gradients.py tests/gpu/test_layer.py tests/gpu/test_model.py &
+  tests kernels 160 tests/ops &
+  local kind
+  for kind in bf16-zero1 bf16-zero2 fp16-zero1 fp32-zero1; do
+    tests "run-$kind" 160 tests/gpu/test_run.py -k "$kind" &
+  done
+  quick=(--quick --rounds 1)
+  measure moe_layer 120 &
+  measure step 120 --profile "$work/results/profile.txt" &
+  measure generation 120 &
+  measure routers 120 "${data[@]}" --seconds $((60 * patience)) --together 4 &
+  wait
+  part pictures 20 -m benchmarks.pictures "$work/results"
 }
 
-# Figures; the comparison of routers has the time that is left.
+# Figures, of a machine that does nothing else meanwhile.
 fast() {
-  TOTAL=$((350 * patience))
-  part moe_layer 80 -m benchmarks.moe_layer --output "$work/results/moe_layer.json" "${quick[@]}"
-  part step 110 -m benchmarks.step --output "$work/results/step.json" --profile "$work/results/profile.txt" "${quick[@]}"
-  part generation 30 -m benchmarks.generation --output "$work/results/generation.json" "${quick[@]}"
-  part routers 330 -m benchmarks.routers --output "$work/results/routers.json" --seconds $((75 * patience)) "${data[@]}" "${quick[@]}"
-  TOTAL=$((358 * patience))
+  TOTAL=$((290 * patience))
+  measure moe_layer 90
+  measure step 180 --profile "$work/results/profile.txt" --rounds 7
+  measure generation 40
   part pictures 20 -m benchmarks.pictures "$work/results"
+}
+
+# Recipes, as many as there is time for.
+train() {
+  TOTAL=$((290 * patience))
+  measure routers 285 "${data[@]}" --seconds $((200 * patience)) --together 4 --seeds 1 2
+}
+
+# measure NAME SECONDS OPTIONS...: a benchmark, which writes what it knows as it goes.
+measure() {
+  local name="$1" limit="$2"
+  shift 2
+  part "$name" "$limit" -m "benchmarks.$name" --output "$work/results/$name.json" "${quick[@]}" "$@"
 }
 
 # tests NAME SECONDS FILES...: they end by themselves before they are killed, so that they say what they know.
@@ -69,7 +104,7 @@ tests() {
   local name="$1" limit="$2"
   shift 2
   part "$name" "$limit" -m pytest "$@" -v --tb=short -rfE -p no:cacheprovider --durations 5 \
-    --timeout $((45 * patience)) --session-timeout $((limit * patience - 10))
+    --timeout $((90 * patience)) --session-timeout $((limit * patience - 10))
 }
 
 # Wheels on the path, libraries that can be imported, a GPU.
@@ -88,18 +123,9 @@ prepare() {
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
       stop "torch sees no GPU here; with --cpu as the first argument everything runs on the CPU"
   fi
-  local name missing=()
-  for name in "${NEEDED[@]}"; do
-    "$PYTHON" -W ignore -c "import $name" >/dev/null 2>&1 || missing+=("$name")
-  done
-  ((${#missing[@]} == 0)) || stop "cannot be imported, so a wheel is missing: ${missing[*]}; $(why "${missing[0]}")"
-  "$PYTHON" -W ignore -c 'import stablemoe_ds.training.trainer' >/dev/null 2>&1 ||
-    stop "the package cannot be imported: $(why stablemoe_ds.training.trainer)"
-}
-
-# The last line of what Python says when it is to import this.
-why() {
-  "$PYTHON" -W ignore -c "import $1" 2>&1 | tail -n 1
+  local said
+  said="$("$PYTHON" -W ignore -c "$IMPORTS" "${NEEDED[@]}" stablemoe_ds.training.trainer 2>&1 | grep 'cannot be imported')"
+  [[ -z "$said" ]] || stop "is a wheel missing? $(head -n 3 <<<"$said" | paste -sd ';')"
 }
 
 # part NAME SECONDS ARGUMENTS...: run Python with these, as long as it may and there is time; one line for the summary.
@@ -108,7 +134,7 @@ part() {
   shift 2
   ((limit <= TOTAL - SECONDS)) || limit=$((TOTAL - SECONDS))
   if ((limit < 10)); then
-    what="left out: no time" status=1
+    what="left out: no time"
   else
     echo "$name: at most $limit s" >&2
     timeout --kill-after=5 "$limit" "$PYTHON" -W ignore "$@" >"$work/logs/$name.txt" 2>&1 || status=$?
@@ -118,7 +144,6 @@ part() {
       *) what="FAILED with status $status" ;;
     esac
   fi
-  ((status == 0)) || failed=1
   printf '%-12s %4d s  %s\n' "$name" $((SECONDS - began)) "$what" >>"$work/parts.txt"
 }
 

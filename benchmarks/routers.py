@@ -1,19 +1,23 @@
-"""Routers on the same real text: perplexity against tokens read and against seconds.
+"""Routers, tables and gates on the same real text: perplexity against tokens read and against seconds.
 
 Every recipe trains the same backbone in a process of its own, through ``stablemoe train``, for as many tokens, on text
 that comes as a folder of ``benchmarks.carry``; without one, on Python's standard library, which is small. Perplexity is
-of the same validation text throughout, along the routes of the moment. Seconds are those of the updates alone. A run
-that is cut off at its limit has the points it came to.
+of the same validation text throughout, along the routes of the moment. Tables come from the training text, before the
+first update. Seconds are those of the updates alone, and comparable only where a run has the device to itself. One that
+is cut off at its limit has the points it came to.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +25,20 @@ import torch
 
 from benchmarks.common import markdown, parser, publish, record
 from benchmarks.corpus import Corpus, library_text, make_corpus
-from stablemoe_ds.config.routers import ROUTERS
 from stablemoe_ds.run_directory.metrics import MetricsLog
 
+STABLEMOE = ["moe.router=stablemoe", "stages.at_fraction=0.1", "moe.distilled.lr_scale=10"]
 RECIPES: dict[str, list[str]] = {
+    "stablemoe": STABLEMOE,
+    "stablemoe, gate from 1": [*STABLEMOE, "moe.gate=doubled"],
     "hash": ["moe.router=hash"],
-    "stablemoe": ["moe.router=stablemoe", "stages.at_fraction=0.1", "moe.distilled.lr_scale=10"],
-    "table": ["moe.router=table"],
+    "hash, gate sigmoid": ["moe.router=hash", "moe.gate=sigmoid"],
+    "cooccurrence": ["moe.router=table"],
+    "cooccurrence, gate sigmoid": ["moe.router=table", "moe.gate=sigmoid"],
+    "switch": ["moe.router=switch"],
+    "dense": ["moe.router=dense_deeper", "moe.experts=1"],
 }
-"""Settings of each recipe, by name; one whose router does not exist is left out."""
+"""Settings of each recipe, by name. Those of router table follow a table of ids with like neighbours."""
 POINTS = 8
 """Validations in a run."""
 
@@ -43,17 +52,18 @@ def unpacked(carried: Path, folder: Path) -> tuple[Corpus, Corpus]:
     return Corpus(tokenizer, str(folder / "train")), Corpus(tokenizer, str(folder / "valid"))
 
 
-def settings_of(name: str, train: Corpus, valid: Corpus, folder: Path, tokens: int, quick: bool) -> dict[str, Any]:
-    """A run of one recipe: width 512, 8 blocks, 32 experts behind the fourth, or a tiny one."""
-    width, layers, experts, length, step = (64, 2, 4, 64, 512) if quick else (512, 8, 32, 512, 65_536)
+def settings_of(run_dir: Path, seed: int, train: Corpus, valid: Corpus, tokens: int, quick: bool) -> dict[str, Any]:
+    """A run: width 512, 8 blocks, 32 experts behind the fourth, or a tiny one."""
+    width, layers, experts, length, step = (64, 2, 4, 64, 512) if quick else (512, 8, 32, 512, 16_384)
     steps = max(2 * POINTS, tokens // step)
     return {
-        "name": name,
-        "run_dir": str(folder / name),
+        "name": run_dir.name,
+        "run_dir": str(run_dir),
+        "seed": seed,
         "model": {"layers": layers, "hidden_size": width, "heads": width // 64, "ffn_hidden_size": 4 * width},
         "moe": {"layers": [layers // 2], "experts": experts},
         "data": {"tokenizer": train.tokenizer, "train": train.prefix, "valid": valid.prefix, "sequence_length": length},
-        "optimizer": {"lr": 6e-4},
+        "optimizer": {"lr": 1e-3, "betas": [0.9, 0.98]},
         "schedule": {"steps": steps, "tokens_per_step": step, "warmup_steps": steps // 20, "min_lr_ratio": 0.1},
         "precision": {"dtype": "bf16" if torch.cuda.is_available() else "fp32"},
         "checkpoint": {"resume": False, "every": steps, "keep": 1},
@@ -68,7 +78,7 @@ def settings_of(name: str, train: Corpus, valid: Corpus, folder: Path, tokens: i
 
 def train(settings: dict[str, Any], options: list[str], seconds: float) -> str | None:
     """Train a run, no longer than this; returns what went wrong, if anything did."""
-    path = Path(settings["run_dir"]).parent / f"{settings['name']}.yaml"
+    path = Path(f"{settings['run_dir']}.yaml")
     path.write_text(json.dumps(settings))  # JSON is YAML
     command = [sys.executable, "-m", "stablemoe_ds", "train", str(path), *options]
     try:
@@ -92,39 +102,74 @@ def points_of(run_dir: Path, tokens_per_step: int) -> list[dict[str, float]]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """A row a validation of each recipe."""
+    """A row a validation of each run."""
     lines = [
-        [row["recipe"], f"{p['tokens'] / 1e6:.1f}", f"{p['seconds']:.0f}", f"{p['perplexity']:.2f}"]
+        [row["recipe"], str(row["seed"]), f"{p['tokens'] / 1e6:.1f}", f"{p['seconds']:.0f}", f"{p['perplexity']:.2f}"]
         for row in rows
         for p in row["points"]
     ]
-    failed = [f"{row['recipe']}: {row['failed']}" for row in rows if row["failed"]]
-    return "\n\n".join([markdown(["router", "million tokens", "seconds", "perplexity"], lines), *failed])
+    failed = [f"{row['recipe']}, seed {row['seed']}: {row['failed']}" for row in rows if row["failed"]]
+    return "\n\n".join([markdown(["recipe", "seed", "million tokens", "seconds", "perplexity"], lines), *failed])
+
+
+def build_table(train: Corpus, like: dict[str, Any], path: Path) -> float:
+    """Write the table that the recipes of router table follow, through the command line; seconds it took."""
+    began = time.monotonic()
+    moe = like["moe"]
+    command = [sys.executable, "-m", "stablemoe_ds", "table", "build", "cooccurrence", "--data", train.prefix]
+    command += ["--experts", str(moe["experts"]), "--layers", *map(str, moe["layers"]), "--output", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    return time.monotonic() - began
 
 
 def main() -> None:
     options = parser(__doc__, rounds=1)
     options.add_argument("--data", type=Path, help="folder made by benchmarks.carry")
-    options.add_argument("--tokens", type=float, default=40e6, help="of each recipe (default 40e6)")
-    options.add_argument("--seconds", type=float, default=120, help="at most, for each recipe (default 120)")
+    options.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    options.add_argument("--table", type=Path, help="file of the table to follow; default: one is built")
+    options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs")
+    options.add_argument("--seeds", type=int, nargs="+", default=[1])
+    options.add_argument("--together", type=int, default=1, help="runs that share the device (default 1)")
+    options.add_argument("--tokens", type=float, default=20e6, help="of each run (default 20e6)")
+    options.add_argument("--seconds", type=float, default=120, help="at most, for each run (default 120)")
     arguments = options.parse_args()
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if arguments.data:
-            train_text, valid_text = unpacked(arguments.data, folder)
-        else:
-            train_text = valid_text = make_corpus(folder, library_text(200_000), 512)
-        tokens = 8192 if arguments.quick else int(arguments.tokens)
-        for recipe, changes in RECIPES.items():
-            if recipe not in ROUTERS:
-                continue
-            settings = settings_of(recipe, train_text, valid_text, folder, tokens, arguments.quick)
-            failed = train(settings, changes, arguments.seconds)
-            points = points_of(folder / recipe, settings["schedule"]["tokens_per_step"])
-            rows.append({"recipe": recipe, "points": points, "failed": failed})
-            record(arguments, __doc__, {"rows": rows}, tables(rows))
-    publish(arguments, __doc__, {"rows": rows}, tables(rows))
+        found = compare(arguments, Path(name))
+    publish(arguments, __doc__, found, tables(found["rows"]))
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train every recipe from every seed; what is known is written down whenever a run ends."""
+    if arguments.data:
+        train_text, valid_text = unpacked(arguments.data, folder)
+    else:
+        train_text = valid_text = make_corpus(folder, library_text(200_000), 512)
+    tokens, table = 8192 if arguments.quick else int(arguments.tokens), folder / "table.safetensors"
+    found: dict[str, Any] = {"together": arguments.together, "rows": []}
+
+    def run(recipe: str, seed: int) -> dict[str, Any]:
+        run_dir = folder / f"{list(RECIPES).index(recipe)}-{seed}"
+        settings = settings_of(run_dir, seed, train_text, valid_text, tokens, arguments.quick)
+        changes = [
+            *RECIPES[recipe],
+            *arguments.set,
+            *([f"moe.table={table}"] if "moe.router=table" in RECIPES[recipe] else []),
+        ]
+        failed = train(settings, changes, arguments.seconds)
+        points = points_of(run_dir, settings["schedule"]["tokens_per_step"])
+        return {"recipe": recipe, "seed": seed, "points": points, "failed": failed}
+
+    if arguments.table:
+        shutil.copy(arguments.table, table)
+    else:
+        like = settings_of(folder, 1, train_text, valid_text, tokens, arguments.quick)
+        found["table_seconds"] = build_table(train_text, like, table)
+    with ThreadPoolExecutor(arguments.together) as pool:
+        runs = [pool.submit(run, recipe, seed) for seed in arguments.seeds for recipe in arguments.recipes]
+        for done in as_completed(runs):
+            found["rows"].append(done.result())
+            record(arguments, __doc__, found, tables(found["rows"]))
+    return found
 
 
 if __name__ == "__main__":

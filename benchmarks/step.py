@@ -20,7 +20,7 @@ models do not fit in beside each other, so each has a process of its own there, 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ CONTESTANTS = (("dense",), ("stage 1", "stage 2"), ("deepspeed capacity 1",), ("
 """Those in one bracket share an engine."""
 
 
-def rows_of(ranks: int, shape: Shape, corpus: Corpus, folder: str, rounds: int, profiled: bool) -> Iterator[Row]:
+def rows_of(
+    ranks: int, shape: Shape, corpus: Corpus, folder: str, rounds: int, profiled: bool, chosen: Sequence[str]
+) -> Iterator[Row]:
     """All contestants at this number of processes: side by side, or one after the other where memory is a GPU's.
 
     Gives the row as far as it is known, each time more of it is. One that fails has a reason in place of figures.
@@ -46,12 +48,13 @@ def rows_of(ranks: int, shape: Shape, corpus: Corpus, folder: str, rounds: int, 
     brackets = CONTESTANTS if torch.cuda.is_available() else (sum(CONTESTANTS, ()),)
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for names in brackets:
+    for bracket in brackets:
+        names = tuple(name for name in bracket if name in chosen)
+        if not names:
+            continue
         try:
             found |= on_ranks(ranks, measure, Task(ranks, names, shape, corpus, folder, rounds, profiled))
         except ProcessRaisedException as error:
-            if "dense" in names:
-                raise
             failed |= dict.fromkeys(names, str(error).strip().splitlines()[-1])
         yield _row(ranks, found, failed)
 
@@ -59,10 +62,10 @@ def rows_of(ranks: int, shape: Shape, corpus: Corpus, folder: str, rounds: int, 
 def _row(ranks: int, found: dict[str, Any], failed: dict[str, str]) -> Row:
     compare_losses({name: figures["losses"] for name, figures in found.items()})
     seconds = {name: figures["every_second"] for name, figures in found.items()}
-    to_dense = ratios(seconds, "dense")
+    to_dense = ratios(seconds, "dense") if "dense" in seconds else {}
     left_out = ("losses", "every_second")
     contestants = {
-        name: {"ratio_to_dense": to_dense[name], **{key: f[key] for key in f if key not in left_out}}
+        name: {"ratio_to_dense": to_dense.get(name), **{key: f[key] for key in f if key not in left_out}}
         for name, f in found.items()
     }
     gain = ratios(seconds, "stage 2")["stage 1"] if "stage 2" in seconds else None
@@ -91,7 +94,16 @@ def tables(rows: list[dict[str, Any]]) -> str:
             shares = [f"{f['tokens_per_second']:,.0f}", f"{f['waiting']:.1%}", f"{f['mfu']:.1%}"]
             where = [str(row["processes"]), name]
             peak = f"{f['peak_bytes'] / 1e9:.1f}" if f["peak_bytes"] else ""
-            times.append([*where, f"{1000 * took:.1f}", f"{f['ratio_to_dense']:.2f}", *shares, *bounds, peak])
+            times.append(
+                [
+                    *where,
+                    f"{1000 * took:.1f}",
+                    f"{f['ratio_to_dense']:.2f}" if f["ratio_to_dense"] else "",
+                    *shares,
+                    *bounds,
+                    peak,
+                ]
+            )
             counts = [f["collectives"], f.get("planner_collectives", {}), f["host_waits"]]
             numbers.append([*where, *(_listed(count) for count in counts)])
     gains = [[str(r["processes"]), f"{r['stage_1_to_stage_2']:.2f}"] for r in rows if r["stage_1_to_stage_2"]]
@@ -108,6 +120,8 @@ def _listed(counts: dict[str, float]) -> str:
 def main() -> None:
     options = parser(__doc__, rounds=15)
     options.add_argument("--profile", type=Path, metavar="FILE", help="write what an update spends its time with")
+    every = sum(CONTESTANTS, ())
+    options.add_argument("--models", nargs="+", choices=every, default=every, metavar="NAME", help="default: all")
     options.add_argument("--processes", type=int, nargs="+", help="default: 1 2 4, and on a GPU 1")
     arguments = options.parse_args()
     cuda = torch.cuda.is_available()
@@ -118,7 +132,8 @@ def main() -> None:
         corpus = make_corpus(Path(folder), text, min(shape.vocab_size, LAPTOP.vocab_size))
         done: list[Row] = []
         for ranks in processes:
-            for row in rows_of(ranks, shape, corpus, folder, arguments.rounds, arguments.profile is not None):
+            profiled = arguments.profile is not None
+            for row in rows_of(ranks, shape, corpus, folder, arguments.rounds, profiled, arguments.models):
                 if arguments.profile:
                     arguments.profile.write_text(profiles(row))
                 rows = [*done, row]

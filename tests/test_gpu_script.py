@@ -47,4 +47,4 @@ def test_wheels_that_cannot_be_installed(tmp_path: Path) -> None:
 def test_a_wrong_call_shows_the_right_one(arguments: tuple[str, ...]) -> None:
     code, (line,) = called(*arguments)
     assert code == 2
-    assert "usage: benchmarks/gpu.sh [--cpu] correct|fast WHEELS OUTPUT [DATA]" in line
+    assert "usage: benchmarks/gpu.sh [--cpu] correct|fast|train WHEELS OUTPUT [DATA]" in line

@@ -336,9 +336,9 @@ class ParallelConfig(Section):
     recompute: bool = Field(False, description="recompute activations of each block in the backward pass")
     compile: bool = Field(
         False,
-        description="torch.compile the transformer blocks, not the MoE layers: fuses what is between matrix products, "
-        "after a minute of compiling; needs a C++ compiler. Dropout draws other numbers; above parallel.tensor 1 a "
-        "block is compiled in pieces, between its all-reduces",
+        description="torch.compile the transformer blocks and, where a GPU serves all experts at once, the experts: "
+        "fuses what is between matrix products, after a minute of compiling; needs a C++ compiler. Dropout draws other "
+        "numbers; above parallel.tensor 1 a block is compiled in pieces, between its all-reduces",
     )
     timeout_minutes: float = Field(10.0, gt=0, description="how long a collective may wait before the run stops")
 

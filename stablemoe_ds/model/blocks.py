@@ -96,11 +96,18 @@ class DenseStack(MegatronModule):
     """What stands in the place of an MoE layer in a dense model of as many parameters: one stack for every token."""
 
     def __init__(
-        self, config: TransformerConfig, *, shape: ExpertShape, layer_number: int, recompute: bool = False, **_: Any
+        self,
+        config: TransformerConfig,
+        *,
+        shape: ExpertShape,
+        layer_number: int,
+        recompute: bool = False,
+        compiled: bool = False,
+        **_: Any,
     ) -> None:
         super().__init__(config)
         self.layer_number, self.recompute = layer_number, recompute
-        self.stack = Experts(shape, 1)
+        self.stack = Experts(shape, 1, compiled)
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         rows = hidden_states.flatten(0, 1)

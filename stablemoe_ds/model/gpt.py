@@ -252,7 +252,8 @@ def block_specs(run: RunConfig, vocab_size: int, placement: LayerPlacement) -> l
         specs.append(attention_only if has_moe and moe.placement == "replace" else dense)
         if has_moe and not moe.facts.routed:
             shape = expert_shape(run.model, *shared_stack(run))
-            specs.append(ModuleSpec(module=DenseStack, params={"shape": shape, "recompute": recompute}))
+            params = {"shape": shape, "recompute": recompute, "compiled": run.parallel.compile}
+            specs.append(ModuleSpec(module=DenseStack, params=params))
         elif has_moe:
             index = moe.layers.index(block)
 
@@ -275,6 +276,7 @@ def build_moe_layer(run: RunConfig, vocab_size: int, placement: LayerPlacement, 
         shared=expert_shape(m, *shared_stack(run)) if moe.shared_experts else None,
         capacity_factor=moe.capacity_factor,
         parts=run.parallel.dispatch_parts,
+        compiled=run.parallel.compile,
     )
 
 

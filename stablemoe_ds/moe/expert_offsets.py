@@ -33,11 +33,12 @@ class ExpertOffsets:
         """Views of each expert's rows in all these tensors."""
         return zip(*(rows_RI.split(list(self.sizes)) for rows_RI in tensors_RI), strict=True)
 
-    def owners(self) -> Tensor:
-        """int32 [R]: the expert of each row."""
-        rows_R = torch.arange(sum(self.sizes), dtype=torch.int32, device=self.ends_E.device)
-        return torch.searchsorted(self.ends_E, rows_R, right=True, out_int32=True)
-
     def map(self, change: Callable[[Tensor], Tensor]) -> ExpertOffsets:
         """The same with its tensor changed."""
         return replace(self, ends_E=change(self.ends_E))
+
+
+def owners(ends_E: Tensor, rows: int) -> Tensor:
+    """int32 [R]: the expert of each of so many rows."""
+    rows_R = torch.arange(rows, dtype=torch.int32, device=ends_E.device)
+    return torch.searchsorted(ends_E, rows_R, right=True, out_int32=True)

@@ -33,11 +33,11 @@ class ExpertSublayer(nn.Module):
     w1: [E, F, D], or [E, 2F, D] for swiglu (gate half first). w2: [E, D, F].
     """
 
-    def __init__(self, shape: ExpertShape, experts: int) -> None:
+    def __init__(self, shape: ExpertShape, experts: int, compiled: bool) -> None:
         super().__init__()
         d, f = shape.hidden_size, shape.ffn_hidden_size
         f_in = 2 * f if shape.activation == "swiglu" else f
-        self.shape = shape
+        self.shape, self.compiled = shape, compiled
         self.norm_weight = nn.Parameter(torch.ones(experts, d))
         self.norm_bias = nn.Parameter(torch.zeros(experts, d)) if shape.norm == "layernorm" else None
         self.w1 = nn.Parameter(torch.empty(experts, f_in, d))
@@ -47,20 +47,38 @@ class ExpertSublayer(nn.Module):
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """What the sublayer adds to rows sorted by expert: [R, D]."""
-        width, epsilon = x_RD.shape[-1:], self.shape.norm_epsilon
-        norm = F.layer_norm if self.shape.norm == "layernorm" else F.rms_norm
-        normed = norm(x_RD, width, eps=epsilon)
-        serve = serve_grouped if can_group(normed, self.w1) else serve_in_a_loop
         weights = SublayerWeights(self.norm_weight, self.norm_bias, self.w1, self.b1, self.w2, self.b2)
-        return serve(normed, weights, self.shape.activation, offsets)
+        if not can_group(x_RD, self.w1):
+            return serve_in_a_loop(_normed(x_RD, self.shape), weights, self.shape.activation, offsets)
+        # In training alone: generation has other numbers of rows in every call, each to be compiled anew.
+        serve = _compiled_at_once if self.compiled and self.training else _served_at_once
+        return serve(x_RD, weights, self.shape, offsets.ends_E)
+
+
+def _normed(x_RD: Tensor, shape: ExpertShape) -> Tensor:
+    """Rows without the affine part of the norm, which is each expert's own."""
+    norm = F.layer_norm if shape.norm == "layernorm" else F.rms_norm
+    return norm(x_RD, x_RD.shape[-1:], eps=shape.norm_epsilon)
+
+
+def _served_at_once(x_RD: Tensor, weights: SublayerWeights, shape: ExpertShape, ends_E: Tensor) -> Tensor:
+    return serve_grouped(_normed(x_RD, shape), weights, shape.activation, ends_E)
+
+
+_compiled_at_once = torch.compile(_served_at_once)
+"""One function for all sublayers: those of one shape share what was compiled."""
 
 
 class Experts(nn.Module):
-    """E experts side by side, for rows sorted by expert."""
+    """E experts side by side, for rows sorted by expert.
 
-    def __init__(self, shape: ExpertShape, experts: int) -> None:
+    compiled: fuse what is between the grouped products, by torch.compile; where experts are served one after another,
+    there is nothing to fuse.
+    """
+
+    def __init__(self, shape: ExpertShape, experts: int, compiled: bool = False) -> None:
         super().__init__()
-        self.sublayers = nn.ModuleList(ExpertSublayer(shape, experts) for _ in range(shape.sublayers))
+        self.sublayers = nn.ModuleList(ExpertSublayer(shape, experts, compiled) for _ in range(shape.sublayers))
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """What each expert *adds* to its rows: stack(x) - x, [R, D]. Rows sorted by expert."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from stablemoe_ds.moe.expert_offsets import ExpertOffsets
+from stablemoe_ds.moe.expert_offsets import owners
 from stablemoe_ds.moe.sublayer import SublayerWeights
 from stablemoe_ds.ops.rows import ops_for
 
@@ -100,9 +100,13 @@ class _SwiGLU(Function):
         return grad_inner_RF
 
 
-def serve_grouped(x_RD: Tensor, weights: SublayerWeights, activation: str, offsets: ExpertOffsets) -> Tensor:
-    """What :func:`stablemoe_ds.moe.loop.serve_in_a_loop` computes, with the same arguments; at least one row."""
-    ends_E, owner_R = offsets.ends_E, offsets.owners()
+def serve_grouped(x_RD: Tensor, weights: SublayerWeights, activation: str, ends_E: Tensor) -> Tensor:
+    """What :func:`stablemoe_ds.moe.loop.serve_in_a_loop` computes; at least one row.
+
+    ends_E: int32, where each expert's rows end. Nothing here depends on the sizes but through it, so that one compiled
+    graph serves all routes.
+    """
+    owner_R = owners(ends_E, x_RD.shape[0])
 
     def plus(rows_RI: Tensor, values_EI: Tensor | None, relu: bool = False) -> Tensor:
         if values_EI is None and not relu:

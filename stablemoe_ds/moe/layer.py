@@ -39,10 +39,12 @@ class MoELayer(MoE):
         shared: ExpertShape | None = None,
         capacity_factor: float | None = None,
         parts: int = 1,
+        compiled: bool = False,
     ) -> None:
         """``block``: number of the block it belongs to, from 1. ``index``: which MoE layer it is, from 0.
 
-        parts: into how many parts tokens are cut, so that one travels while experts serve another.
+        parts: into how many parts tokens are cut, so that one travels while experts serve another. compiled: as in
+        :class:`Experts`.
         """
         nn.Module.__init__(self)  # not MoE.__init__, which builds DeepSpeed's own gate and experts
         ranks = placement.expert_parallel
@@ -55,8 +57,8 @@ class MoELayer(MoE):
         self.block, self.index, self.capacity_factor, self.parts = block, index, capacity_factor, parts
         self.placement = placement
         self.router = router
-        self.experts = Experts(shape, self.num_local_experts)
-        self.shared = Experts(shared, 1) if shared else None
+        self.experts = Experts(shape, self.num_local_experts, compiled)
+        self.shared = Experts(shared, 1, compiled) if shared else None
         self.expert_group: dist.ProcessGroup | None = None
         for parameter in self.experts.parameters():
             marks = {
