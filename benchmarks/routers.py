@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,12 @@ RECIPES: dict[str, list[str]] = {
     "stablemoe, gate from 1": [*STABLEMOE, "moe.gate=doubled"],
     "hash": ["moe.router=hash"],
     "hash, gate sigmoid": ["moe.router=hash", "moe.gate=sigmoid"],
-    "cooccurrence": ["moe.router=table"],
-    "cooccurrence, gate sigmoid": ["moe.router=table", "moe.gate=sigmoid"],
+    "cooccurrence": ["moe.router=table", "moe.table=cooccurrence"],
+    "cooccurrence, gate sigmoid": ["moe.router=table", "moe.table=cooccurrence", "moe.gate=sigmoid"],
     "switch": ["moe.router=switch"],
     "dense": ["moe.router=dense_deeper", "moe.experts=1"],
 }
-"""Settings of each recipe, by name. Those of router table follow a table of ids with like neighbours."""
+"""Settings of each recipe, by name."""
 POINTS = 8
 """Validations in a run."""
 
@@ -112,21 +111,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join([markdown(["recipe", "seed", "million tokens", "seconds", "perplexity"], lines), *failed])
 
 
-def build_table(train: Corpus, like: dict[str, Any], path: Path) -> float:
-    """Write the table that the recipes of router table follow, through the command line; seconds it took."""
-    began = time.monotonic()
-    moe = like["moe"]
-    command = [sys.executable, "-m", "stablemoe_ds", "table", "build", "cooccurrence", "--data", train.prefix]
-    command += ["--experts", str(moe["experts"]), "--layers", *map(str, moe["layers"]), "--output", str(path)]
-    subprocess.run(command, check=True, capture_output=True)
-    return time.monotonic() - began
-
-
 def main() -> None:
     options = parser(__doc__, rounds=1)
     options.add_argument("--data", type=Path, help="folder made by benchmarks.carry")
     options.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
-    options.add_argument("--table", type=Path, help="file of the table to follow; default: one is built")
     options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs")
     options.add_argument("--seeds", type=int, nargs="+", default=[1])
     options.add_argument("--together", type=int, default=1, help="runs that share the device (default 1)")
@@ -144,26 +132,16 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         train_text, valid_text = unpacked(arguments.data, folder)
     else:
         train_text = valid_text = make_corpus(folder, library_text(200_000), 512)
-    tokens, table = 8192 if arguments.quick else int(arguments.tokens), folder / "table.safetensors"
+    tokens = 8192 if arguments.quick else int(arguments.tokens)
     found: dict[str, Any] = {"together": arguments.together, "rows": []}
 
     def run(recipe: str, seed: int) -> dict[str, Any]:
         run_dir = folder / f"{list(RECIPES).index(recipe)}-{seed}"
         settings = settings_of(run_dir, seed, train_text, valid_text, tokens, arguments.quick)
-        changes = [
-            *RECIPES[recipe],
-            *arguments.set,
-            *([f"moe.table={table}"] if "moe.router=table" in RECIPES[recipe] else []),
-        ]
-        failed = train(settings, changes, arguments.seconds)
+        failed = train(settings, [*RECIPES[recipe], *arguments.set], arguments.seconds)
         points = points_of(run_dir, settings["schedule"]["tokens_per_step"])
         return {"recipe": recipe, "seed": seed, "points": points, "failed": failed}
 
-    if arguments.table:
-        shutil.copy(arguments.table, table)
-    else:
-        like = settings_of(folder, 1, train_text, valid_text, tokens, arguments.quick)
-        found["table_seconds"] = build_table(train_text, like, table)
     with ThreadPoolExecutor(arguments.together) as pool:
         runs = [pool.submit(run, recipe, seed) for seed in arguments.seeds for recipe in arguments.recipes]
         for done in as_completed(runs):

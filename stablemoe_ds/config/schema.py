@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 from stablemoe_ds.config.gates import GATES, GateFacts, GateName
 from stablemoe_ds.config.paths import NameText, PathText, expanded_within, if_written
 from stablemoe_ds.config.routers import ROUTERS, RouterFacts, RouterName
+from stablemoe_ds.config.table_options import OPTIONS, read_options
+from stablemoe_ds.errors import UserError
 
 DecayRate = Annotated[float, Ge(0), Lt(1)]
 
@@ -134,8 +136,13 @@ class MoEConfig(Section):
     table: PathText | None = Field(
         None,
         description="table of router table: a file of 'stablemoe table build', or routing_table.safetensors of a run, "
-        "for the run's tokenizer and the model's experts, top_k and number of MoE layers; a run that continues follows "
-        "the table in its checkpoint",
+        "for the run's tokenizer and the model's experts, top_k and number of MoE layers; or random, even, scattered "
+        "or cooccurrence, to build one from the training text when the run begins. A run that continues follows the "
+        "table in its checkpoint",
+    )
+    table_options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="options of that builder, as 'stablemoe table build' takes them, e.g. {max_load: 1.2}",
     )
     table_load: float = Field(
         1.1, ge=1, description="router stablemoe_balanced: largest max/mean load of its table, where frequencies allow"
@@ -148,6 +155,11 @@ class MoEConfig(Section):
     def facts(self) -> RouterFacts:
         """How the router behaves over a run."""
         return ROUTERS[self.router]
+
+    @property
+    def table_builder(self) -> str | None:
+        """The builder that ``table`` names, if it names none of a file."""
+        return self.table if self.facts.table_from == "file" and self.table in OPTIONS else None
 
     @property
     def gate_name(self) -> str:
@@ -190,7 +202,17 @@ class MoEConfig(Section):
             raise ValueError(f"router '{self.router}' needs moe.layers, e.g. [6]; or set router: dense")
         if facts.table_from == "file" and self.table is None:
             raise ValueError(
-                f"router '{self.router}' needs moe.table, the file of a table: 'stablemoe table build' makes one"
+                f"router '{self.router}' needs moe.table: the file of a table, which 'stablemoe table build' makes, or "
+                f"how to build one: {', '.join(OPTIONS)}"
+            )
+        if self.table_builder is not None:
+            try:
+                read_options(self.table_builder, self.table_options)
+            except UserError as error:
+                raise ValueError(str(error)) from error
+        elif self.table_options:
+            raise ValueError(
+                f"table_options are for a table that the run builds: set moe.table to {', '.join(OPTIONS)}"
             )
         if self.top_k > self.experts:
             raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
@@ -12,24 +12,35 @@ from torch import distributed
 from stablemoe_ds.distributed.groups import World
 from stablemoe_ds.errors import UserError
 
+T = TypeVar("T")
 
-def on_first_rank(act: Callable[[], None]) -> None:
-    """Do something on one rank while the others wait. Its UserError is raised on all of them."""
+
+def of_first_rank(make: Callable[[], T]) -> T:
+    """What one rank makes while the others wait, on all of them. Its UserError is raised on all of them. Collective."""
     if not distributed.is_initialized():
-        act()
-        return
-    complaint: list[UserError | None] = [UserError("the first rank failed")]
+        return make()
+    made: list[Any] = [None, UserError("the first rank failed")]
     try:
         if distributed.get_rank() == 0:
-            act()
-        complaint = [None]
+            made = [make(), None]
     except UserError as error:
-        complaint = [error]
+        made = [None, error]
         raise
     finally:
-        distributed.broadcast_object_list(complaint)
-    if complaint[0] is not None:
-        raise complaint[0]
+        distributed.broadcast_object_list(made)
+    value, complaint = made
+    if complaint is not None:
+        raise complaint
+    return cast(T, value)
+
+
+def on_first_rank(act: Callable[[], None]) -> None:
+    """Do something on one rank while the others wait. Its UserError is raised on all of them. Collective."""
+
+    def done() -> None:
+        act()
+
+    of_first_rank(done)
 
 
 @contextmanager

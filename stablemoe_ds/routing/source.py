@@ -45,7 +45,8 @@ class RouteMaker:
     """Makes the source of routes of one model.
 
     routers: the distilled router of each MoE layer. token_counts: gives int64 [V], how often the training text has
-    each id; called for tables that depend on it. tokenizer: fingerprint to write into a table.
+    each id; called for tables that depend on it. tokenizer: fingerprint to write into a table. build: makes the table
+    that ``moe.table`` describes by the name of a builder; collective.
     """
 
     run: RunConfig
@@ -53,6 +54,7 @@ class RouteMaker:
     token_counts: Callable[[], NDArray[np.int64]]
     tokenizer: str
     device: torch.device | str = "cpu"
+    build: Callable[[], RoutingTable] | None = None
 
     @property
     def can_freeze(self) -> bool:
@@ -63,7 +65,7 @@ class RouteMaker:
     def given(self) -> RoutingTable | None:
         """The table in a file that the run is to follow, or None. Raises UserError if it does not fit."""
         moe = self.run.moe
-        if moe.facts.table_from != "file" or moe.table is None:
+        if moe.facts.table_from != "file" or moe.table is None or moe.table_builder is not None:
             return None
         return given_table(
             moe.table,
@@ -88,6 +90,10 @@ class RouteMaker:
             raise ValueError(f"router {moe.router} of this run is never fixed")
         if self.given is not None:
             return TableRouting(self.given, self.device)
+        if moe.table_builder is not None:
+            if self.build is None:
+                raise ValueError(f"the table of this run is built from its training text ({moe.table}), not here")
+            return TableRouting(self.build(), self.device)
         if moe.facts.fixed:
             return hash_routing(moe, self.token_counts(), self.run.seed, self.tokenizer, self.device)
         if moe.facts.needs_counts:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stablemoe_ds.config.table_options import CooccurrenceOptions, ScatteredOptions, read_options
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.cooccurrence import cooccurrence_table, scattered_table
 from stablemoe_ds.tables.corpus import Corpus
-from stablemoe_ds.tables.options import CooccurrenceOptions, ScatteredOptions, read_options
 from stablemoe_ds.tables.table import RoutingTable
 
 
@@ -28,8 +28,8 @@ def build_table(
 ) -> RoutingTable:
     """The table that a builder makes of a corpus, with a layer for each of ``blocks``.
 
-    builder: ``random``, ``even``, ``scattered`` or ``cooccurrence``. options: the builder's (``tables.options``); what
-    is not given has its default. The same arguments give the same table.
+    builder: ``random``, ``even``, ``scattered`` or ``cooccurrence``. options: the builder's
+    (``config.table_options``); what is not given has its default. The same arguments give the same table.
     Raises UserError for a builder or option that does not exist, a value that is out of range, or a corpus of counts
     alone where neighbours are needed.
     """

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, hstack
 from scipy.sparse.linalg import svds
 
-from stablemoe_ds.tables.options import VectorOptions
+from stablemoe_ds.config.table_options import VectorOptions
 
 NOTHING = 1e-9
 """Singular values below this part of the largest are rounding."""

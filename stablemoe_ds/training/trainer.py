@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from stablemoe_ds.checkpoint.attached import check_tokenizer, to_attach
@@ -33,6 +34,7 @@ from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import RouteMaker
 from stablemoe_ds.run_directory.lock import only_writer
 from stablemoe_ds.run_directory.progress import reported_steps
+from stablemoe_ds.training.built_table import built_table
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.engine import Engine
 from stablemoe_ds.training.feed import Feed
@@ -68,7 +70,9 @@ class Trainer:
         counts = token_counts(run.data.train, self.tokenizer, resolved.vocab_size)
         self.model = StableMoEGPT(run, resolved.vocab_size, self.groups.placement)
         self.engine = Engine(run, self.plan, self.groups, self.model)
-        self.routes = RouteMaker(run, self.model.distilled_routers, lambda: counts, fingerprint, world.device)
+        self.reporter, self.feed = Reporter(run, world.is_main), Feed(self.groups, run.parallel)
+        build = partial(built_table, run, resolved.vocab_size, self.tokenizer, self.reporter.say)
+        self.routes = RouteMaker(run, self.model.distilled_routers, lambda: counts, fingerprint, world.device, build)
         self.state, self.guard, self.vote = (
             RunState(Progress(position=self.data.train.start())),
             Guard(run.faults),
@@ -76,7 +80,6 @@ class Trainer:
         )
         self.resumption: list[str] = []
         self.stop, self.place = stop or StopRequest(), place or Place()
-        self.reporter, self.feed = Reporter(run, world.is_main), Feed(self.groups, run.parallel)
         state, engine, reporter = self.state, self.engine, self.reporter
         probe = self.data.probe() if self.model.moe_layers else []
         self.probing = Probing(run, self.groups, self.model, probe, state, reporter)

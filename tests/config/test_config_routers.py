@@ -75,7 +75,10 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
         ("moe.bias_step=0", "moe.bias_step"),
         ("moe.hash_table=md5", "moe.hash_table"),
         ("moe.router=swich", "moe.router"),
-        ("moe.router=table", "router 'table' needs moe.table, the file of a table: 'stablemoe table build' makes one"),
+        (
+            "moe.router=table",
+            "router 'table' needs moe.table: the file of a table, which 'stablemoe table build' makes",
+        ),
         ("moe.gate=softmax", "moe.gate"),
         (
             "moe.router=topk moe.gate=one",

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stablemoe_ds.config.table_options import OPTIONS, VectorOptions
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.balanced_choice import balanced_choice
 from stablemoe_ds.tables.builders import build_table
 from stablemoe_ds.tables.corpus import Corpus, IdStream
 from stablemoe_ds.tables.kmeans import spherical_kmeans
 from stablemoe_ds.tables.measures import cohesion, moved
-from stablemoe_ds.tables.options import OPTIONS, VectorOptions
 from stablemoe_ds.tables.table import RoutingTable, least_load
 from tests.tables.test_vectors import dense_vectors
 from tests.tables.texts import KINDS, corpus_of, random_stream, slow_followers, text_of_kinds

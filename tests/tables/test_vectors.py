@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from stablemoe_ds.config.table_options import VectorOptions
 from stablemoe_ds.tables.kmeans import spherical_kmeans, weighted_centroids
-from stablemoe_ds.tables.options import VectorOptions
 from stablemoe_ds.tables.vectors import id_vectors, positive_pmi, unit_rows
 from tests.tables.texts import corpus_of, random_stream, slow_followers, text_of_kinds
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,45 @@ def test_evaluation_and_generation_need_no_file(trained: RunConfig, tmp_path: Pa
     (final,) = (line for line in history(trained, "valid") if line["step"] == STEPS)
     assert said["perplexity"] == pytest.approx(final["perplexity"], rel=1e-6)
     assert said["stage"] == 2
+
+
+@pytest.mark.distributed
+def test_a_table_that_the_run_builds_is_that_of_the_command(data: TinyData, tmp_path: Path) -> None:
+    """Of the same text, options and seed; two processes have the same one, and a run that continues builds none."""
+    asked = {"table": "cooccurrence", "table_options": {"dims": 8, "max_load": 1.5}}
+    alone = run_of("table", data, tmp_path / "alone", moe=asked)
+    said = train_run(alone)
+    assert "building table cooccurrence from the training text" in said
+    two = run_of("table", data, tmp_path / "two", moe=asked, parallel={"expert": 2})
+    train_run(two, ranks=2)
+    moe, file = alone.moe, tmp_path / "table.safetensors"
+    shape = ("--experts", str(moe.experts), "--layers", *map(str, moe.layers), "--seed", str(alone.seed))
+    text = ("--data", alone.data.train[0].path)
+    command("table", "build", "cooccurrence", "dims=8", "max_load=1.5", *text, *shape, "--output", str(file))
+    wanted = RoutingTable.read(file)
+    for run in (alone, two):
+        assert np.array_equal(
+            RoutingTable.read(Path(run.directory) / "routing_table.safetensors").expert_LVK, wanted.expert_LVK
+        )
+    again = restarted(alone, tmp_path / "again", 6)
+    assert "building table" not in train_run(again)
+    assert history(again) == history(alone)
+
+
+@pytest.mark.parametrize(
+    ("moe", "said"),
+    [
+        ({"table": "cooccurrence", "table_options": {"dim": 8}}, "unknown option dim"),
+        ({"table": "cooccurrence", "table_options": {"max_load": 0.5}}, "max_load: got 0.5"),
+        ({"table": "some.safetensors", "table_options": {"max_load": 1.5}}, "for a table that the run builds"),
+        ({"table": None}, "random, even, scattered, cooccurrence"),
+    ],
+)
+def test_options_of_a_table_that_cannot_be_built(
+    moe: dict[str, Any], said: str, data: TinyData, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        run_of("table", data, tmp_path, moe=moe)
 
 
 def test_a_foreign_table_is_refused_before_anything_is_written(
