@@ -23,7 +23,7 @@ from benchmarks.common import clock, markdown, medians, parser, publish, ratios,
 from stablemoe_ds.checkpoint.fp32_state import MOMENTS, WEIGHT, Fp32State
 from stablemoe_ds.checkpoint.reader import Progress
 from stablemoe_ds.checkpoint.saver import Saved, Saver
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 from stablemoe_ds.model.gpt import StableMoEGPT

@@ -19,7 +19,7 @@ from benchmarks.corpus import Corpus
 from benchmarks.counting import Counts, counted
 from benchmarks.rates import copy_rate, least_bytes, matrix_rate
 from benchmarks.switch import switch_gpt
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.costs import flops_per_token, parameters
 from stablemoe_ds.config.routers import ROUTERS
 from stablemoe_ds.config.rules import check
@@ -33,10 +33,10 @@ from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.fixed import TableRouting, freeze
 from stablemoe_ds.routing.source import LEARNED
 from stablemoe_ds.training.engine import Engine
-from stablemoe_ds.training.figures import UpdateFigures
 from stablemoe_ds.training.planner import Planner
 from stablemoe_ds.training.routed_batch import RoutedBatch
 from stablemoe_ds.training.throughput import peak_flops
+from stablemoe_ds.training.update_figures import UpdateFigures
 
 COUNTED = 2
 """Updates in which is counted instead of timed; the first of them warms up."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.common import timed
-from stablemoe_ds.config.batch import BatchPlan
+from stablemoe_ds.config.batch_plan import BatchPlan
 from stablemoe_ds.config.costs import parameters
 from stablemoe_ds.config.schema import RunConfig
 

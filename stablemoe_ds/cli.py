@@ -71,10 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
         data,
         demo,
         doctor,
-        inference,
+        eval_and_generate,
         launch,
         routing,
-        table,
+        tables,
         train,
     )
 
@@ -85,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     # The deepspeed launcher passes it, before everything else; LOCAL_RANK says it, too.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (demo, data, train, inference, routing, table, checkpoint, config, launch, compare, doctor):
+    groups = (demo, data, train, eval_and_generate, routing, tables, checkpoint, config, launch, compare, doctor)
+    for group in groups:
         group.add_to(commands)
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,12 @@ def test_every_room_has_its_height() -> None:
     assert HEIGHT.keys() == rooms
 
 
+def test_a_file_name_is_used_once() -> None:
+    """An editor's list of files, a traceback and a search by name show little more than the name."""
+    names = Counter(path.name for path in MODULES if path.name != "__init__.py")
+    assert [name for name, uses in names.items() if uses > 1] == []
+
+
 def test_only_the_engine_initializes_deepspeed() -> None:
     found = {dotted(path) for path in MODULES if "deepspeed.initialize" in calls(path)}
     assert found == {"stablemoe_ds.training.engine"}
@@ -123,7 +130,7 @@ def loaded_by(module: str) -> list[str]:
         "cli",
         "config.load",
         "config.rules",
-        "config.report",
+        "config.cost_report",
         "launch.doctor.examine",
         "tables.table",
         "tables.builders",

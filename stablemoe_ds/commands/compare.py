@@ -30,12 +30,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise UserError(f"--jobs: got {arguments.jobs}: expected at least 1")
     if arguments.cluster:
-        from stablemoe_ds.comparison.cluster import launch_all
+        from stablemoe_ds.comparison.launch_suite import launch_all
 
         return launch_all(runs, arguments.cluster, arguments.dry_run)
     if arguments.dry_run:
         answer("\n".join(run.command for run in runs))
         return 0
-    from stablemoe_ds.comparison.compare import compare, report
+    from stablemoe_ds.comparison.compare_suite import compare, report
 
     return report(suite) if arguments.report else compare(suite, runs, arguments.jobs)

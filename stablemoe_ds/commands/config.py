@@ -27,8 +27,8 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _config_check(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.config.cost_report import render, report, smallest_world
     from stablemoe_ds.config.load import load_run
-    from stablemoe_ds.config.report import render, report, smallest_world
 
     run = load_run(arguments.run, arguments.overrides)
     world = smallest_world(run) if arguments.world_size is None else arguments.world_size
@@ -39,8 +39,8 @@ def _config_check(arguments: argparse.Namespace) -> int:
 
 
 def _config_show(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.config.cost_report import report
     from stablemoe_ds.config.load import dump_run, load_run
-    from stablemoe_ds.config.report import report
     from stablemoe_ds.config.rules import check
 
     run = load_run(arguments.run, arguments.overrides)

@@ -36,7 +36,7 @@ def launch(arguments: argparse.Namespace) -> int:
     """Print, submit or run; returns an exit status."""
     from stablemoe_ds.config.load import load_run
     from stablemoe_ds.launch.cluster import load_cluster
-    from stablemoe_ds.launch.plan import look_around, make_jobs
+    from stablemoe_ds.launch.make_jobs import look_around, make_jobs
     from stablemoe_ds.launch.start import start
 
     files = [word for word in arguments.runs if "=" not in word or Path(word).is_file()]

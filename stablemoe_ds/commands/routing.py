@@ -14,7 +14,7 @@ from stablemoe_ds.commands.parsing import (
     tell,
     tokenizer_argument,
 )
-from stablemoe_ds.commands.table import open_table, write_table
+from stablemoe_ds.commands.tables import open_table, write_table
 
 
 def add_to(commands: Subparsers) -> None:

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stablemoe_ds.comparison.state import state_of
 from stablemoe_ds.comparison.suite import SuiteRun
+from stablemoe_ds.comparison.suite_state import state_of
 from stablemoe_ds.config.load import dump_run
 from stablemoe_ds.distributed.environment import MEANT_SIZE
 from stablemoe_ds.distributed.signals import StopRequest

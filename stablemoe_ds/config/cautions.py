@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.messages import show
 from stablemoe_ds.config.rules import probe_every, two_stages
 from stablemoe_ds.config.schema import RunConfig

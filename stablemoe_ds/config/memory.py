@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stablemoe_ds.config.batch import BatchPlan
+from stablemoe_ds.config.batch_plan import BatchPlan
 from stablemoe_ds.config.costs import parameters, shared_stack, vocabulary
 from stablemoe_ds.config.schema import RunConfig
 

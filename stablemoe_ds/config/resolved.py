@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stablemoe_ds.config.batch import BatchPlan, batch_plan
+from stablemoe_ds.config.batch_plan import BatchPlan, batch_plan
 from stablemoe_ds.config.rules import check, with_document_end, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from stablemoe_ds.config.batch import batch_plan, nearest_divisor, nearest_multiple
-from stablemoe_ds.config.deepspeed import conflicts
+from stablemoe_ds.config.batch_plan import batch_plan, nearest_divisor, nearest_multiple
+from stablemoe_ds.config.deepspeed_config import conflicts
 from stablemoe_ds.config.messages import show
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError

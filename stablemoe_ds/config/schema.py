@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from stablemoe_ds.config.gates import GATES, GateFacts, GateName
+from stablemoe_ds.config.gate_facts import GATES, GateFacts, GateName
 from stablemoe_ds.config.paths import NameText, PathText, expanded_within, if_written
 from stablemoe_ds.config.routers import ROUTERS, RouterFacts, RouterName
 from stablemoe_ds.config.table_options import OPTIONS, read_options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stablemoe_ds.config.batch import BatchPlan
+from stablemoe_ds.config.batch_plan import BatchPlan
 from stablemoe_ds.config.schema import RunConfig, Source
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.corpus import check_vocabulary, read_sources

@@ -9,7 +9,7 @@ from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.corpus import read_sources, token_counts
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.tables.corpus import Corpus, IdStream
+from stablemoe_ds.tables.counted_corpus import Corpus, IdStream
 
 
 def table_corpus(

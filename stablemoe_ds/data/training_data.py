@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stablemoe_ds.config.batch import BatchPlan
+from stablemoe_ds.config.batch_plan import BatchPlan
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.blend import content, shares

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stablemoe_ds.checkpoint.attached import check_corpora, find_corpora, token_counts_of
 from stablemoe_ds.checkpoint.reader import Checkpoint
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.loader import EvalLoader

@@ -8,7 +8,7 @@ from typing import Any
 
 from stablemoe_ds.checkpoint.attached import check_corpora, find_corpora, open_tokenizer
 from stablemoe_ds.checkpoint.reader import Checkpoint
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.run_data import eval_set
 from stablemoe_ds.data.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 from stablemoe_ds.config.text_table import aligned
 from stablemoe_ds.evaluation.report_text import expert_lines
 from stablemoe_ds.evaluation.specialisation import Piece, describe_experts, use_of_table
-from stablemoe_ds.tables.corpus import Corpus
+from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.measures import difference, measure
 from stablemoe_ds.tables.table import RoutingTable
 

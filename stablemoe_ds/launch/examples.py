@@ -10,7 +10,7 @@ from pathlib import Path
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.launch.cluster import load_cluster
 from stablemoe_ds.launch.job import Facts, Job
-from stablemoe_ds.launch.plan import make_jobs
+from stablemoe_ds.launch.make_jobs import make_jobs
 
 FOLDER = Path("launch")
 FACTS = Facts(stamp="20260101-120000-000-login", python="/shared/moe/.venv/bin/python", user="1000:1000", port=29500)

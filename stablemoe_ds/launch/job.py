@@ -76,7 +76,7 @@ class Order:
     @property
     def program(self) -> list[str]:
         """What every rank runs, up to its last word, which is ``given``."""
-        module = ["stablemoe_ds.launch.doctor.probe"] if isinstance(self.run, Probe) else ["stablemoe_ds", "train"]
+        module = ["stablemoe_ds.launch.doctor.rank_probe"] if isinstance(self.run, Probe) else ["stablemoe_ds", "train"]
         return [self.python, "-m", *module]
 
     @property

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stablemoe_ds.config.table_options import CooccurrenceOptions, ScatteredOptions, read_options
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.cooccurrence import cooccurrence_table, scattered_table
-from stablemoe_ds.tables.corpus import Corpus
+from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.table import RoutingTable
 
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from stablemoe_ds.config.table_options import CooccurrenceOptions, ScatteredOptions
 from stablemoe_ds.tables.balanced_choice import balanced_choice, balanced_choices
-from stablemoe_ds.tables.corpus import Corpus
+from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.kmeans import spherical_kmeans, weighted_centroids
 from stablemoe_ds.tables.placing import deal_absent, greedy_choices, heaviest_first
 from stablemoe_ds.tables.table import least_load

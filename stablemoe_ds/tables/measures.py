@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.builders import random_table
-from stablemoe_ds.tables.corpus import Corpus
+from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.table import RoutingTable, least_load
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.balanced_choice import balanced_choices
 from stablemoe_ds.tables.builders import how_made
-from stablemoe_ds.tables.corpus import Corpus
+from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.table import RoutingTable, least_load
 
 

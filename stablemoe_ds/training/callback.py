@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from stablemoe_ds.checkpoint.reader import Progress
 from stablemoe_ds.routing.source import LEARNED, RouteSource
-from stablemoe_ds.training.figures import UpdateFigures
+from stablemoe_ds.training.update_figures import UpdateFigures
 
 
 @dataclass

@@ -13,17 +13,17 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from stablemoe_ds.config.batch import BatchPlan
-from stablemoe_ds.config.deepspeed import deepspeed_config
+from stablemoe_ds.config.batch_plan import BatchPlan
+from stablemoe_ds.config.deepspeed_config import deepspeed_config
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.groups import DeepSpeedMpu, Groups, limit_waiting
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
 from stablemoe_ds.routing.source import RouteSource
-from stablemoe_ds.training.figures import UpdateFigures, update_figures
 from stablemoe_ds.training.gradients import adopt
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
 from stablemoe_ds.training.routed_batch import RoutedBatch
+from stablemoe_ds.training.update_figures import UpdateFigures, update_figures
 
 
 def tokens_of(routed: Sequence[RoutedBatch]) -> Tensor:

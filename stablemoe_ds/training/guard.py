@@ -15,8 +15,8 @@ import torch.distributed as dist
 from stablemoe_ds.config.schema import FaultsConfig
 from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.training.engine import Engine, tokens_of
-from stablemoe_ds.training.figures import UpdateTotals
 from stablemoe_ds.training.routed_batch import RoutedBatch
+from stablemoe_ds.training.update_figures import UpdateTotals
 
 GRADIENT = "the gradient is not finite"
 Spot = tuple[int, int, int, str]

@@ -38,7 +38,6 @@ from stablemoe_ds.training.built_table import built_table
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.engine import Engine
 from stablemoe_ds.training.feed import Feed
-from stablemoe_ds.training.figures import UpdateFigures
 from stablemoe_ds.training.guard import GRADIENT, Guard, find_fault
 from stablemoe_ds.training.optimizer import learning_rate
 from stablemoe_ds.training.probing import Probing
@@ -46,6 +45,7 @@ from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.routed_batch import RoutedBatch
 from stablemoe_ds.training.saving import Saving
 from stablemoe_ds.training.stage_switch import StageSwitch
+from stablemoe_ds.training.update_figures import UpdateFigures
 from stablemoe_ds.training.update_log import UpdateLog
 from stablemoe_ds.training.validation import Validation
 

@@ -9,10 +9,10 @@ from stablemoe_ds.config.resolved import ResolvedRun
 from stablemoe_ds.distributed.groups import World
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.engine import Engine
-from stablemoe_ds.training.figures import UpdateTotals
 from stablemoe_ds.training.guard import DropWatch
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.throughput import peak_flops
+from stablemoe_ds.training.update_figures import UpdateTotals
 
 
 class UpdateLog(Callback):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.counting import counted
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.fixed import freeze

@@ -10,7 +10,7 @@ import pytest
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.launch.cluster import ClusterConfig, load_cluster
 from stablemoe_ds.launch.job import Job
-from stablemoe_ds.launch.plan import look_around, make_jobs
+from stablemoe_ds.launch.make_jobs import look_around, make_jobs
 from tests.cluster.hosts import BOOT_SECONDS
 from tests.cluster.slurm import Slurm, slurm
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from stablemoe_ds.comparison.state import state_of
 from stablemoe_ds.comparison.suite import load_suite
+from stablemoe_ds.comparison.suite_state import state_of
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.errors import UserError
 from tests.comparison.suites import PATIENCE, SEEDS, VARIANTS, TinySuite, compare, started, tiny_suite

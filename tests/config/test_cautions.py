@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stablemoe_ds.config.cautions import cautions
+from stablemoe_ds.config.cost_report import render, report
 from stablemoe_ds.config.load import load_run
-from stablemoe_ds.config.report import render, report
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
 

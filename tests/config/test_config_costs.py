@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
+from stablemoe_ds.config.cost_report import render, report
 from stablemoe_ds.config.costs import flops_per_token, parameters
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.config.memory import activation_bytes, memory_per_rank
-from stablemoe_ds.config.report import render, report
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from stablemoe_ds.config.batch import batch_plan
-from stablemoe_ds.config.deepspeed import deepspeed_config
+from stablemoe_ds.config.batch_plan import batch_plan
+from stablemoe_ds.config.deepspeed_config import deepspeed_config
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError

@@ -203,7 +203,7 @@ def test_shipped_configuration_survives_dump_and_load(path: Path, tmp_path: Path
 
 def test_configuration_needs_no_torch() -> None:
     code = (
-        "import sys; import stablemoe_ds.config.load, stablemoe_ds.config.report, stablemoe_ds.config.reference;"
+        "import sys; import stablemoe_ds.config.load, stablemoe_ds.config.cost_report, stablemoe_ds.config.reference;"
         "print([m for m in ('torch', 'deepspeed', 'megatron', 'numpy') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from stablemoe_ds.comparison.suite import SuiteConfig, load_suite
-from stablemoe_ds.config.batch import batch_plan
-from stablemoe_ds.config.deepspeed import deepspeed_config
+from stablemoe_ds.config.batch_plan import batch_plan
+from stablemoe_ds.config.cost_report import render, report
+from stablemoe_ds.config.deepspeed_config import deepspeed_config
 from stablemoe_ds.config.load import dump_run, load_run, load_section
 from stablemoe_ds.config.messages import known_keys
-from stablemoe_ds.config.report import render, report
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.cluster import load_cluster
 from stablemoe_ds.launch.job import Facts
-from stablemoe_ds.launch.plan import make_jobs
+from stablemoe_ds.launch.make_jobs import make_jobs
 
 KEYS = known_keys()
 ROOT = Path(__file__).parents[2]

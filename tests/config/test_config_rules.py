@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stablemoe_ds.config.batch import BatchPlan, batch_plan, nearest_divisor, nearest_multiple
+from stablemoe_ds.config.batch_plan import BatchPlan, batch_plan, nearest_divisor, nearest_multiple
 from stablemoe_ds.config.load import load_run
 from stablemoe_ds.config.rules import check, switch_step, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig

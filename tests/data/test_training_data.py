@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.schema import RunConfig, Source
 from stablemoe_ds.data.corpus import PreparedInfo
 from stablemoe_ds.data.position import Position

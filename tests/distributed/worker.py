@@ -43,7 +43,7 @@ class Outcome:
 @contextmanager
 def engine_of(run: RunConfig) -> Iterator[Any]:
     """An :class:`Engine` over the processes of this test."""
-    from stablemoe_ds.config.batch import batch_plan
+    from stablemoe_ds.config.batch_plan import batch_plan
     from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
     from stablemoe_ds.model.gpt import StableMoEGPT
     from stablemoe_ds.training.engine import Engine

@@ -9,7 +9,7 @@ import pytest
 
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.cluster import load_cluster, seconds_of
-from stablemoe_ds.launch.reference import reference
+from stablemoe_ds.launch.cluster_reference import reference
 
 
 def complaint(text: str, folder: Path) -> str:
@@ -130,5 +130,5 @@ def test_slurms_ways_to_write_a_time(time: str, seconds: int) -> None:
 
 def test_reference_is_current() -> None:
     document = Path(__file__).parents[2] / "docs" / "cluster.md"
-    command = "python -m stablemoe_ds.launch.reference > docs/cluster.md"
+    command = "python -m stablemoe_ds.launch.cluster_reference > docs/cluster.md"
     assert document.read_text(encoding="utf-8") == reference(), f"the schema has changed; run {command}"

@@ -15,7 +15,7 @@ from stablemoe_ds.config.load import load_run
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.cluster import load_cluster
 from stablemoe_ds.launch.examples import example_clusters, example_job, rendered, rendered_file
-from stablemoe_ds.launch.plan import look_around, make_jobs
+from stablemoe_ds.launch.make_jobs import look_around, make_jobs
 from tests.launch.tools import cluster, facts, frozen_early, one_job, order, stubbed
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from typing import Any
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.launch.cluster import ClusterConfig
 from stablemoe_ds.launch.job import Facts, Job, Order
-from stablemoe_ds.launch.plan import make_jobs
+from stablemoe_ds.launch.make_jobs import make_jobs
 from tests.tiny import tiny_run
 from tests.waiting import PATIENCE
 

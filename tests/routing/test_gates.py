@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablemoe_ds.config.gates import GATES
+from stablemoe_ds.config.gate_facts import GATES
 from stablemoe_ds.config.routers import ROUTERS
 from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.build import make_router

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from stablemoe_ds.config.gates import GATES, GateName
+from stablemoe_ds.config.gate_facts import GATES, GateName
 from stablemoe_ds.config.routers import ROUTERS, RouterName
 from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.router import Router

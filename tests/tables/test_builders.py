@@ -11,7 +11,7 @@ from stablemoe_ds.config.table_options import OPTIONS, VectorOptions
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.balanced_choice import balanced_choice
 from stablemoe_ds.tables.builders import build_table
-from stablemoe_ds.tables.corpus import Corpus, IdStream
+from stablemoe_ds.tables.counted_corpus import Corpus, IdStream
 from stablemoe_ds.tables.kmeans import spherical_kmeans
 from stablemoe_ds.tables.measures import cohesion, moved
 from stablemoe_ds.tables.table import RoutingTable, least_load

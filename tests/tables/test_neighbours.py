@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stablemoe_ds.tables.corpus import Corpus, IdStream
+from stablemoe_ds.tables.counted_corpus import Corpus, IdStream
 from stablemoe_ds.tables.neighbours import count_followers
 from tests.tables.texts import corpus_of, random_stream, slow_followers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from stablemoe_ds.tables.corpus import Corpus, IdStream
+from stablemoe_ds.tables.counted_corpus import Corpus, IdStream
 
 KINDS, VOCAB = 4, 200
 """Id i is of kind i % KINDS; a word of one kind is followed by one of the next."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stablemoe_ds.config.schema import FaultsConfig, RunConfig
-from stablemoe_ds.training.figures import UpdateTotals
 from stablemoe_ds.training.guard import DropWatch, Guard
+from stablemoe_ds.training.update_figures import UpdateTotals
 from tests.distributed.launch import run_distributed
 from tests.training.runs import STEPS, SWITCH, TinyData, checkpoint_of, history, small_run, tensors_of, train_here
 

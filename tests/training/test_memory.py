@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.memory import memory_per_rank
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch

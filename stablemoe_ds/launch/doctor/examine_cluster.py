@@ -15,12 +15,12 @@ from pathlib import Path
 
 from stablemoe_ds.launch.cluster import ClusterConfig
 from stablemoe_ds.launch.doctor.findings import Finding
-from stablemoe_ds.launch.doctor.probe import LIMIT_SECONDS
+from stablemoe_ds.launch.doctor.rank_probe import LIMIT_SECONDS
 from stablemoe_ds.launch.doctor.rank_report import read_reports
 from stablemoe_ds.launch.doctor.verdicts import Probed, judge
 from stablemoe_ds.launch.job import Job
 from stablemoe_ds.launch.logs import rank_logs
-from stablemoe_ds.launch.plan import look_around, probe_job
+from stablemoe_ds.launch.make_jobs import look_around, probe_job
 from stablemoe_ds.launch.status import said
 
 START_SECONDS, SUBMIT_SECONDS, TERM_SECONDS = 90.0, 60.0, 5.0

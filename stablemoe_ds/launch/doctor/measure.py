@@ -1,6 +1,6 @@
 """What a group of ranks can do: collectives that deliver what was sent, how fast, and clocks that agree.
 
-Imports torch; :mod:`stablemoe_ds.launch.doctor.probe` imports it when it is needed.
+Imports torch; :mod:`stablemoe_ds.launch.doctor.rank_probe` imports it when it is needed.
 """
 
 from __future__ import annotations

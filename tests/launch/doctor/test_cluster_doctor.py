@@ -21,16 +21,16 @@ from stablemoe_ds.launch.doctor.examine_cluster import examine_cluster
 from stablemoe_ds.launch.doctor.findings import Finding
 from stablemoe_ds.launch.doctor.rank_report import Report, read_reports
 from stablemoe_ds.launch.doctor.verdicts import Probed, judge
-from stablemoe_ds.launch.plan import probe_job
+from stablemoe_ds.launch.make_jobs import probe_job
 from tests.launch.tools import alive, cluster, facts, stubbed
 from tests.waiting import wait_until
 
-PROBE = [sys.executable, "-m", "stablemoe_ds.launch.doctor.probe"]
+PROBE = [sys.executable, "-m", "stablemoe_ds.launch.doctor.rank_probe"]
 PROBE_AHEAD = """
 import runpy, time
 now = time.time
 time.time = lambda: now() + 100
-runpy.run_module("stablemoe_ds.launch.doctor.probe", run_name="__main__")
+runpy.run_module("stablemoe_ds.launch.doctor.rank_probe", run_name="__main__")
 """
 ENDS_AS_RANK_1 = """#!/bin/sh
 [ "$RANK" = 0 ] && exec {python} "$@"
@@ -279,7 +279,7 @@ def test_a_report_cut_off_in_writing_is_left_out(tmp_path: Path) -> None:
 def test_every_launcher_starts_the_probe_where_it_would_train(launcher: str) -> None:
     job = probe_job(cluster(launcher=launcher, run_dir="out", nodes=1), facts())
     words = " ".join(job.command) + "".join(text for path, text in job.files.items() if path.endswith("job.sh"))
-    assert "stablemoe_ds.launch.doctor.probe" in words
+    assert "stablemoe_ds.launch.doctor.rank_probe" in words
     assert "out/doctor/stamp" in words
     assert "run.yaml" not in words + " ".join(job.all_files)
 

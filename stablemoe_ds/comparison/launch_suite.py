@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stablemoe_ds.answers import answer
-from stablemoe_ds.comparison.state import state_of
 from stablemoe_ds.comparison.suite import SuiteRun
+from stablemoe_ds.comparison.suite_state import state_of
 from stablemoe_ds.config.load import dump_run, load_run
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.launch.cluster import load_cluster
-from stablemoe_ds.launch.plan import look_around, make_jobs
+from stablemoe_ds.launch.make_jobs import look_around, make_jobs
 from stablemoe_ds.launch.start import start
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from stablemoe_ds.config.batch import batch_plan
+from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.costs import flops_per_token, parameters
 from stablemoe_ds.config.memory import memory_per_rank

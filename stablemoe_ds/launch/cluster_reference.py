@@ -1,6 +1,6 @@
 """The reference of cluster files, written from the schema.
 
-``python -m stablemoe_ds.launch.reference > docs/cluster.md``
+``python -m stablemoe_ds.launch.cluster_reference > docs/cluster.md``
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from stablemoe_ds.launch.cluster import ClusterConfig
 
 HEAD = """# Cluster files
 
-<!-- Generated: python -m stablemoe_ds.launch.reference > docs/cluster.md -->
+<!-- Generated: python -m stablemoe_ds.launch.cluster_reference > docs/cluster.md -->
 
 A cluster is one YAML file; `launch/` holds one for each launcher and, in `launch/rendered/`, what it comes to.
 [operations.md](operations.md) says how they are used. Paths are relative to `working_directory`. Beside those

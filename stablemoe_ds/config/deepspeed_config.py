@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from stablemoe_ds.config.batch import BatchPlan
+from stablemoe_ds.config.batch_plan import BatchPlan
 from stablemoe_ds.config.messages import show
 from stablemoe_ds.config.schema import RunConfig
 

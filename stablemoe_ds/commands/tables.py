@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stablemoe_ds.checkpoint.reader import Checkpoint
     from stablemoe_ds.config.schema import Source
     from stablemoe_ds.data.tokenizer import Tokenizer
-    from stablemoe_ds.tables.corpus import Corpus
+    from stablemoe_ds.tables.counted_corpus import Corpus
     from stablemoe_ds.tables.table import RoutingTable
 
 FROM_CORPUS = {

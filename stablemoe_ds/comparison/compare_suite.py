@@ -12,11 +12,11 @@ from pathlib import Path
 
 from stablemoe_ds.answers import answer
 from stablemoe_ds.comparison.outcome import outcome_of
+from stablemoe_ds.comparison.outcome_tables import markdown, write_csv
 from stablemoe_ds.comparison.pictures import draw_all
 from stablemoe_ds.comparison.runner import cores, threads_of_each, train_all
-from stablemoe_ds.comparison.state import state_of
 from stablemoe_ds.comparison.suite import Suite, SuiteRun
-from stablemoe_ds.comparison.table import markdown, write_csv
+from stablemoe_ds.comparison.suite_state import state_of
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.corpus import read_sources

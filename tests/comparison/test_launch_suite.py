@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stablemoe_ds.comparison.cluster import launch_all
+from stablemoe_ds.comparison.launch_suite import launch_all
 from stablemoe_ds.comparison.suite import load_suite
 from stablemoe_ds.errors import UserError
 from tests.comparison.suites import tiny_suite

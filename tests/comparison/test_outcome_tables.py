@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stablemoe_ds.comparison.outcome import Outcome
-from stablemoe_ds.comparison.table import COLUMNS, markdown, write_csv
+from stablemoe_ds.comparison.outcome_tables import COLUMNS, markdown, write_csv
 
 SIZES = {"tokens": 5e6, "active_parameters": 2e6, "total_parameters": 8.25e6, "flops_per_token": 12_345_678_901}
 

@@ -1,6 +1,6 @@
 """One rank of ``stablemoe doctor --cluster``: looks around, meets the others, measures, and reports.
 
-    python -m stablemoe_ds.launch.doctor.probe FOLDER
+    python -m stablemoe_ds.launch.doctor.rank_probe FOLDER
 
 under any launcher. Every rank reports twice over: as a file in the folder, where a rank that cannot connect is heard as
 well, and to the others when they meet, who write down what does not come to the folder by itself. It exits with 0
@@ -168,7 +168,7 @@ def _first_line(error: BaseException) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0: a launcher that sees one rank fail would end the others before they have spoken."""
     parser = argparse.ArgumentParser(
-        prog="python -m stablemoe_ds.launch.doctor.probe", description="One rank of the doctor."
+        prog="python -m stablemoe_ds.launch.doctor.rank_probe", description="One rank of the doctor."
     )
     parser.add_argument("folder", type=Path, help="shared by all ranks; takes the reports")
     parser.add_argument("--patience", type=float, default=PATIENCE_SECONDS, help="seconds in which all have to meet")
