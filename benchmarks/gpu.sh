@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All tests and benchmarks that need a GPU, in two calls, on a machine that need have no network.
 #
-#   benchmarks/gpu.sh correct WHEELS OUTPUT [DATA]   at most three minutes: the tests, and each benchmark at its smallest,
+#   benchmarks/gpu.sh correct WHEELS OUTPUT [DATA]   at most four minutes: the tests, and each benchmark at its smallest,
 #                                                    side by side
-#   benchmarks/gpu.sh fast WHEELS OUTPUT             at most five: layer, step and generation, one after the other
+#   benchmarks/gpu.sh fast WHEELS OUTPUT             at most nine: layer, step and generation, one after the other
 #   benchmarks/gpu.sh train WHEELS OUTPUT [DATA]     at most five: routers and tables on the text in DATA
 #   benchmarks/gpu.sh --cpu correct ...              the same with --quick on the CPU, ten times as patient, to try it out
 #
@@ -60,13 +60,13 @@ main() {
 
 # What can fail, all at once: nothing here is a measurement.
 correct() {
-  TOTAL=$((165 * patience))
-  tests sync 160 tests/gpu/test_sync.py &
-  tests model 160 tests/gpu/test_gradients.py tests/gpu/test_layer.py tests/gpu/test_model.py &
-  tests kernels 160 tests/ops &
+  TOTAL=$((220 * patience))
+  tests sync 200 tests/gpu/test_sync.py &
+  tests model 200 tests/gpu/test_gradients.py tests/gpu/test_layer.py tests/gpu/test_model.py &
+  tests kernels 200 tests/ops &
   local kind
   for kind in bf16-zero1 bf16-zero2 fp16-zero1 fp32-zero1; do
-    tests "run-$kind" 160 tests/gpu/test_run.py -k "$kind" &
+    tests "run-$kind" 200 tests/gpu/test_run.py -k "$kind" &
   done
   quick=(--quick --rounds 1)
   measure moe_layer 120 &
@@ -79,17 +79,17 @@ correct() {
 
 # Figures, of a machine that does nothing else meanwhile.
 fast() {
-  TOTAL=$((290 * patience))
+  TOTAL=$((530 * patience))
   measure moe_layer 90
-  measure step 180 --profile "$work/results/profile.txt" --rounds 7
-  measure generation 40
+  measure step 360 --profile "$work/results/profile.txt" --rounds 7
+  measure generation 70
   part pictures 20 -m benchmarks.pictures "$work/results"
 }
 
 # Recipes, as many as there is time for.
 train() {
   TOTAL=$((290 * patience))
-  measure routers 285 "${data[@]}" --seconds $((200 * patience)) --together 4 --seeds 1 2
+  measure routers 285 "${data[@]}" --seconds $((200 * patience)) --together 4 --seeds 1 2 --tokens 8e6
 }
 
 # measure NAME SECONDS OPTIONS...: a benchmark, which writes what it knows as it goes.
