@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests and benchmarks that need a GPU, in two calls, on a machine that need have no network.
+# All tests and benchmarks that need a GPU, in three calls, on a machine that need have no network.
 #
 #   benchmarks/gpu.sh correct WHEELS OUTPUT [DATA]   at most four minutes: the tests, and each benchmark at its smallest,
 #                                                    side by side
@@ -11,7 +11,8 @@
 #   DATA     a folder that benchmarks.carry has filled; without it the routers read Python's standard library
 #   PYTHON   the interpreter to use (default: python3)
 #
-# Every part writes down what it knows as it goes: a call that is cut off leaves something. In OUTPUT, whatever fails: summary.txt (begin there), logs.txt, results.json, results.md, profile.txt, PNGs.
+# Every part writes down what it knows as it goes: a call that is cut off leaves something. In OUTPUT, whatever fails:
+# summary.txt (begin there), logs.txt, results.json, results.md, profile.txt, PNGs.
 # The exit status is 0 if all parts succeeded, 1 if one failed or was cut off, 2 if there is no GPU, the call is wrong or
 # the package cannot be imported.
 #
