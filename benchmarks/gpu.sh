@@ -64,6 +64,7 @@ correct() {
   tests sync 160 tests/gpu/test_sync.py &
   tests model 160 tests/gpu/test_gradients.py tests/gpu/test_layer.py tests/gpu/test_model.py &
   tests kernels 160 tests/ops &
+  tests routers 160 tests/routing/test_router.py tests/routing/test_switch.py tests/routing/test_topk.py &
   local kind
   for kind in bf16-zero1 bf16-zero2 fp16-zero1 fp32-zero1; do
     tests "run-$kind" 160 tests/gpu/test_run.py -k "$kind" &
