@@ -65,6 +65,7 @@ correct() {
   tests sync 200 tests/gpu/test_sync.py &
   tests model 200 tests/gpu/test_gradients.py tests/gpu/test_layer.py tests/gpu/test_model.py &
   tests kernels 200 tests/ops &
+  tests routing 200 tests/routing/test_router.py tests/routing/test_switch.py tests/routing/test_topk.py &
   local kind
   for kind in bf16-zero1 bf16-zero2 fp16-zero1 fp32-zero1; do
     tests "run-$kind" 200 tests/gpu/test_run.py -k "$kind" &

@@ -20,9 +20,22 @@ with suppress(ImportError):  # the tests that need a GPU do without it
     settings.load_profile("ci")  # the same examples every time; --hypothesis-profile default draws others
 
 if TYPE_CHECKING:
+    import torch
+
     from stablemoe_ds.config.schema import RunConfig
     from stablemoe_ds.distributed.groups import Groups
     from tests.training.runs import TinyData
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test computes, and where tensors are made that it does not ask elsewhere: the CPU, then the GPU."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU; where there is one: DS_ACCELERATOR=cuda python -m pytest -m gpu")
+    with torch.device(request.param) as here:
+        yield here
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,11 @@ class Batch:
     real: Tensor
     scored: Tensor
 
+    @property
+    def real_T(self) -> Tensor:  # noqa: N802
+        """bool [T]: ``real`` in the order in which the model lays tokens out, sequence first: t = s · B + b."""
+        return self.real.transpose(0, 1).flatten()
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device, copied without waiting where memory is pinned."""
         return self.map(lambda field: field.to(device, non_blocking=True))

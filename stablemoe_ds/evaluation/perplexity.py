@@ -15,6 +15,7 @@ from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
 from stablemoe_ds.routing.routes import SumOverRanks
 from stablemoe_ds.routing.source import RouteSource
+from stablemoe_ds.tables.expert_load import max_loads
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Evaluation:
     @property
     def load(self) -> list[float]:
         """Largest over mean load of each MoE layer; 1 is even."""
-        return [max(served_N) * len(served_N) / max(sum(served_N), 1) for served_N in self.served_LN]
+        return max_loads(self.served_LN)
 
 
 def word_perplexity(evaluation: Evaluation, words: int) -> float:

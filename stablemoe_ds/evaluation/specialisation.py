@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from stablemoe_ds.tables.expert_load import relative_load
 from stablemoe_ds.tables.table import RoutingTable, least_load
 
 Piece = Callable[[int], str]
@@ -37,7 +38,7 @@ class IdUse:
     @property
     def load_N(self) -> NDArray[np.float64]:  # noqa: N802
         """float64 [N]: the same as a multiple of the mean."""
-        return self.served_N * self.expert_count / max(int(self.counts.sum()), 1)
+        return relative_load(self.served_N)
 
     @property
     def load_cv(self) -> float:

@@ -121,8 +121,7 @@ class StableMoEGPT(GPTModel):
         plans: one a MoE layer, made beforehand from ``fixed_LTK``; None: each layer makes its own.
         counts_LN: see :class:`RoutingPass`.
         """
-        real_T = batch.real.transpose(0, 1).flatten()
-        routing = RoutingPass(TokenView(batch.ids, real_T), fixed_LTK, seed, plans, counts_LN)
+        routing = RoutingPass(TokenView(batch.ids, batch.real_T), fixed_LTK, seed, plans, counts_LN)
         loss_BS = self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart).float()
         return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
 
@@ -132,8 +131,7 @@ class StableMoEGPT(GPTModel):
 
         As in :meth:`forward` with the same seed, at the cost of the stack up to the last MoE layer. Collective.
         """
-        real_T = batch.real.transpose(0, 1).flatten()
-        routing = RoutingPass(TokenView(batch.ids, real_T), None, seed, only_choices=len(self.moe_layers))
+        routing = RoutingPass(TokenView(batch.ids, batch.real_T), None, seed, only_choices=len(self.moe_layers))
         self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart)
         return torch.stack([report.served_N for report in routing.reports])
 

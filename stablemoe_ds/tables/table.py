@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.files import follow_umask, open_file
+from stablemoe_ds.tables.expert_load import relative_load
 
 FORMAT = "stablemoe-routing-table-1"
 
@@ -98,12 +99,11 @@ class RoutingTable:
         token_counts: int64 [V], how often each id occurs.
         """
         layers, _, top_k = self.expert_LVK.shape
-        load_LN = np.zeros((layers, self.experts))
+        served_LN = np.zeros((layers, self.experts))
         weight = np.repeat(token_counts.astype(np.float64), top_k)
         for layer in range(layers):
-            served = np.bincount(self.expert_LVK[layer].reshape(-1), weights=weight, minlength=self.experts)
-            load_LN[layer] = served * self.experts / max(served.sum(), 1.0)
-        return load_LN
+            served_LN[layer] = np.bincount(self.expert_LVK[layer].reshape(-1), weights=weight, minlength=self.experts)
+        return relative_load(served_LN)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; numbers in ``expert_LVK``, the rest in its metadata."""

@@ -109,8 +109,7 @@ class Planner:
         return self._groups.placement.tensor_group
 
     def _routes(self, batch: Batch) -> Tensor:
-        real_T = batch.real.transpose(0, 1).flatten()
-        return torch.where(real_T[None, :, None], self._routing(batch.ids), NOT_ROUTED)
+        return torch.where(batch.real_T[None, :, None], self._routing(batch.ids), NOT_ROUTED)
 
     def _exchange(self, number: int, batches: list[Batch], counts_MLCN: Tensor) -> Tensor:
         """Counts of every rank of the expert-parallel group, int64 [G, M, L, C, N].

@@ -23,6 +23,7 @@ from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
 from stablemoe_ds.run_directory.rewind import PROBE
+from stablemoe_ds.tables.expert_load import max_loads
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.stages import RoutingState
@@ -112,12 +113,11 @@ class Probing(Callback):
         figures.add(served_LN=torch.from_numpy(local.served_LN))
         totals = figures.totals(lambda packed: self._groups.sum_over_data_ranks(packed.to(device)))
         agreed, compared = totals.count("agreed"), totals.count("compared")
-        served_LN = np.array(totals.rows("served_LN"))
         state = RoutingState(
             step=self._state.progress.step,
             agreement=agreed / compared if compared else 1.0,
             churn=float((expert_LP != self._last_LP).mean()) if self._last_LP is not None else 1.0,
-            load=float((served_LN.max(1) / served_LN.mean(1)).max()),
+            load=max(max_loads(totals.rows("served_LN"))),
         )
         return state, expert_LP
 

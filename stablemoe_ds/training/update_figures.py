@@ -12,6 +12,7 @@ from torch import Tensor
 from stablemoe_ds.distributed.figures import Figures
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.model.gpt import ForwardOutput
+from stablemoe_ds.tables.expert_load import max_loads
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class UpdateTotals:
     @property
     def loads(self) -> list[float]:
         """max/mean load of each MoE layer in this update."""
-        return [max(row) * len(row) / max(1, sum(row)) for row in self.counts_LN]
+        return max_loads(self.counts_LN)
 
 
 class UpdateFigures:

@@ -27,7 +27,7 @@ class UpdateLog(Callback):
         self._run, self._plan, self._state = resolved.run, resolved.batch, state
         self._engine, self._reporter = engine, reporter
         self.peak = peak_flops(world.device, self._run.precision.dtype)
-        self._peak, self._flops = self.peak[0] * world.size, flops_per_token(self._run)
+        self._processes, self._flops = world.size, flops_per_token(self._run)
         self._drops = DropWatch()
         self.begin()
 
@@ -69,4 +69,5 @@ class UpdateLog(Callback):
 
     def _speed(self) -> dict[str, float]:
         tokens_per_second = self._updates / self._seconds * self._plan.tokens_per_step
-        return {"tokens_per_second": tokens_per_second, "mfu": tokens_per_second * self._flops / self._peak}
+        peak = self.peak[0] * self._processes
+        return {"tokens_per_second": tokens_per_second, "mfu": tokens_per_second * self._flops / peak}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,3 +81,42 @@ def complaint(read: Callable[[], object], name: str) -> str | None:
         assert len(message) < 500
         return message
     return None
+
+
+DAMAGE_A_TOKENIZER = """
+import random, sys
+from pathlib import Path
+from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.errors import UserError
+
+good, path, cut_every, draw = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), int(sys.argv[3]), random.Random(0)
+text, refused = "def area(width):\\n\\t7: eight \\u4e2d\\U0001f600\\0<s>", 0
+for number in range(400):
+    cut = number % cut_every == 0
+    bad = bytearray(good[: draw.randrange(len(good))] if cut else good)
+    for _ in range(0 if cut else draw.randint(1, 9)):
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+    path.write_bytes(bad)
+    try:
+        tokenizer = Tokenizer(path)
+        ids = tokenizer.encode(text)
+        tokenizer.decode(ids)
+        assert all(tokenizer.piece(i) and 0 <= i < tokenizer.vocab_size for i in ids)
+    except UserError as error:
+        assert str(path) in str(error) and str(error).isprintable(), error
+        refused += 1
+print(refused)
+"""
+
+
+def refused_when_damaged(tokenizer: Path, cut_every: int) -> int:
+    """How many of 400 damaged copies are refused in one line; the others have to work.
+
+    One of ``cut_every`` copies is cut short, the others have some bits changed. In a process of its own, since the
+    library that reads them might take it down.
+    """
+    bad = tokenizer.with_name(f"bad{tokenizer.suffix}")
+    words = [sys.executable, "-c", DAMAGE_A_TOKENIZER, str(tokenizer), str(bad), str(cut_every)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from stablemoe_ds.data.dataset import EvalDataset
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
 from stablemoe_ds.data.verified import verify_once
 from stablemoe_ds.tables.table import RoutingTable
-from tests.data.hostile import DAMAGES, STRANGE, Damage, complaint
+from tests.data.hostile import DAMAGES, STRANGE, Damage, complaint, refused_when_damaged
 from tests.distributed.launch import run_distributed
 
 ENDINGS = ("json", "idx", "bin", "counts.npy")
@@ -254,36 +252,7 @@ def test_tokenizer_that_is_no_file(tmp_path: Path, spoil: Callable[[Path], None]
     assert complaint(lambda: Tokenizer(path), "some.model")
 
 
-LOAD_DAMAGED = """
-import random, sys
-from pathlib import Path
-from stablemoe_ds.data.tokenizer import Tokenizer
-from stablemoe_ds.errors import UserError
-
-good, path, draw = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), random.Random(0)
-text, refused = "def area(width):\\n\\t7: eight \\u4e2d\\U0001f600\\0<s>", 0
-for number in range(600):
-    bad = bytearray(good if number % 2 else good[: draw.randrange(len(good))])
-    for _ in range(draw.randint(1, 9) if number % 2 else 0):
-        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
-    path.write_bytes(bad)
-    try:
-        tokenizer = Tokenizer(path)
-        ids = tokenizer.encode(text)
-        tokenizer.decode(ids)
-        assert all(tokenizer.piece(i) and 0 <= i < tokenizer.vocab_size for i in ids)
-    except UserError as error:
-        assert str(path) in str(error) and "\\n" not in str(error), error
-        refused += 1
-print(refused)
-"""
-
-
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_damaged_tokenizer_neither_crashes_nor_fails_later(text_file: Path, tmp_path: Path, kind: Any) -> None:
-    """In a process of its own, since sentencepiece might take it down. What loads, works, with another fingerprint."""
     good = train_tokenizer([text_file], tmp_path / "good.model", 320, kind).path
-    words = [sys.executable, "-c", LOAD_DAMAGED, str(good), str(tmp_path / "bad.model")]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 300 < int(done.stdout) < 600
+    assert 200 < refused_when_damaged(good, cut_every=2) < 400

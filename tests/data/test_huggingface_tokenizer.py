@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
@@ -20,7 +17,7 @@ from stablemoe_ds.data.corpus import PreparedInfo
 from stablemoe_ds.data.prepare import prepare
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
-from tests.data.hostile import STRANGE, complaint
+from tests.data.hostile import STRANGE, complaint, refused_when_damaged
 
 TEXT = "def area(width, height):\n\tif width < 0:\n        return None\n\n" * 20 + "the route of a token, été 中\n" * 30
 EOS = "<|endoftext|>"
@@ -235,36 +232,6 @@ def test_text_that_it_cannot_encode(tmp_path: Path) -> None:
         tokenizer.encode("a\ud800")
 
 
-LOAD_DAMAGED = """
-import random, sys
-from pathlib import Path
-from stablemoe_ds.data.tokenizer import Tokenizer
-from stablemoe_ds.errors import UserError
-
-good, path, draw = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), random.Random(0)
-text, refused = "def area(width):\\n\\t7: eight \\u4e2d\\U0001f600\\0<s>", 0
-for number in range(400):
-    bad = bytearray(good if number % 8 else good[: draw.randrange(len(good))])
-    for _ in range(draw.randint(1, 5) if number % 8 else 0):
-        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
-    path.write_bytes(bad)
-    try:
-        tokenizer = Tokenizer(path)
-        ids = tokenizer.encode(text)
-        tokenizer.decode(ids)
-        assert all(tokenizer.piece(i) and 0 <= i < tokenizer.vocab_size for i in ids)
-    except UserError as error:
-        assert str(path) in str(error) and str(error).isprintable(), error
-        refused += 1
-print(refused)
-"""
-
-
 @pytest.mark.parametrize("name", MAKERS)
 def test_damaged_file_neither_crashes_nor_fails_later(tmp_path: Path, name: str) -> None:
-    """In a process of its own, since the library might take it down."""
-    good = write(tmp_path, MAKERS[name]([EOS]))
-    words = [sys.executable, "-c", LOAD_DAMAGED, str(good), str(tmp_path / "bad.json")]
-    done: Any = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 100 < int(done.stdout) < 400
+    assert 100 < refused_when_damaged(write(tmp_path, MAKERS[name]([EOS])), cut_every=8) < 400

@@ -10,6 +10,7 @@ from stablemoe_ds.routing.router import best_experts
 from stablemoe_ds.routing.routes import TokenView
 from stablemoe_ds.routing.stablemoe import StableMoERouter
 
+pytestmark = pytest.mark.usefixtures("device")
 VOCAB, N, D, S, B = 30, 6, 16, 5, 4
 
 
@@ -23,11 +24,13 @@ def make(top_k: int = 1, normalize: bool = False) -> StableMoERouter:
 
 
 def stream(seed: int = 2) -> torch.Tensor:
-    return torch.randn(S * B, D, generator=torch.Generator().manual_seed(seed))
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(S * B, D, generator=random, device="cpu").to(torch.get_default_device())
 
 
 def view(real_T: torch.Tensor | None = None) -> TokenView:
-    ids_BS = torch.randint(VOCAB, (B, S), generator=torch.Generator().manual_seed(1))
+    ids_BS = torch.randint(VOCAB, (B, S), generator=torch.Generator().manual_seed(1), device="cpu")
+    ids_BS = ids_BS.to(torch.get_default_device())
     return TokenView(ids_BS, torch.ones(S * B, dtype=torch.bool) if real_T is None else real_T)
 
 
@@ -107,7 +110,7 @@ def test_each_loss_reaches_only_whom_it_should():
 
 def test_padding_is_neither_routed_nor_counted_nor_learned_from():
     router, hidden = make(2), stream().requires_grad_()
-    real_T = torch.rand(S * B, generator=torch.Generator().manual_seed(5)) > 0.4
+    real_T = stream(5)[:, 0] > -0.25
     tokens = view(real_T)
     routes = router(hidden, tokens, None, alone)
     assert (routes.expert_TK[~real_T] == -1).all()
@@ -159,12 +162,12 @@ def test_evaluation_reports_agreement_and_no_loss():
 
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
-def test_arithmetic_is_fp32_in_a_model_that_is_cast(cast):
+def test_arithmetic_is_fp32_in_a_model_that_is_cast(device, cast):
     router, hidden = make(), stream().to(cast)
     wanted = router(hidden.float(), view(), None, alone)
     model = torch.nn.ModuleList([router]).to(cast)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         got = router(hidden, view(), None, alone)
     assert got.gate_TK.dtype == torch.float32
     assert {loss.dtype for loss in got.loss_sums.values()} == {torch.float32}

@@ -11,6 +11,8 @@ from stablemoe_ds.routing.routes import SumOverRanks
 from stablemoe_ds.routing.switch import SwitchRouter, switch_sum
 from tests.routing.batch import D, N, T, alone, stream, tokens
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def make(top_k: int = 1) -> SwitchRouter:
     torch.manual_seed(8)

@@ -10,6 +10,8 @@ import torch
 from stablemoe_ds.routing.topk import TopKRouter
 from tests.routing.batch import D, N, T, alone, stream, tokens
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def make(top_k: int = 2, bias_step: float = 0.01) -> TopKRouter:
     torch.manual_seed(8)
