@@ -26,6 +26,17 @@ def read_launcher_environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher has to tell process ``rank`` of ``ranks`` that all run on this machine and meet at ``port``."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 def started_by_mpi() -> bool:
     """True under mpirun, of Open MPI or MPICH."""
     return any(name in os.environ for name in _MPI)

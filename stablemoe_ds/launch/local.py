@@ -23,6 +23,7 @@ from types import FrameType
 from typing import IO
 
 from stablemoe_ds.answers import stream
+from stablemoe_ds.distributed.environment import rank_environment
 from stablemoe_ds.launch.containers import contained
 from stablemoe_ds.launch.job import Job, Order
 
@@ -53,11 +54,10 @@ def run_ranks(command: Sequence[str], processes: int, port: int, logs: Path) -> 
 
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with ExitStack() as stack:
         for rank in range(processes):
             log = stack.enter_context((logs / f"rank-{rank}.log").open("ab"))
-            environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {**os.environ, **rank_environment(rank, processes, port)}
             said = subprocess.PIPE if rank == 0 else log
             process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
             ranks.append(process)

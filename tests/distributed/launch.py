@@ -1,4 +1,4 @@
-"""Run a function in several processes over gloo and get what each rank returns."""
+"""Run a function in several processes of this machine and get what each rank returns. Benchmarks use it, too."""
 
 from __future__ import annotations
 
@@ -16,16 +16,31 @@ from typing import Any
 
 import torch
 
-from stablemoe_ds.distributed.environment import free_port
+from stablemoe_ds.distributed.environment import free_port, rank_environment
 
 GRACE_SECONDS = 3.0
 """How long the other ranks may go on once one has failed: enough to write down their own failure."""
 
 
+class RankError(AssertionError):
+    """The traceback of every rank that failed. reason: the last line of the first one that said something."""
+
+    def __init__(self, reports: dict[int, tuple[int | None, str]]) -> None:
+        """reports: exit code and traceback by rank; no traceback where a rank was stopped because of another."""
+        said = [text.strip() for _, text in reports.values() if text.strip()]
+        self.reason = said[0].splitlines()[-1] if said else "no rank has said why"
+        super().__init__(
+            "\n".join(
+                f"--- rank {rank}, exit code {code}\n{text or 'stopped because another rank failed'}"
+                for rank, (code, text) in reports.items()
+            )
+        )
+
+
 def run_distributed(ranks: int, target: Callable[..., Any], *args: Any, timeout: float = 200.0) -> list[Any]:
     """Call ``target(*args)``, a function of a module, in ``ranks`` processes; returns the results by rank.
 
-    Raises AssertionError with the traceback of every rank that failed, or with where each rank stands if the call
+    Raises RankError with the traceback of every rank that failed, or with where each rank stands if the call
     takes longer than ``timeout`` seconds.
     """
     # Ranks are forked from a server that has imported the heavy libraries once: 0.1 s a rank instead of 5 s.
@@ -35,24 +50,21 @@ def run_distributed(ranks: int, target: Callable[..., Any], *args: Any, timeout:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [
-            context.Process(target=_rank, args=(rank, ranks, port, folder, timeout, target, args), daemon=True)
+            context.Process(target=_rank, args=(rank, ranks, port, folder, timeout, target, args))
             for rank in range(ranks)
         ]
         for process in processes:
             process.start()
         _join(processes, timeout + GRACE_SECONDS)
-        failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
-        if failed:
-            raise AssertionError("\n".join(_report(rank, processes[rank], folder) for rank in failed))
+        if codes := {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode != 0}:
+            raise RankError({rank: (code, _said(folder / f"{rank}.txt")) for rank, code in codes.items()})
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def _rank(
     rank: int, ranks: int, port: int, folder: Path, timeout: float, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(rank_environment(rank, ranks, port))
     torch.set_num_threads(1)
     report = (folder / f"{rank}.txt").open("w")
     faulthandler.dump_traceback_later(timeout, exit=True, file=report)
@@ -69,17 +81,17 @@ def _join(processes: list[BaseProcess], seconds: float) -> None:
     """Wait for all to end; once one has failed, only a little longer."""
     end = time.monotonic() + seconds
     running = list(processes)
-    while running and time.monotonic() < end:
-        wait([process.sentinel for process in running], timeout=end - time.monotonic())
-        if any(process.exitcode for process in running):
-            end = min(end, time.monotonic() + GRACE_SECONDS)
-        running = [process for process in running if process.exitcode is None]
-    for process in running:
-        process.kill()
-        process.join()
+    try:
+        while running and time.monotonic() < end:
+            wait([process.sentinel for process in running], timeout=end - time.monotonic())
+            if any(process.exitcode for process in running):
+                end = min(end, time.monotonic() + GRACE_SECONDS)
+            running = [process for process in running if process.exitcode is None]
+    finally:  # a rank may have readers, so it is no daemon, which would end with us
+        for process in running:
+            process.kill()
+            process.join()
 
 
-def _report(rank: int, process: BaseProcess, folder: Path) -> str:
-    file = folder / f"{rank}.txt"
-    text = file.read_text() if file.exists() else ""
-    return f"--- rank {rank}, exit code {process.exitcode}\n{text or 'stopped because another rank failed'}"
+def _said(report: Path) -> str:
+    return report.read_text() if report.exists() else ""

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
-from stablemoe_ds.distributed.environment import free_port
+from stablemoe_ds.distributed.environment import free_port, rank_environment
 from tests.waiting import PATIENCE
 
 ENDING = 20.0
@@ -90,13 +89,13 @@ def started(
     """One rank for each list of arguments. environment: variables by rank, laid over what a launcher would set."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stablemoe_ds.training.trainer", "tests.training.ranks"])
-    port = str(free_port())
+    port = free_port()
     logs = [folder / f"rank-{rank}.txt" for rank in range(len(argvs))]
     processes: list[BaseProcess] = []
     for rank, argv in enumerate(argvs):
-        named: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(argvs), "MASTER_PORT": port}
-        named |= {"MASTER_ADDR": "127.0.0.1", **{name: by[rank] for name, by in environment.items() if rank in by}}
-        arguments = (logs[rank], {name: str(value) for name, value in named.items()}, argv, faults.get(rank))
+        named = rank_environment(rank, len(argvs), port)
+        named |= {name: by[rank] for name, by in environment.items() if rank in by}
+        arguments = (logs[rank], named, argv, faults.get(rank))
         processes.append(context.Process(target=_rank, args=arguments))
     for process in processes:
         process.start()

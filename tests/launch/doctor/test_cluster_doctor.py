@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from stablemoe_ds.cli import main
-from stablemoe_ds.distributed.environment import free_port
+from stablemoe_ds.distributed.environment import free_port, rank_environment
 from stablemoe_ds.launch.cluster import ClusterConfig
 from stablemoe_ds.launch.doctor.examine_cluster import examine_cluster
 from stablemoe_ds.launch.doctor.findings import Finding
@@ -55,15 +55,10 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def probes(*folders: str, commands: tuple[list[str], ...] = (PROBE, PROBE)) -> list[Report]:
     """Run a probe in each folder, each as the one rank of a node of its own. Returns the reports in the first."""
-    told = {
-        "WORLD_SIZE": str(len(folders)),
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    told |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    port = free_port()
+    told = {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     started = [
-        subprocess.Popen([*command, folder], env={**os.environ, **told, "RANK": str(rank)})
+        subprocess.Popen([*command, folder], env={**os.environ, **rank_environment(rank, len(folders), port), **told})
         for rank, (command, folder) in enumerate(zip(commands, folders, strict=True))
     ]
     try:
