@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def open_table(path: str) -> tuple[RoutingTable, Checkpoint | None]:
     """A table file, or the frozen table of a checkpoint or run directory and that. Raises UserError without one."""
-    from stablemoe_ds.tables.table import RoutingTable
+    from stablemoe_ds.tables.table_file import read_table
 
     if Path(path).is_file():
-        return RoutingTable.read(path), None
+        return read_table(path), None
     settle_libraries()
     from stablemoe_ds.checkpoint.reader import Checkpoint
 
