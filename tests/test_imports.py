@@ -136,6 +136,8 @@ def loaded_by(module: str) -> list[str]:
         "tables.builders",
         "data.table_corpus",
         "evaluation.table_report",
+        "evaluation.bounds_report",
+        "tables.table_file",
         "comparison.suite",
         "run_directory.checkpoint_files",
         "run_directory.progress",

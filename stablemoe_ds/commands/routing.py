@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from stablemoe_ds.commands.named_tables import open_table, write_table
 from stablemoe_ds.commands.parsing import (
     Subparsers,
     add_command,
@@ -14,7 +15,6 @@ from stablemoe_ds.commands.parsing import (
     tell,
     tokenizer_argument,
 )
-from stablemoe_ds.commands.tables import open_table, write_table
 
 
 def add_to(commands: Subparsers) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stablemoe_ds.commands import table_bounds, table_export, table_simulate
+from stablemoe_ds.commands.named_tables import open_table, write_table
 from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, settle_libraries, tell
 from stablemoe_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from stablemoe_ds.checkpoint.reader import Checkpoint
     from stablemoe_ds.config.schema import Source
     from stablemoe_ds.data.tokenizer import Tokenizer
     from stablemoe_ds.tables.counted_corpus import Corpus
@@ -26,7 +27,8 @@ FROM_CORPUS = {
 
 
 def add_to(commands: Subparsers) -> None:
-    table = add_group(commands, "table", "routing tables: which experts serve which id", "build|show|diff")
+    members = "build|show|diff|bounds|export|simulate"
+    table = add_group(commands, "table", "routing tables: which experts serve which id", members)
     build = add_group(table, "build", "make a table from a corpus, a checkpoint or another table", "HOW")
     for name, text in FROM_CORPUS.items():
         _add_corpus_builder(build, name, text)
@@ -63,6 +65,9 @@ def add_to(commands: Subparsers) -> None:
         diff.add_argument(name, help="table file, checkpoint or run directory")
     _data_argument(diff, required=False, default="none: ids are compared, not tokens")
     json_argument(diff)
+    table_bounds.add_to(table)
+    table_export.add_to(table)
+    table_simulate.add_to(table)
 
 
 def _add_corpus_builder(build: Subparsers, name: str, text: str) -> None:
@@ -192,42 +197,6 @@ def _diff(arguments: argparse.Namespace) -> int:
     layers = difference_facts(one, other, corpus)
     tell({"one": one.sha256, "other": other.sha256, "layers": layers}, difference_text(layers), arguments.json)
     return 0
-
-
-def open_table(path: str) -> tuple[RoutingTable, Checkpoint | None]:
-    """A table file, or the frozen table of a checkpoint or run directory and that. Raises UserError without one."""
-    from stablemoe_ds.tables.table import RoutingTable
-
-    if Path(path).is_file():
-        return RoutingTable.read(path), None
-    settle_libraries()
-    from stablemoe_ds.checkpoint.reader import Checkpoint
-
-    checkpoint = Checkpoint.open(path)
-    table = checkpoint.table()
-    if table is None:
-        raise UserError(
-            f"checkpoint {checkpoint.path} has no routing table: it is of stage {checkpoint.progress.stage}; "
-            "'stablemoe table build frozen' or 'observed' makes one"
-        )
-    return table, checkpoint
-
-
-def write_table(table: RoutingTable, path: Path) -> None:
-    """Write a table file, whole or not at all, on the main rank only. Raises UserError if that is impossible."""
-    from safetensors import SafetensorError
-
-    from stablemoe_ds.distributed.environment import read_launcher_environment
-
-    if read_launcher_environment()[0] != 0:
-        return
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.save(part)
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write routing table {path}: {error}") from error
 
 
 def _corpus(data: Sequence[str | Source], tokenizer: Tokenizer | None, vocab_size: int | None) -> Corpus:

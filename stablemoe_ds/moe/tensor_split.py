@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def _share(tokens: int, group: dist.ProcessGroup) -> tuple[int, int, int]:
-    """(start, end, rows of a full share) of this rank's share of ``tokens`` rows."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+def share_of(tokens: int, rank: int, ranks: int) -> tuple[int, int, int]:
+    """(start, end, rows of a full share) of a rank's share of ``tokens`` rows."""
     rows = -(-tokens // ranks)
     return min(rank * rows, tokens), min((rank + 1) * rows, tokens), rows
+
+
+def _share(tokens: int, group: dist.ProcessGroup) -> tuple[int, int, int]:
+    return share_of(tokens, dist.get_rank(group), dist.get_world_size(group))
 
 
 def _gather(share: Tensor, tokens: int, group: dist.ProcessGroup) -> Tensor:

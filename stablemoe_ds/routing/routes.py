@@ -22,6 +22,8 @@ S  positions of a sequence
 T  tokens of this rank's micro-batch in megatron-core's order, sequence first: t = s * B + b
 U  blocks of queries or keys in attention
 V  vocabulary
+W  ranks of the run
+X  expert-parallel groups of the run
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.tables.deepseek_v4 import NAME
 from stablemoe_ds.tables.table import RoutingTable
+from stablemoe_ds.tables.table_file import read_table
 
 ANOTHER = "'stablemoe table build' makes one"
 
@@ -28,7 +30,7 @@ def given_table(
     Raises UserError if the file is missing or damaged, and with a line for each thing that does not fit the run.
     """
     try:
-        table = RoutingTable.read(path)
+        table = read_table(path, experts)
     except UserError as error:
         raise UserError(f"moe.table: {error}; {ANOTHER}") from error
     if problems := [
@@ -42,7 +44,9 @@ def given_table(
 def _problems(
     table: RoutingTable, experts: int, top_k: int, layers: int, vocab_size: int | None, tokenizer: str | None
 ) -> Iterator[str]:
-    if tokenizer is not None and table.tokenizer != tokenizer:
+    # The files of DeepSeek-V4 have no place for a tokenizer: only the number of ids can be checked.
+    unnamed = not table.tokenizer and table.made.get("builder") == NAME
+    if tokenizer is not None and table.tokenizer != tokenizer and not unnamed:
         yield (
             f"is for ids of {_named(table.tokenizer)}, but the run has {_named(tokenizer)}, whose ids mean other "
             f"pieces: expected a table for that; {ANOTHER}"

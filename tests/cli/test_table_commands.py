@@ -185,3 +185,21 @@ def test_a_checkpoint_whose_text_is_gone_is_shown_unmeasured(
     answer = command_here("table", "show", finished.directory)
     assert answer.code == 0
     assert "not measured by the run's text: no prepared corpus /nowhere/train" in answer.out
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32"])
+def test_export_and_wherever_a_table_is_named(table: Path, tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "exported" / "model.safetensors"
+    words = ("--format", "deepseek-v4", "--dtype", dtype, "--output", str(path))
+    assert f"wrote {path}" in command_here("table", "export", str(table), *words).out
+    mine, other = (command_here("table", "show", str(one), "--json").json for one in (table, path))
+    assert mine == other
+    assert "0.0% of ids at another expert" in command_here("table", "diff", str(table), str(path)).out
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_export_of_what_readers_refuse_leaves_nothing(tmp_path: Path) -> None:
+    RoutingTable(np.zeros((1, 5, 1), np.int32), 4, (1,)).save(tmp_path / "zeros")
+    words = ("--format", "deepseek-v4", "--output", str(tmp_path / "out"))
+    complaint(command_here("table", "export", str(tmp_path / "zeros"), *words), "all zeros")
+    assert [item.name for item in tmp_path.iterdir()] == ["zeros"]

@@ -1,0 +1,118 @@
+"""What ``stablemoe table simulate`` says: one line of JSON an update, and all updates in one small table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablemoe_ds.config.resolved import ResolvedRun
+from stablemoe_ds.config.text_table import aligned
+from stablemoe_ds.tables.table import RoutingTable
+from stablemoe_ds.training.simulation import Layout, SimulatedUpdate
+
+FIGURES = {
+    "busiest_rank": "rows of the busiest rank, over all layers",
+    "most_rows": "most rows a rank serves at once",
+    "capacity": "capacity factor that drops nothing",
+    "idle": "idle, while the busiest rank of a group works",
+    "inside": "MB between ranks of one node",
+    "between": "MB between nodes",
+    "busiest_pair": "MB between the two ranks that exchange most",
+}
+"""Figures of an update by name."""
+
+
+def update_facts(update: SimulatedUpdate) -> dict[str, Any]:
+    """All of an update, as JSON can hold it."""
+    return {
+        "update": update.number,
+        "served": update.served_LWE.tolist(),
+        "sent": update.sent_LXGG.tolist(),
+        **{name: getattr(update, name) for name in FIGURES},
+    }
+
+
+@dataclass
+class Summary:
+    """Updates added up, so that none has to be kept."""
+
+    updates: int = 0
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FIGURES, 0.0))
+    worst: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FIGURES, 0.0))
+    served_LWE: NDArray[np.int64] | None = None  # noqa: N815
+
+    def add(self, update: SimulatedUpdate) -> None:
+        self.updates += 1
+        for name in FIGURES:
+            value = getattr(update, name)
+            self.sums[name] += value
+            self.worst[name] = max(self.worst[name], value)
+        self.served_LWE = update.served_LWE + (0 if self.served_LWE is None else self.served_LWE)
+
+    def mean(self, name: str) -> float:
+        return self.sums[name] / max(1, self.updates)
+
+
+def summary_facts(summary: Summary, resolved: ResolvedRun, table: RoutingTable, layout: Layout) -> dict[str, Any]:
+    """Everything but the updates themselves."""
+    assert summary.served_LWE is not None
+    served_LXGE = summary.served_LWE.reshape(len(table.blocks), -1, layout.expert, table.experts // layout.expert)
+    rank_LG, expert_LN = served_LXGE.sum((1, 3)), served_LXGE.sum(1).reshape(len(table.blocks), -1)
+    return {
+        "run": resolved.run.name,
+        "table": table.sha256,
+        "updates": summary.updates,
+        "tokens_per_update": resolved.batch.tokens_per_step,
+        "ranks": layout.ranks,
+        "nodes": layout.nodes,
+        "expert_parallel": layout.expert,
+        "experts_of_a_rank": table.experts // layout.expert,
+        "mean_rank": int(summary.served_LWE.sum()) / max(1, summary.updates) / layout.ranks,
+        "memory_of_rows": int(summary.worst["most_rows"]) * layout.row_bytes,
+        "figures": {name: {"mean": summary.mean(name), "worst": summary.worst[name]} for name in FIGURES},
+        "layers": [
+            {"block": block, "max_load": _unevenness(expert_N), "max_rank_load": _unevenness(rank_G)}
+            for block, expert_N, rank_G in zip(table.blocks, expert_LN, rank_LG, strict=True)
+        ],
+    }
+
+
+def summary_text(facts: dict[str, Any]) -> str:
+    """The same for a person."""
+    rows = [["of an update", "mean", "worst"]]
+    for name, text in FIGURES.items():
+        figure = facts["figures"][name]
+        rows.append([text, *(_shown(name, figure[which]) for which in ("mean", "worst"))])
+    loads = [["MoE layer at block", "busiest expert", "busiest rank of a group"]]
+    loads += [[str(x["block"]), f"{x['max_load']:.2f}", f"{x['max_rank_load']:.2f}"] for x in facts["layers"]]
+    each = facts["ranks"] // facts["nodes"]
+    return "\n".join(
+        [
+            f"{facts['updates']:,} updates of {facts['tokens_per_update']:,} tokens along table {facts['table'][:12]}",
+            f"{facts['ranks']} ranks, {each} a node; {facts['expert_parallel']} of them share "
+            f"the experts, {facts['experts_of_a_rank']} each",
+            "",
+            aligned(rows, right=(1, 2)),
+            "",
+            f"A rank serves {facts['mean_rank']:,.0f} rows an update in the mean. The most that one holds at once, of "
+            f"one layer, take {facts['memory_of_rows'] / 1e6:,.2f} MB.",
+            "",
+            "Load over all updates, as a multiple of the mean",
+            aligned(loads, right=(1, 2)),
+        ]
+    )
+
+
+def _unevenness(rows: NDArray[np.int64]) -> float:
+    return float(rows.max() / max(1e-9, rows.mean()))
+
+
+def _shown(name: str, value: float) -> str:
+    if name == "idle":
+        return f"{value:.1%}"
+    if name == "capacity":
+        return f"{value:.2f}"
+    return f"{value / 1e6:,.2f}" if "MB" in FIGURES[name] else f"{value:,.0f}"
