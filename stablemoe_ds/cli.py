@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         demo,
         doctor,
         eval_and_generate,
+        export_model,
         launch,
         routing,
         tables,
@@ -85,7 +86,20 @@ def build_parser() -> argparse.ArgumentParser:
     # The deepspeed launcher passes it, before everything else; LOCAL_RANK says it, too.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    groups = (demo, data, train, eval_and_generate, routing, tables, checkpoint, config, launch, compare, doctor)
+    groups = (
+        demo,
+        data,
+        train,
+        eval_and_generate,
+        export_model,
+        routing,
+        tables,
+        checkpoint,
+        config,
+        launch,
+        compare,
+        doctor,
+    )
     for group in groups:
         group.add_to(commands)
     return parser

@@ -25,6 +25,7 @@ HEIGHT = {
     "model": 6,
     "checkpoint": 7,
     "evaluation": 8,
+    "export": 8,
     "launch": 8,
     "training": 9,
     "comparison": 9,

@@ -58,7 +58,7 @@ class Model(Protocol):
 class Tokenizer:
     """Text to ids and back, whatever library the file is for; its first bytes tell.
 
-    fingerprint: sha256 of the file. eos_id ends each document.
+    fingerprint: sha256 of the file. eos_id ends each document. is_json: it is a tokenizer.json.
     Raises UserError if the file is missing, is no tokenizer, or does not say which id ends a document.
     """
 
@@ -77,7 +77,8 @@ class Tokenizer:
         if len(content) > LARGEST:
             raise UserError(f"tokenizer {path} is larger than {LARGEST} bytes: expected a tokenizer")
         self._model: Model
-        if content.removeprefix(BOM).lstrip().startswith(b"{"):
+        self.is_json = content.removeprefix(BOM).lstrip().startswith(b"{")
+        if self.is_json:
             from stablemoe_ds.data.huggingface_model import HuggingFaceModel, config_path
 
             self._model = HuggingFaceModel(self.path, content)

@@ -1,0 +1,98 @@
+"""What the config.json of an exported folder says, and which checkpoints have no such folder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from stablemoe_ds.checkpoint.reader import Checkpoint
+from stablemoe_ds.config.costs import shared_stack
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.errors import UserError
+
+MODELING_FILE = "modeling_stablemoe.py"
+CHOOSES_BY = {"softmax": "softmax", "normalized": "biased_sigmoid"}
+"""What the best experts of a learned router are best at, by the router's own gate; "affinity" for all others."""
+
+
+def router_of(checkpoint: Checkpoint) -> str | None:
+    """What exported routers choose by, as ``StableMoEConfig.router`` has it; None for a dense model.
+
+    A checkpoint of stage 1 is exported with its learned routers, which are what it was trained with.
+    Raises UserError for routers that the modeling file does not have.
+    """
+    moe, stage = checkpoint.run.moe, checkpoint.progress.stage
+    if not moe.facts.routed:
+        return None
+    if checkpoint.table() is not None:
+        return "table"
+    if moe.facts.fixed:
+        raise UserError(
+            f"checkpoint {checkpoint.path} holds no routing table yet: train it, and export the next checkpoint"
+        )
+    if stage == 2:
+        raise UserError(
+            f"checkpoint {checkpoint.path} routes by frozen {moe.distilled.kind} networks, which an exported model "
+            "does not have; nearest that works: a run with moe.distilled.kind=word, whose frozen router is a table"
+        )
+    if moe.facts.experts_choose:
+        raise UserError(
+            f"checkpoint {checkpoint.path} has router {moe.router}, in which experts choose tokens; an exported model "
+            "does not have it; nearest that works: moe.router=topk"
+        )
+    return CHOOSES_BY.get(moe.facts.gate, "affinity")
+
+
+def model_settings(run: RunConfig, vocab_size: int, router: str | None) -> dict[str, Any]:
+    """The fields of ``StableMoEConfig`` (``modeling_stablemoe.py``) that describe this model."""
+    m, moe = run.model, run.moe
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": m.hidden_size,
+        "intermediate_size": m.ffn_hidden_size,
+        "num_hidden_layers": m.layers,
+        "num_attention_heads": m.heads,
+        "num_key_value_heads": m.kv_heads or m.heads,
+        "max_position_embeddings": run.data.sequence_length,
+        "positions": m.positions,
+        "rope_base": m.rope_base,
+        "norm": m.norm,
+        "norm_eps": m.norm_epsilon,
+        "activation": m.activation,
+        "bias": m.bias,
+        "embedding_multiplier": math.sqrt(m.hidden_size) if m.embedding == "scaled" else 1.0,
+        "tie_word_embeddings": m.tie_embeddings,
+        "moe_blocks": [block - 1 for block in moe.layers],
+        "placement": moe.placement,
+    }
+    width, depth = shared_stack(run)
+    if router is None:
+        return settings | {"stack_intermediate_size": width, "stack_sublayers": depth}
+    return settings | {
+        "routed_experts": moe.experts,
+        "experts_per_token": moe.top_k,
+        "expert_intermediate_size": moe.ffn_hidden_size or m.ffn_hidden_size,
+        "expert_sublayers": moe.sublayers,
+        "shared_intermediate_size": width,
+        "shared_sublayers": depth,
+        "router": router,
+        "router_input": moe.router_input,
+        "gate": moe.gate_name,
+    }
+
+
+def folder_config(settings: dict[str, Any], dtype: str, special_ids: dict[str, int]) -> dict[str, Any]:
+    """config.json. dtype: as torch names it. special_ids: bos, eos and pad as transformers names them."""
+    module = MODELING_FILE.removesuffix(".py")
+    return {
+        "architectures": ["StableMoEForCausalLM"],
+        "model_type": "stablemoe",
+        "auto_map": {
+            "AutoConfig": f"{module}.StableMoEConfig",
+            "AutoModel": f"{module}.StableMoEModel",
+            "AutoModelForCausalLM": f"{module}.StableMoEForCausalLM",
+        },
+        "dtype": dtype,
+        **settings,
+        **special_ids,
+    }

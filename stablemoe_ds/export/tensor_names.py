@@ -1,0 +1,140 @@
+"""From the tensors of a checkpoint to those of an exported folder: which, under what name, cut how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablemoe_ds.checkpoint.reader import Checkpoint
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.tables.table import RoutingTable
+
+SUBLAYER = {
+    "norm_weight": "norm.weight",
+    "norm_bias": "norm.bias",
+    "w1": "mlp.up_proj.weight",
+    "b1": "mlp.up_proj.bias",
+    "w2": "mlp.down_proj.weight",
+    "b2": "mlp.down_proj.bias",
+}
+ROUTER = {"centroids": "centroids", "bias_N": "bias", "gate.scale_N": "gate_scale", "gate.bias_N": "gate_bias"}
+BLOCK = {
+    "input_layernorm": "input_layernorm",
+    "pre_mlp_layernorm": "feed_forward.norm",
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "mlp.linear_fc1": "feed_forward.mlp.up_proj",
+    "mlp.linear_fc2": "feed_forward.mlp.down_proj",
+}
+WHOLE_MODEL = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "embedding.position_embeddings.weight": "model.embed_positions.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "decoder.final_layernorm.bias": "model.norm.bias",
+    "output_layer.weight": "lm_head.weight",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One tensor of an exported folder. read: reads it; shape and dtype are known before."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+Cut = Callable[[Tensor], Tensor]
+
+
+def exported_tensors(checkpoint: Checkpoint, table: RoutingTable | None, dtype: torch.dtype) -> Iterator[Exported]:
+    """Every tensor of the folder. Weights have ``dtype``, what is the router's is fp32, the table int32.
+
+    Distilled routers are left out: what they have taught is in the table, or is not used in stage 1.
+    Raises ValueError for a tensor that has no place in an exported model.
+    """
+    blocks = block_of_layer(checkpoint.run)
+    for source in checkpoint.tensors:
+        if ".router.distilled." in source:
+            continue
+        for name, cut in _parts(source, checkpoint.run, blocks):
+            whole = torch.empty(checkpoint.shape(source), device="meta")
+            kept = torch.float32 if ".router." in name else dtype
+
+            def read(source: str = source, cut: Cut = cut, kept: torch.dtype = kept) -> Tensor:
+                return cut(checkpoint.read(source)).to(kept).contiguous()
+
+            yield Exported(name, tuple(cut(whole).shape), kept, read)
+    for layer, block in enumerate(table.blocks if table is not None else ()):
+        assert table is not None
+        rows_VK = torch.tensor(table.expert_LVK[layer])
+        name = f"model.layers.{block - 1}.moe.router.table"
+        yield Exported(name, tuple(rows_VK.shape), torch.int32, lambda rows_VK=rows_VK: rows_VK)
+
+
+def block_of_layer(run: RunConfig) -> list[int]:
+    """Block, from 0, of each layer of the stack: an MoE layer or a dense stack is a layer of its own there."""
+    return [b - 1 for b in range(1, run.model.layers + 1) for _ in range(2 if b in run.moe.layers else 1)]
+
+
+def _parts(source: str, run: RunConfig, blocks: list[int]) -> Iterable[tuple[str, Cut]]:
+    """Names in an exported folder of what is cut from one tensor of a checkpoint."""
+    if source in WHOLE_MODEL:
+        return [(WHOLE_MODEL[source], _whole)]
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", source)
+    if found is None:
+        raise ValueError(f"{source} has no place in an exported model")
+    at, rest = f"model.layers.{blocks[int(found[1])]}.", found[2]
+    owner, _, leaf = rest.rpartition(".")
+    gated = run.model.activation == "swiglu"
+    if owner == "self_attention.linear_qkv":
+        return [(f"{at}self_attn.{part}_proj.{leaf}", cut) for part, cut in _attention_cuts(run).items()]
+    if owner == "mlp.linear_fc1" and gated:
+        return _gate_and_up(f"{at}feed_forward.mlp.up_proj.{leaf}", _whole)
+    if owner in BLOCK:
+        return [(f"{at}{BLOCK[owner]}.{leaf}", _whole)]
+    if (router := rest.removeprefix("moe.router.")) in ROUTER:
+        return [(f"{at}moe.router.{ROUTER[router]}", _whole)]
+    stack = re.fullmatch(r"(?:moe\.experts\.(\d+)|moe\.(shared)|(stack))\.sublayers\.(\d+)\.(\w+)", rest)
+    if stack is None or stack[5] not in SUBLAYER:
+        raise ValueError(f"{source} has no place in an exported model")
+    owner = f"moe.routed.{stack[1]}" if stack[1] else "moe.shared" if stack[2] else "stack"
+    name = f"{at}{owner}.{stack[4]}.{SUBLAYER[stack[5]]}"
+    cut = _whole if stack[1] else _only_row
+    return _gate_and_up(name, cut) if gated and ".up_proj." in name else [(name, cut)]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _only_row(tensor: Tensor) -> Tensor:
+    """Of weights that are stacked over one expert."""
+    return tensor[0]
+
+
+def _gate_and_up(name: str, cut: Cut) -> list[tuple[str, Cut]]:
+    """The two halves of swiglu's first matrix or bias, of which the gate is the first."""
+    return [
+        (name.replace(".up_proj.", ".gate_proj."), lambda tensor: cut(tensor).chunk(2)[0]),
+        (name, lambda tensor: cut(tensor).chunk(2)[1]),
+    ]
+
+
+def _attention_cuts(run: RunConfig) -> dict[str, Cut]:
+    """Rows of the fused matrix stand by group of key and value heads: queries of the group, its key, its value."""
+    groups = run.model.kv_heads or run.model.heads
+    queries, width = run.model.heads // groups, run.model.hidden_size // run.model.heads
+
+    def rows(first: int, last: int) -> Cut:
+        return lambda whole: whole.unflatten(0, (groups, queries + 2, width))[:, first:last].flatten(0, 2)
+
+    return {"q": rows(0, queries), "k": rows(queries, queries + 1), "v": rows(queries + 1, queries + 2)}

@@ -1,0 +1,83 @@
+"""An exported model computes what ours computes, whatever the model looks like; opened by transformers alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.export.exported_folder import export
+from tests.export.small_checkpoints import SavedModel
+from tests.tiny import VOCAB
+
+PAPER = {
+    "positions": "learned",
+    "norm": "layernorm",
+    "activation": "relu",
+    "bias": True,
+    "kv_heads": 4,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "modern": {},
+    "paper": {"model": PAPER},
+    "untied": {"model": {"tie_embeddings": False}},
+    "plain embedding, gelu": {"model": {"embedding": "plain", "activation": "gelu"}},
+    "swiglu with biases": {"model": {"bias": True, "norm": "layernorm"}},
+    "another base": {"model": {"rope_base": 500, "norm_epsilon": 1e-3}},
+    "two of four, one shared": {"moe": {"top_k": 2, "shared_experts": 1}},
+    "stacks in the place of the block's own layer": {
+        "model": PAPER,
+        "moe": {"sublayers": 2, "placement": "replace", "shared_experts": 2, "ffn_hidden_size": 24},
+    },
+    "normalized input": {"moe": {"router_input": "normalized"}},
+    "gate doubled": {"moe": {"gate": "doubled"}},
+    "gate learned": {"moe": {"gate": "learned", "top_k": 2}},
+    "gate one": {"moe": {"gate": "one"}},
+    "hash": {"moe": {"router": "hash"}},
+    "table with a gate": {"moe": {"router": "table", "table": "some.safetensors", "gate": "sigmoid"}},
+    "BASE layers, frozen": {"moe": {"router": "base_fixed"}},
+    "dense": {"moe": {"router": "dense", "layers": []}},
+    "dense, deeper": {"moe": {"router": "dense_deeper", "sublayers": 2}},
+    "dense, wider": {"moe": {"router": "dense_wider", "sublayers": 2, "placement": "replace"}},
+    "learned": {"stage": 1},
+    "learned, best two, gate learned": {"stage": 1, "moe": {"top_k": 2, "gate": "learned"}},
+    "switch": {"stage": 1, "moe": {"router": "switch"}},
+    "switch, gate doubled": {"stage": 1, "moe": {"router": "switch", "gate": "doubled"}},
+    "top-1": {"stage": 1, "moe": {"router": "topk"}},
+    "top-2, one shared": {"stage": 1, "moe": {"router": "topk", "top_k": 2, "shared_experts": 1}},
+    "BASE layers": {"stage": 1, "moe": {"router": "base"}},
+}
+
+
+def some_ids(rows: int = 2, length: int = 12) -> Tensor:
+    return torch.randint(4, VOCAB, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def opened(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model as a stranger opens it, and the library's report."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
+    return model.eval(), report
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_are_ours(saved: Callable[..., SavedModel], tmp_path: Path, shape: dict[str, Any]) -> None:
+    ours = saved(**shape)
+    export(ours.path, tmp_path / "out")
+    theirs, report = opened(tmp_path / "out")
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = some_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.logits(ids), atol=1e-5, rtol=1e-5)
