@@ -186,7 +186,8 @@ class Router(nn.Module):
         return best.indices[:, : self.config.experts_per_token]
 
     def _gate(self, scores_TN: Tensor, expert_TK: Tensor) -> Tensor:
-        kind, affinity_TK = self.config.gate, scores_TN.gather(1, expert_TK)
+        # An expert of -1, in a table that was not loaded, is reported where experts are called.
+        kind, affinity_TK = self.config.gate, scores_TN.gather(1, expert_TK.clamp_min(0))
         if kind == "one":
             return torch.ones_like(affinity_TK)
         if kind == "softmax":
@@ -325,7 +326,8 @@ class StableMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
+    # All that routers have but their tables, which would be made fp32, too.
+    _keep_in_fp32_modules_strict = [f"router.{name}" for name in ("centroids", "bias", "gate_scale", "gate_bias")]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,12 +59,14 @@ Cut = Callable[[Tensor], Tensor]
 def exported_tensors(checkpoint: Checkpoint, table: RoutingTable | None, dtype: torch.dtype) -> Iterator[Exported]:
     """Every tensor of the folder. Weights have ``dtype``, what is the router's is fp32, the table int32.
 
-    Distilled routers are left out: what they have taught is in the table, or is not used in stage 1.
+    Left out are distilled routers, whose choices are in the table or are not used in stage 1, and centroids that
+    neither choose nor weigh an expert.
     Raises ValueError for a tensor that has no place in an exported model.
     """
     blocks = block_of_layer(checkpoint.run)
+    idle = table is not None and not checkpoint.run.moe.gate_facts.affinity
     for source in checkpoint.tensors:
-        if ".router.distilled." in source:
+        if ".router.distilled." in source or (idle and source.endswith(".router.centroids")):
             continue
         for name, cut in _parts(source, checkpoint.run, blocks):
             whole = torch.empty(checkpoint.shape(source), device="meta")
@@ -73,11 +76,10 @@ def exported_tensors(checkpoint: Checkpoint, table: RoutingTable | None, dtype: 
                 return cut(checkpoint.read(source)).to(kept).contiguous()
 
             yield Exported(name, tuple(cut(whole).shape), kept, read)
-    for layer, block in enumerate(table.blocks if table is not None else ()):
-        assert table is not None
-        rows_VK = torch.tensor(table.expert_LVK[layer])
-        name = f"model.layers.{block - 1}.moe.router.table"
-        yield Exported(name, tuple(rows_VK.shape), torch.int32, lambda rows_VK=rows_VK: rows_VK)
+    if table is not None:
+        for block, rows_VK in zip(checkpoint.run.moe.layers, table.expert_LVK, strict=True):
+            name = f"model.layers.{block - 1}.moe.router.table"
+            yield Exported(name, rows_VK.shape, torch.int32, partial(torch.tensor, rows_VK))
 
 
 def block_of_layer(run: RunConfig) -> list[int]:

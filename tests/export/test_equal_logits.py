@@ -1,23 +1,17 @@
-"""An exported model computes what ours computes, whatever the model looks like; opened by transformers alone."""
+"""An exported model computes what ours computes, whatever the model looks like."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
-from stablemoe_ds.errors import UserError
 from stablemoe_ds.export.exported_folder import export
+from tests.export.opened import opened, some_ids
 from tests.export.small_checkpoints import SavedModel
-from tests.tiny import VOCAB
 
 PAPER = {
     "positions": "learned",
@@ -56,20 +50,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "top-2, one shared": {"stage": 1, "moe": {"router": "topk", "top_k": 2, "shared_experts": 1}},
     "BASE layers": {"stage": 1, "moe": {"router": "base"}},
 }
-
-
-def some_ids(rows: int = 2, length: int = 12) -> Tensor:
-    return torch.randint(4, VOCAB, (rows, length), generator=torch.Generator().manual_seed(3))
-
-
-def opened(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model as a stranger opens it, and the library's report."""
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True, **options
-    )
-    return model.eval(), report
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

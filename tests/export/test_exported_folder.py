@@ -1,0 +1,155 @@
+"""What lies in an exported folder, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from stablemoe_ds.errors import UserError
+from stablemoe_ds.export.exported_folder import export
+from tests.export.opened import opened, some_ids
+from tests.export.small_checkpoints import SavedModel
+
+ALONE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("stablemoe_ds", "deepspeed", "megatron"):
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])
+assert not any(name.partition(".")[0] == "stablemoe_ds" for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def ours(saved: Callable[..., SavedModel]) -> SavedModel:
+    return saved()
+
+
+def test_opens_where_this_package_is_not(ours: SavedModel, tmp_path: Path) -> None:
+    export(ours.path, tmp_path / "out")
+    torch.save(some_ids(), tmp_path / "ids.pt")
+    paths = [str(tmp_path / name) for name in ("out", "ids.pt", "logits.pt")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-I", "-c", ALONE, *paths], check=True, cwd=tmp_path, env=environment)
+    wanted = ours.logits(some_ids())
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_shards_are_small_and_change_nothing(ours: SavedModel, tmp_path: Path) -> None:
+    export(ours.path, tmp_path / "one")
+    export(ours.path, tmp_path / "many", shard_bytes=30_000)
+    shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert all(shard.stat().st_size < 40_000 for shard in shards)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    with torch.no_grad():
+        one, many = (opened(tmp_path / name)[0](some_ids()).logits for name in ("one", "many"))
+    assert torch.equal(one, many)
+
+
+def test_no_more_than_a_shard_is_read_at_a_time(
+    ours: SavedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tensor that was read is gone before the next shard begins."""
+    import weakref
+
+    from stablemoe_ds.export import weight_shards
+
+    alive: list[weakref.ref[torch.Tensor]] = []
+    sizes: list[int] = []
+
+    def save_file(tensors: dict[str, torch.Tensor], *_: Any) -> None:
+        Path(str(_[0])).touch()
+        assert not any(ref() is not None for ref in alive)
+        alive.extend(map(weakref.ref, tensors.values()))
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+
+    monkeypatch.setattr(weight_shards, "save_file", save_file)
+    export(ours.path, tmp_path / "out", shard_bytes=30_000)
+    assert max(sizes) <= 30_000
+
+
+def test_bf16_keeps_routers_in_fp32_and_tables_in_int32(ours: SavedModel, tmp_path: Path) -> None:
+    export(ours.path, tmp_path / "out", "bf16")
+    model, _ = opened(tmp_path / "out")
+    kept = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    on_disk = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(str(shard), framework="pt") as file:
+            on_disk |= {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    for name, dtype in on_disk.items():
+        wanted = torch.int32 if name.endswith(".table") else torch.float32 if ".router." in name else torch.bfloat16
+        assert (dtype, kept[name]) == (wanted, wanted), name
+    wanted = ours.logits(some_ids())
+    with torch.no_grad():
+        found = model(some_ids()).logits.float()
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    assert ours.table is not None
+    rows = [model.model.layers[block - 1].moe.router.table for block in ours.table.blocks]
+    assert torch.equal(torch.stack(rows), torch.tensor(ours.table.expert_LVK))
+
+
+def test_a_table_that_is_missing_is_an_error_and_not_expert_0(ours: SavedModel, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    export(ours.path, tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    save_file({n: t for n, t in load_file(shard).items() if not n.endswith(".table")}, shard, {"format": "pt"})
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {n: f for n, f in content["weight_map"].items() if not n.endswith(".table")}
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="routing table was not in the weights"):
+        opened(tmp_path / "out")[0](some_ids())
+
+
+@pytest.mark.parametrize("kind", ["bigram", "cnn", "transformer"])
+def test_frozen_networks_are_refused(saved: Callable[..., SavedModel], tmp_path: Path, kind: str) -> None:
+    from stablemoe_ds.run_directory.checkpoint_files import write_manifest
+
+    folder = saved(stage=1, moe={"distilled": {"kind": kind}}).path
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest["progress"]["stage"] = 2
+    write_manifest(folder, {name: value for name, value in manifest.items() if name != "digest"})
+    with pytest.raises(UserError, match=f"frozen {kind} networks.*nearest that works: .*distilled.kind=word"):
+        export(folder, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_choose_are_refused(saved: Callable[..., SavedModel], tmp_path: Path) -> None:
+    folder = saved(stage=1, moe={"router": "expert_choice"}).path
+    with pytest.raises(UserError, match="router expert_choice.*nearest that works: moe.router=topk"):
+        export(folder, tmp_path / "out")
+
+
+def test_a_folder_that_is_there_is_left_alone(ours: SavedModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is there already"):
+        export(ours.path, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(saved: Callable[..., SavedModel], tmp_path: Path) -> None:
+    folder = saved().path
+    with (folder / "weights-0000.safetensors").open("r+b") as file:
+        file.seek(-5, 2)
+        file.write(b"!")
+    with pytest.raises(UserError, match="content has changed"):
+        export(folder, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
