@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from inspect import signature
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,9 @@ class Router(nn.Module):
 
     table: int32 [V, K], experts by token id. centroids: [N, D]. bias: [N], joins the choice but not the gate.
     """
+
+    table: Tensor
+    bias: Tensor
 
     def __init__(self, config: StableMoEConfig) -> None:
         super().__init__()
@@ -325,9 +328,14 @@ class StableMoEPreTrainedModel(PreTrainedModel):
     config: StableMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
     # All that routers have but their tables, which would be made fp32, too.
-    _keep_in_fp32_modules_strict = [f"router.{name}" for name in ("centroids", "bias", "gate_scale", "gate_bias")]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        "router.centroids",
+        "router.bias",
+        "router.gate_scale",
+        "router.gate_bias",
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -445,7 +453,7 @@ def causal_mask(
 class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
     """The language model: scores of the next id."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: StableMoEConfig) -> None:
         super().__init__(config)

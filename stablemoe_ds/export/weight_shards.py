@@ -18,7 +18,7 @@ def write_shards(folder: Path, tensors: Iterable[Exported], shard_bytes: int) ->
     No more than one shard is in memory. Raises OSError.
     """
     shards = _shared_out(tensors, shard_bytes)
-    names = {}
+    names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({tensor.name: tensor.read() for tensor in shard}, str(folder / file), {"format": "pt"})

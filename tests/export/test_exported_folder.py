@@ -129,14 +129,14 @@ def test_frozen_networks_are_refused(saved: Callable[..., SavedModel], tmp_path:
     manifest = json.loads((folder / "checkpoint.json").read_text())
     manifest["progress"]["stage"] = 2
     write_manifest(folder, {name: value for name, value in manifest.items() if name != "digest"})
-    with pytest.raises(UserError, match=f"frozen {kind} networks.*nearest that works: .*distilled.kind=word"):
+    with pytest.raises(UserError, match=rf"frozen {kind} networks.*nearest that works: .*distilled\.kind=word"):
         export(folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_experts_that_choose_are_refused(saved: Callable[..., SavedModel], tmp_path: Path) -> None:
     folder = saved(stage=1, moe={"router": "expert_choice"}).path
-    with pytest.raises(UserError, match="router expert_choice.*nearest that works: moe.router=topk"):
+    with pytest.raises(UserError, match=r"router expert_choice.*nearest that works: moe\.router=topk"):
         export(folder, tmp_path / "out")
 
 
