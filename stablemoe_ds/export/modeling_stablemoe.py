@@ -275,6 +275,7 @@ class Attention(nn.Module):
         cache: Any,
         **kwargs: Any,
     ) -> Tensor:
+        """[B, S, D] -> [B, S, D]. attention_mask: as the kind of attention in use takes it. rotary: cos and sin."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         query, key, value = (part(x).view(heads).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
         if rotary is not None:

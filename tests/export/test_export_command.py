@@ -13,27 +13,32 @@ from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.export.exported_folder import export
 from tests.export.opened import opened
-from tests.training.runs import checkpoint_of, command, history
+from tests.training.runs import Answer, checkpoint_of, command, history
 
 if TYPE_CHECKING:
     from stablemoe_ds.config.schema import RunConfig
 
 
 @pytest.fixture(scope="module")
-def folder(finished: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(finished: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Answer:
+    """What the command said; the folder is its ``output``."""
     folder = tmp_path_factory.mktemp("command") / "out"
-    answer = command("export", finished.directory, "--output", str(folder), "--json")
-    assert answer.code == 0, answer.err
-    assert answer.json["router"] == "table"
-    assert answer.json["bytes"] == sum(
-        tensor.numel() * tensor.element_size() for tensor in opened(folder)[0].state_dict().values()
-    ) - _tied_bytes(folder)
-    return folder
+    return command("export", finished.directory, "--output", str(folder), "--json")
 
 
-def _tied_bytes(folder: Path) -> int:
-    """The output matrix is the embedding, and in the folder once."""
-    return int(opened(folder)[0].lm_head.weight.nbytes)
+@pytest.fixture(scope="module")
+def folder(written: Answer) -> Path:
+    return Path(written.json["output"])
+
+
+def test_the_answer_says_what_was_written(written: Answer, folder: Path) -> None:
+    assert (written.code, written.json["router"], written.json["tokenizer"]) == (0, "table", True)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    model, _ = opened(folder)
+    stored = sum(model.state_dict()[name].nbytes for name in index["weight_map"])
+    assert written.json["bytes"] == index["metadata"]["total_size"] == stored
+    # The output matrix is the embedding, and is stored once.
+    assert model.state_dict().keys() - index["weight_map"].keys() == {"lm_head.weight"}
 
 
 def test_the_card_says_what_the_run_was(finished: RunConfig, folder: Path) -> None:

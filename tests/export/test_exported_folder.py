@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.export import weight_shards
 from stablemoe_ds.export.exported_folder import export
+from stablemoe_ds.run_directory.checkpoint_files import write_manifest
 from tests.export.opened import opened, some_ids
 from tests.export.small_checkpoints import SavedModel
 
@@ -69,20 +72,16 @@ def test_no_more_than_a_shard_is_read_at_a_time(
     ours: SavedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each tensor that was read is gone before the next shard begins."""
-    import weakref
-
-    from stablemoe_ds.export import weight_shards
-
-    alive: list[weakref.ref[torch.Tensor]] = []
+    before: list[weakref.ref[torch.Tensor]] = []
     sizes: list[int] = []
 
-    def save_file(tensors: dict[str, torch.Tensor], *_: Any) -> None:
-        Path(str(_[0])).touch()
-        assert not any(ref() is not None for ref in alive)
-        alive.extend(map(weakref.ref, tensors.values()))
+    def watched(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str]) -> None:
+        Path(path).touch()
+        assert all(tensor() is None for tensor in before)
+        before.extend(map(weakref.ref, tensors.values()))
         sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
 
-    monkeypatch.setattr(weight_shards, "save_file", save_file)
+    monkeypatch.setattr(weight_shards, "save_file", watched)
     export(ours.path, tmp_path / "out", shard_bytes=30_000)
     assert max(sizes) <= 30_000
 
@@ -108,8 +107,6 @@ def test_bf16_keeps_routers_in_fp32_and_tables_in_int32(ours: SavedModel, tmp_pa
 
 
 def test_a_table_that_is_missing_is_an_error_and_not_expert_0(ours: SavedModel, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     export(ours.path, tmp_path / "out")
     (shard,) = (tmp_path / "out").glob("*.safetensors")
     save_file({n: t for n, t in load_file(shard).items() if not n.endswith(".table")}, shard, {"format": "pt"})
@@ -123,8 +120,6 @@ def test_a_table_that_is_missing_is_an_error_and_not_expert_0(ours: SavedModel, 
 
 @pytest.mark.parametrize("kind", ["bigram", "cnn", "transformer"])
 def test_frozen_networks_are_refused(saved: Callable[..., SavedModel], tmp_path: Path, kind: str) -> None:
-    from stablemoe_ds.run_directory.checkpoint_files import write_manifest
-
     folder = saved(stage=1, moe={"distilled": {"kind": kind}}).path
     manifest = json.loads((folder / "checkpoint.json").read_text())
     manifest["progress"]["stage"] = 2
