@@ -400,9 +400,9 @@ class StableMoEModel(StableMoEPreTrainedModel):
         rotary = self._rotary(x, position_ids) if self.config.positions == "rope" else None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        seen = []
+        seen: tuple[Tensor, ...] = ()
         for block in self.layers:
-            seen.append(x)
+            seen = (*seen, x) if output_hidden_states else ()  # not kept unless they are asked for
             x = block(
                 x, input_ids, attention_mask=mask, rotary=rotary, cache=cache, position_ids=position_ids, **kwargs
             )
