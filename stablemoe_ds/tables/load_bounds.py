@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from stablemoe_ds.tables.expert_load import relative_load
 from stablemoe_ds.tables.table import least_load
 
 
@@ -93,7 +94,7 @@ def reach(
     total = max(1, int(served.sum()))
     mean = served.sum(1, keepdims=True) / experts
     dropped = tuple(float(np.maximum(served - factor * mean, 0).sum() / total) for factor in capacities)
-    load_N = served.sum(0) * experts / total
+    load_N = relative_load(served.sum(0))
     return Reach(name, load_N, load_N.reshape(ranks, -1).mean(1), dropped)
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from stablemoe_ds.config.resolved import ResolvedRun
 from stablemoe_ds.config.text_table import aligned
+from stablemoe_ds.tables.expert_load import max_loads
 from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.training.simulation import Layout, SimulatedUpdate
 
@@ -61,6 +62,7 @@ def summary_facts(summary: Summary, resolved: ResolvedRun, table: RoutingTable, 
     assert summary.served_LWE is not None
     served_LXGE = summary.served_LWE.reshape(len(table.blocks), -1, layout.expert, table.experts // layout.expert)
     rank_LG, expert_LN = served_LXGE.sum((1, 3)), served_LXGE.sum(1).reshape(len(table.blocks), -1)
+    expert_loads, rank_loads = max_loads(expert_LN), max_loads(rank_LG)
     return {
         "run": resolved.run.name,
         "table": table.sha256,
@@ -74,8 +76,8 @@ def summary_facts(summary: Summary, resolved: ResolvedRun, table: RoutingTable, 
         "memory_of_rows": int(summary.worst["most_rows"]) * layout.row_bytes,
         "figures": {name: {"mean": summary.mean(name), "worst": summary.worst[name]} for name in FIGURES},
         "layers": [
-            {"block": block, "max_load": _unevenness(expert_N), "max_rank_load": _unevenness(rank_G)}
-            for block, expert_N, rank_G in zip(table.blocks, expert_LN, rank_LG, strict=True)
+            {"block": block, "max_load": expert_load, "max_rank_load": rank_load}
+            for block, expert_load, rank_load in zip(table.blocks, expert_loads, rank_loads, strict=True)
         ],
     }
 
@@ -104,10 +106,6 @@ def summary_text(facts: dict[str, Any]) -> str:
             aligned(loads, right=(1, 2)),
         ]
     )
-
-
-def _unevenness(rows: NDArray[np.int64]) -> float:
-    return float(rows.max() / max(1e-9, rows.mean()))
 
 
 def _shown(name: str, value: float) -> str:
