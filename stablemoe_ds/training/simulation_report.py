@@ -62,6 +62,7 @@ def summary_facts(summary: Summary, resolved: ResolvedRun, table: RoutingTable, 
     assert summary.served_LWE is not None
     served_LXGE = summary.served_LWE.reshape(len(table.blocks), -1, layout.expert, table.experts // layout.expert)
     rank_LG, expert_LN = served_LXGE.sum((1, 3)), served_LXGE.sum(1).reshape(len(table.blocks), -1)
+    expert_loads, rank_loads = max_loads(expert_LN), max_loads(rank_LG)
     return {
         "run": resolved.run.name,
         "table": table.sha256,
@@ -75,8 +76,8 @@ def summary_facts(summary: Summary, resolved: ResolvedRun, table: RoutingTable, 
         "memory_of_rows": int(summary.worst["most_rows"]) * layout.row_bytes,
         "figures": {name: {"mean": summary.mean(name), "worst": summary.worst[name]} for name in FIGURES},
         "layers": [
-            {"block": block, "max_load": of_expert, "max_rank_load": of_rank}
-            for block, of_expert, of_rank in zip(table.blocks, max_loads(expert_LN), max_loads(rank_LG), strict=True)
+            {"block": block, "max_load": expert_load, "max_rank_load": rank_load}
+            for block, expert_load, rank_load in zip(table.blocks, expert_loads, rank_loads, strict=True)
         ],
     }
 
