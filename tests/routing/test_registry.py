@@ -101,11 +101,15 @@ def asks_for_a_name(node: ast.AST) -> bool:
 
 
 def test_nobody_asks_for_the_name_of_a_router() -> None:
-    """What a router is like is asked of its facts, so that a new one needs an entry and no other change."""
+    """What a router is like is asked of its facts, so that a new one needs an entry and no other change.
+
+    The modeling file of an exported folder runs without this package: it knows kinds of choice, not routers.
+    """
     assert asks_for_a_name(ast.parse("run.moe.router in ('hash', 'base')").body[0].value)  # type: ignore[attr-defined]
     found = [
         f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         for path in sorted((ROOT / "stablemoe_ds").rglob("*.py"))
+        if path.name != "modeling_stablemoe.py"
         for node in ast.walk(ast.parse(path.read_text()))
         if asks_for_a_name(node)
     ]
