@@ -162,6 +162,11 @@ class MoEConfig(Section):
         return self.table if self.facts.table_from == "file" and self.table in OPTIONS else None
 
     @property
+    def table_file(self) -> str | None:
+        """The file that ``table`` names, if it names no builder."""
+        return self.table if self.facts.table_from == "file" and self.table_builder is None else None
+
+    @property
     def gate_name(self) -> str:
         """The kind of gate, a key of ``gates.GATES``: the named one, or the router's own."""
         return self.facts.gate if self.gate == "own" else self.gate

@@ -52,8 +52,8 @@ def look_at_files(run: RunConfig) -> tuple[list[NamedFile], int | None]:
                 files.append(NamedFile("data.tokenizer", path, "unusable", str(error)))
         else:
             files.append(_missing("data.tokenizer", path))
-    if run.moe.facts.table_from == "file" and run.moe.table is not None and run.moe.table_builder is None:
-        files.append(_table(run, run.moe.table, tokenizer))
+    if run.moe.table_file is not None:
+        files.append(_table(run, run.moe.table_file, tokenizer))
     files += _corpora(run, tokenizer)
     files += _run_directory(run)
     return files, tokenizer.vocab_size if tokenizer else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stablemoe_ds.data.blend import content
 from stablemoe_ds.data.corpus import PreparedInfo
-from stablemoe_ds.distributed.together import of_all_ranks, on_first_rank
+from stablemoe_ds.distributed.together import of_all_ranks, of_first_rank
 from stablemoe_ds.errors import UserError
 
 
@@ -24,7 +24,7 @@ def verify_once(infos: Sequence[PreparedInfo], folder: Path) -> None:
         for info in infos:
             _verify(info, folder)
 
-    on_first_rank(verify)
+    of_first_rank(verify)
 
 
 def _same_everywhere(infos: Sequence[PreparedInfo]) -> None:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def of_first_rank(make: Callable[[], T]) -> T:
-    """What one rank makes while the others wait, on all of them. Its UserError is raised on all of them. Collective."""
+    """What one rank makes or does, on all, who wait meanwhile. Its UserError is raised on all of them. Collective."""
     if not distributed.is_initialized():
         return make()
     made: list[Any] = [None, UserError("the first rank failed")]
@@ -34,20 +34,11 @@ def of_first_rank(make: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def on_first_rank(act: Callable[[], None]) -> None:
-    """Do something on one rank while the others wait. Its UserError is raised on all of them. Collective."""
-
-    def done() -> None:
-        act()
-
-    of_first_rank(done)
-
-
 @contextmanager
 def on_first_rank_within(context: AbstractContextManager[None]) -> Iterator[None]:
     """Enter a context on one rank while the others wait. A UserError of entering it is raised on all of them."""
     with ExitStack() as stack:
-        on_first_rank(lambda: stack.enter_context(context))
+        of_first_rank(lambda: stack.enter_context(context))
         yield
 
 

@@ -65,10 +65,10 @@ class RouteMaker:
     def given(self) -> RoutingTable | None:
         """The table in a file that the run is to follow, or None. Raises UserError if it does not fit."""
         moe = self.run.moe
-        if moe.facts.table_from != "file" or moe.table is None or moe.table_builder is not None:
+        if moe.table_file is None:
             return None
         return given_table(
-            moe.table,
+            moe.table_file,
             experts=moe.experts,
             top_k=moe.top_k,
             blocks=tuple(moe.layers),
