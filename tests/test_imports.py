@@ -27,13 +27,16 @@ HEIGHT = {
     "evaluation": 8,
     "export": 8,
     "launch": 8,
+    "api": 9,
     "training": 9,
     "comparison": 9,
     "commands": 10,
+    "": 10,
     "cli": 11,
     "__main__": 12,
 }
-"""A room imports from lower ones and from itself; rooms of one height do not know each other."""
+"""A room imports from lower ones and from itself; rooms of one height do not know each other. "": the package itself,
+which shows the names of its API."""
 EVERYWHERE = {"answers", "errors", "files", "progress_bar"}
 """Files that import nothing of the package, so that anybody may import them."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -80,7 +83,7 @@ def test_imports_point_downwards(path: Path) -> None:
 
 def test_every_room_has_its_height() -> None:
     """A room that nobody ranked would escape the test above; one that is ranked but gone would be a lie."""
-    rooms = {room_of(dotted(path)) for path in MODULES} - {""} - EVERYWHERE
+    rooms = {room_of(dotted(path)) for path in MODULES} - EVERYWHERE
     assert HEIGHT.keys() == rooms
 
 

@@ -38,18 +38,19 @@ class World:
 
 
 def start_world(timeout_minutes: float = 10.0) -> World:
-    """Join the run: torch.distributed over nccl or gloo, device chosen by local rank. Call once per process.
+    """Join the run: torch.distributed over nccl or gloo, device chosen by local rank. Later calls join nothing new.
 
     timeout_minutes: how long a collective of this run may wait. Ranks have a minute at least to find each other.
     Raises RunError if they do not, UserError if they count different numbers of processes.
     """
     rank, size, local_rank = read_launcher_environment()
+    if dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        return World(dist.get_rank(), dist.get_world_size(), local_rank, _device(local_rank), timeout)
     check_world_size(size)
     name_rendezvous(rank, size)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = _device(local_rank)
     # The shared-memory op only serves inference all-reduce; building it needs a compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=timeout_minutes)
@@ -73,6 +74,14 @@ def start_world(timeout_minutes: float = 10.0) -> World:
     return World(rank, size, local_rank, device, timeout)
 
 
+def _device(local_rank: int) -> torch.device:
+    """This process's device, made torch's current one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
 def limit_waiting(timeout: timedelta) -> None:
     """Let no collective of any group of this process wait longer than ``timeout``.
 
@@ -93,7 +102,10 @@ def stop_world() -> None:
 
 
 class Groups:
-    """megatron-core's groups, shared with DeepSpeed so that both libraries speak of the same ones."""
+    """megatron-core's groups, shared with DeepSpeed so that both libraries speak of the same ones.
+
+    A process has them once: those that are there already are taken, if they have the same degrees.
+    """
 
     def __init__(self, world: World, tensor: int, expert: int) -> None:
         from megatron.core import parallel_state as ps
@@ -102,12 +114,19 @@ class Groups:
             if world.size % degree:
                 raise UserError(f"parallel.{name}: {degree} does not divide the {world.size} processes of this run")
         self.world, self.tensor, self.expert = world, tensor, expert
-        ps.initialize_model_parallel(
-            tensor_model_parallel_size=tensor,
-            expert_model_parallel_size=expert,
-            expert_tensor_parallel_size=1,
-            create_gloo_process_groups=False,
-        )
+        if not ps.model_parallel_is_initialized():
+            ps.initialize_model_parallel(
+                tensor_model_parallel_size=tensor,
+                expert_model_parallel_size=expert,
+                expert_tensor_parallel_size=1,
+                create_gloo_process_groups=False,
+            )
+        found = (ps.get_tensor_model_parallel_world_size(), ps.get_expert_model_parallel_world_size())
+        if found != (tensor, expert):
+            raise UserError(
+                f"these processes are laid out with tensor {found[0]} and expert {found[1]} already: got {tensor} and "
+                f"{expert}, expected the same; start other processes for another layout"
+            )
         limit_waiting(world.timeout)
         self.data_group = ps.get_data_parallel_group()
         self.data_rank, self.data_size = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
@@ -142,6 +161,15 @@ class Groups:
         total = tensor.clone()
         if self.world.size > 1:
             dist.all_reduce(total)
+        return total
+
+    def sum_over_copies(self, tensor: Tensor) -> Tensor:
+        """A new tensor, summed over the processes that hold the same experts."""
+        from megatron.core import parallel_state as ps
+
+        total = tensor.clone()
+        if self.world.size > self.expert:
+            dist.all_reduce(total, group=ps.get_expert_data_parallel_group())
         return total
 
     @property

@@ -20,3 +20,7 @@ class LayerPlacement:
     expert_rank: int
     tensor_group: dist.ProcessGroup | None
     sum_over_data_ranks: Callable[[Tensor], Tensor]
+
+
+ALONE = LayerPlacement(1, 0, None, lambda counts: counts)
+"""Of a layer in a single process."""

@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from stablemoe_ds.config.schema import MoEConfig, RunConfig
-from stablemoe_ds.distributed.placement import LayerPlacement
+from stablemoe_ds.distributed.placement import ALONE
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import build_moe_layer
 from stablemoe_ds.model.initialize import start_value
 from stablemoe_ds.model.layout import pieces
 
-ALONE = LayerPlacement(1, 0, None, lambda counts: counts)
 COPIED = {
     "pre_mlp_layernorm.weight": "norm_weight",
     "pre_mlp_layernorm.bias": "norm_bias",
