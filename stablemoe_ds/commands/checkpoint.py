@@ -14,12 +14,13 @@ def add_to(commands: Subparsers) -> None:
         ("verify", "read every byte and hold it against the manifest", _checkpoint_verify),
         (
             "convert",
-            "begin a run from another model's checkpoint: dense to experts, more or fewer",
+            "begin a run from another model: dense to experts, more or fewer; or from a folder of transformers",
             _checkpoint_convert,
         ),
     ):
         sub = add_command(subs, name, text, call)
-        sub.add_argument("checkpoint", help="checkpoint or run directory")
+        text = "checkpoint or run directory" + ("; or a folder of transformers" if name == "convert" else "")
+        sub.add_argument("checkpoint", help=text)
         if name == "convert":
             words, text = ("RUN.yaml", "key=value"), "the run that is to begin from it, and settings laid over it"
             sub.add_argument("--to", required=True, nargs="+", metavar=words, help=text)
@@ -50,9 +51,19 @@ def _checkpoint_convert(arguments: argparse.Namespace) -> int:
     settle_libraries()
     from stablemoe_ds.checkpoint.convert.conversion import convert
     from stablemoe_ds.checkpoint.reader import Checkpoint
+    from stablemoe_ds.distributed.groups import stop_world
+    from stablemoe_ds.export.imported_folder import import_folder, is_folder_of_transformers
 
-    source = Checkpoint.open(arguments.checkpoint)
-    written, what = convert(source, target)
-    facts = {"from": str(source.path), "to": str(written), "what": what}
+    if is_folder_of_transformers(arguments.checkpoint):
+        source = arguments.checkpoint
+        try:
+            written, what = import_folder(source, target)
+        finally:
+            stop_world()
+    else:
+        checkpoint = Checkpoint.open(arguments.checkpoint)
+        source = str(checkpoint.path)
+        written, what = convert(checkpoint, target)
+    facts = {"from": source, "to": str(written), "what": what}
     tell(facts, f"{what}; wrote {written}. 'stablemoe train' with the same run continues from it", arguments.json)
     return 0

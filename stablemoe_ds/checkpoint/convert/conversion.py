@@ -7,6 +7,7 @@ out: they belong to gradients of another model, and Adam begins anew.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,6 @@ def convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
     target = with_vocabulary(target, source.vocab_size)
     check(target)
     source.check_content(moments=False)
-    with only_writer(target.directory):
-        return _convert(source, target)
-
-
-def _convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
-    if saved_checkpoints(target.directory):
-        raise UserError(f"{target.directory} has checkpoints already: name another run_dir")
     old, new = source.run.moe, target.moe
     weights = {name: source.read(name) for name in source.tensors}
     table, progress = source.table(), Progress()
@@ -61,7 +55,20 @@ def _convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
             f"checkpoint {source.path}: nothing to convert; a dense model can become a Mixture of Experts, and experts "
             "more or fewer by a whole factor; any layout and precision loads a checkpoint as it is"
         )
-    return _write(source, target, weights, table, progress), what
+    # Counts belong to a training text, which may be another one from now on.
+    same_text = source.run.data.train == target.data.train
+    attached = {name: content for name, content in carried(source).items() if same_text or name != TOKEN_COUNTS}
+    written = write_first_checkpoint(
+        target,
+        weights,
+        table,
+        progress,
+        tokenizer=source.tokenizer,
+        vocab_size=source.vocab_size,
+        attached=attached,
+        origin=str(source.path),
+    )
+    return written, what
 
 
 def _regrouped(
@@ -100,31 +107,44 @@ def _check_same(old: RunConfig, new: RunConfig, moe_differs: bool) -> None:
                 raise UserError(f"{key}: got {got}, but the checkpoint has {has}: expected the same")
 
 
-def _write(
-    source: Checkpoint, target: RunConfig, weights: dict[str, Tensor], table: RoutingTable | None, progress: Progress
+def write_first_checkpoint(
+    target: RunConfig,
+    weights: dict[str, Tensor],
+    table: RoutingTable | None,
+    progress: Progress,
+    *,
+    tokenizer: str,
+    vocab_size: int,
+    attached: Mapping[str, bytes],
+    origin: str,
 ) -> Path:
-    """Raises UserError if the disk does not take it."""
-    final = Path(target.directory) / "checkpoints" / f"step-{progress.step:06d}"
-    part = part_of(final)
-    # Counts belong to a training text, which may be another one from now on.
-    same_text = source.run.data.train == target.data.train
-    attached = {name: content for name, content in carried(source).items() if same_text or name != TOKEN_COUNTS}
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "progress": asdict(progress),
-        "optimizer_steps": 0,
-        "loss_scale": None,
-        "tokenizer": source.tokenizer,
-        "vocab_size": source.vocab_size,
-        "run": target.model_dump(mode="json"),
-        "started_in": os.getcwd(),
-        "converted_from": str(source.path),
-    }
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: value.contiguous() for name, value in weights.items()}
-        write_manifest(part, manifest | write_share(part, "0000", contiguous, {}, table, attached))
-        publish(part, final, keep=1)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or part}: {error.strerror or error}") from error
-    return final
+    """Write the checkpoint that ``target`` begins from; its path.
+
+    weights: every tensor of its model by canonical name. tokenizer: its fingerprint. attached: see :func:`to_attach`.
+    origin: where the weights come from. Raises UserError if the run has checkpoints already or is being trained, and if
+    the disk does not take it.
+    """
+    with only_writer(target.directory):
+        if saved_checkpoints(target.directory):
+            raise UserError(f"{target.directory} has checkpoints already: name another run_dir")
+        final = Path(target.directory) / "checkpoints" / f"step-{progress.step:06d}"
+        part = part_of(final)
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "optimizer_steps": 0,
+            "loss_scale": None,
+            "tokenizer": tokenizer,
+            "vocab_size": vocab_size,
+            "run": target.model_dump(mode="json"),
+            "started_in": os.getcwd(),
+            "converted_from": origin,
+        }
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            contiguous = {name: value.contiguous() for name, value in weights.items()}
+            write_manifest(part, manifest | write_share(part, "0000", contiguous, {}, table, attached))
+            publish(part, final, keep=1)
+        except OSError as error:
+            raise UserError(f"cannot write {error.filename or part}: {error.strerror or error}") from error
+        return final
