@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.export.tensor_names import BLOCK, ROUTER, SUBLAYER, WHOLE_MODEL
+from stablemoe_ds.export.tensor_names import BLOCK, PLAIN_NAMES, ROUTER, SUBLAYER, WHOLE_MODEL
 
 TABLE = re.compile(r"model\.layers\.\d+\.moe\.router\.table")
-PLAIN_NAMES = {".post_attention_layernorm.": ".feed_forward.norm.", ".mlp.": ".feed_forward.mlp."}
-"""What Llama and Granite call parts of a block, and what an exported folder does."""
 _PARTS = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "up_proj": 1}
 """Tensors that are one in a checkpoint, in their order there."""
 
 
 def exported_name(name: str, plain: bool) -> str:
     """The name that an exported folder has for a tensor; plain: of a Llama or Granite."""
-    for theirs, ours in PLAIN_NAMES.items() if plain else ():
+    for ours, theirs in PLAIN_NAMES.items() if plain else ():
         name = name.replace(theirs, ours, 1)
     return name
 

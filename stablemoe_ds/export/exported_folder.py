@@ -14,7 +14,7 @@ from stablemoe_ds.checkpoint.attached import open_tokenizer
 from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.export.folder_settings import MODELING_FILE, folder_config, model_settings, router_of
+from stablemoe_ds.export.folder_settings import MODELING_FILE, folder_config, model_settings, plain_class, router_of
 from stablemoe_ds.export.model_card import model_card
 from stablemoe_ds.export.tensor_names import exported_tensors
 from stablemoe_ds.export.tokenizer_files import write_tokenizer
@@ -63,9 +63,10 @@ def export(
         "bytes": size,
         "seconds": time.perf_counter() - began,
     }
+    own_code = ", trust_remote_code=True" if (output / MODELING_FILE).exists() else ""
     text = (
         f"wrote {output}: {size:,} bytes of {dtype} weights, {facts['seconds']:.1f} s; "
-        f'AutoModelForCausalLM.from_pretrained("{output}", trust_remote_code=True) opens it'
+        f'AutoModelForCausalLM.from_pretrained("{output}"{own_code}) opens it'
     )
     return facts, text if tokenizer is not None else f"{text}. No tokenizer: the run names none"
 
@@ -86,11 +87,13 @@ def _write(
     settings = model_settings(run, checkpoint.vocab_size, router)
     _json(folder / "config.json", folder_config(settings, str(DTYPES[dtype]).removeprefix("torch."), special_ids))
     _json(folder / "generation_config.json", special_ids)
-    shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+    plain = plain_class(settings) is not None
+    if not plain:
+        shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder, run.data.sequence_length)
-    (folder / "README.md").write_text(model_card(checkpoint, table), encoding="utf-8")
-    return write_shards(folder, exported_tensors(checkpoint, table, DTYPES[dtype]), shard_bytes)
+    (folder / "README.md").write_text(model_card(checkpoint, table, plain), encoding="utf-8")
+    return write_shards(folder, exported_tensors(checkpoint, table, DTYPES[dtype], plain), shard_bytes)
 
 
 def _special_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, int]:

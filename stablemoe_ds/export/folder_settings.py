@@ -81,8 +81,23 @@ def model_settings(run: RunConfig, vocab_size: int, router: str | None) -> dict[
     }
 
 
+def plain_class(settings: dict[str, Any]) -> str | None:
+    """The class of transformers that computes the same, for which a folder needs no code of its own; None: there is none.
+
+    A dense model of the modern shape is a Llama; with a scaled embedding it is a Granite, which has a factor for that.
+    """
+    modern = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "moe_blocks": []}
+    if any(settings[name] != value for name, value in modern.items()):
+        return None
+    return "Llama" if settings["embedding_multiplier"] == 1.0 else "Granite"
+
+
 def folder_config(settings: dict[str, Any], dtype: str, special_ids: dict[str, int]) -> dict[str, Any]:
     """config.json. dtype: as torch names it. special_ids: bos, eos and pad as transformers names them."""
+    plain = plain_class(settings)
+    if plain is not None:
+        described = {"architectures": [f"{plain}ForCausalLM"], "model_type": plain.lower(), **_plain_settings(settings)}
+        return {**described, "dtype": dtype, **special_ids}
     module = MODELING_FILE.removesuffix(".py")
     return {
         "architectures": ["StableMoEForCausalLM"],
@@ -96,3 +111,34 @@ def folder_config(settings: dict[str, Any], dtype: str, special_ids: dict[str, i
         **settings,
         **special_ids,
     }
+
+
+def _plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a Llama or Granite calls the same. The base of RoPE has two places: of transformers 5 and of older ones."""
+    shared = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
+    base, head_width = float(settings["rope_base"]), settings["hidden_size"] // settings["num_attention_heads"]
+    named = {
+        "hidden_act": "silu",
+        "rms_norm_eps": settings["norm_eps"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": base},
+        "rope_theta": base,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    if plain_class(settings) == "Granite":
+        named |= {
+            "embedding_multiplier": settings["embedding_multiplier"],
+            "attention_multiplier": head_width**-0.5,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        }
+    return {name: settings[name] for name in shared} | named

@@ -29,13 +29,13 @@ tags: [mixture-of-experts, stablemoe]
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("."{own_code})
+tokenizer = AutoTokenizer.from_pretrained("."{own_code})
 print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=40)[0]))
 ```
 
-`trust_remote_code` is for `modeling_stablemoe.py` in this folder, which needs torch and transformers only. A text has
-at most {length:,} tokens. No token is put before a text; the id that ends a document also begins one.
+{needs}
+A text has at most {length:,} tokens. No token is put before a text; the id that ends a document also begins one.
 
 ## What the run was
 
@@ -43,8 +43,14 @@ at most {length:,} tokens. No token is put before a text; the id that ends a doc
 """
 
 
-def model_card(checkpoint: Checkpoint, table: RoutingTable | None) -> str:
-    """The text of README.md. Figures that the checkpoint and its run directory do not have are left out."""
+OWN_CODE = "`trust_remote_code` is for `modeling_stablemoe.py` in this folder, which needs torch and transformers only."
+NO_CODE = "transformers itself has the code of this model."
+
+
+def model_card(checkpoint: Checkpoint, table: RoutingTable | None, plain: bool = False) -> str:
+    """The text of README.md; plain: a class of transformers computes the model.
+
+    Figures that the checkpoint and its run directory do not have are left out."""
     run = checkpoint.run
     rows = [*_training(checkpoint), *_perplexity(checkpoint), *_routing(checkpoint, table)]
     return TEMPLATE.format(
@@ -52,6 +58,8 @@ def model_card(checkpoint: Checkpoint, table: RoutingTable | None) -> str:
         kind="A language model with Mixture-of-Experts layers," if run.moe.facts.routed else "A dense language model,",
         step=checkpoint.progress.step,
         length=run.data.sequence_length,
+        own_code="" if plain else ", trust_remote_code=True",
+        needs=NO_CODE if plain else OWN_CODE,
         facts="\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
     )
 

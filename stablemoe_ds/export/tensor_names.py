@@ -37,6 +37,8 @@ WHOLE_MODEL = {
     "decoder.final_layernorm.bias": "model.norm.bias",
     "output_layer.weight": "lm_head.weight",
 }
+PLAIN_NAMES = {".feed_forward.norm.": ".post_attention_layernorm.", ".feed_forward.mlp.": ".mlp."}
+"""What an exported folder calls parts of a block, and what Llama and Granite do."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,12 @@ class Exported:
 Cut = Callable[[Tensor], Tensor]
 
 
-def exported_tensors(checkpoint: Checkpoint, table: RoutingTable | None, dtype: torch.dtype) -> Iterator[Exported]:
+def exported_tensors(
+    checkpoint: Checkpoint, table: RoutingTable | None, dtype: torch.dtype, plain: bool = False
+) -> Iterator[Exported]:
     """Every tensor of the folder. Weights have ``dtype``, what is the router's is fp32, the table int32.
+
+    plain: by the names of a Llama or Granite.
 
     Left out are distilled routers, whose choices are in the table or are not used in stage 1, and centroids that
     neither choose nor weigh an expert.
@@ -75,6 +81,8 @@ def exported_tensors(checkpoint: Checkpoint, table: RoutingTable | None, dtype: 
             def read(source: str = source, cut: Cut = cut, kept: torch.dtype = kept) -> Tensor:
                 return cut(checkpoint.read(source)).to(kept).contiguous()
 
+            for ours, theirs in PLAIN_NAMES.items() if plain else ():
+                name = name.replace(ours, theirs)
             yield Exported(name, tuple(cut(whole).shape), kept, read)
     if table is not None:
         for block, rows_VK in zip(checkpoint.run.moe.layers, table.expert_LVK, strict=True):

@@ -148,3 +148,26 @@ def test_a_damaged_checkpoint_is_refused(saved: Callable[..., SavedModel], tmp_p
     with pytest.raises(UserError, match="content has changed"):
         export(folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("embedding", "name"), [("plain", "LlamaForCausalLM"), ("scaled", "GraniteForCausalLM")])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_dense_model_of_the_modern_shape_needs_no_code(
+    saved: Callable[..., SavedModel], tmp_path: Path, embedding: str, name: str, tied: bool
+) -> None:
+    """It opens as a class of transformers; logits, padding on the left and generation with a cache are ours."""
+    from transformers import AutoModelForCausalLM
+
+    shape = {"embedding": embedding, "tie_embeddings": tied, "rope_base": 500, "norm_epsilon": 1e-3}
+    ours = saved(model=shape, moe={"router": "dense", "layers": []})
+    _, text = export(ours.path, tmp_path / "out")
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(theirs).__name__ == name
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "trust_remote_code" not in text + (tmp_path / "out" / "README.md").read_text()
+    ids = some_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.logits(ids), atol=1e-5, rtol=1e-5)
+        best = ours.logits(ids)[:, -1].argmax(-1)
+    assert torch.equal(theirs.generate(ids, max_new_tokens=1, do_sample=False)[:, -1], best)
