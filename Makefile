@@ -1,6 +1,7 @@
 # make demo     install, then train a two-stage model on this machine's own Python source
-# make test     install, then run the tests, but for those of the next three
+# make test     install, then run the tests, but for those of the next four
 # make test-kernels  fetch Triton (190 MB), run the GPU kernels in its interpreter and build them; Linux on x86 or ARM
+# make test-lm-eval  fetch lm-evaluation-harness (340 MB) and let it measure an exported model; no network afterwards
 # make test-cluster  on a cluster that it brings up: SLURM, hosts that fail; Debian and root, see tests/cluster/install.sh
 # make test-image  build the container image and let docker/smoke.sh work in it; root, buildah and mmdebstrap
 # make lint     ruff, format, mypy, and whether docs/configuration.md is what the schema says
@@ -28,7 +29,7 @@ REFERENCE := $(BIN)/python -m stablemoe_ds.config.reference
 # Launchers start what they find on PATH: it has to be what .venv holds.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-kernels test-cluster test-image lint bench format install
+.PHONY: demo test test-kernels test-lm-eval test-cluster test-image lint bench format install
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -39,6 +40,9 @@ test: install
 
 test-kernels: install .venv/.triton
 	PYTHONPATH=.venv/triton $(BIN)/python -m pytest tests/ops $(ARGS)
+
+test-lm-eval: install .venv/.lm-eval
+	$(BIN)/python -m pytest tests/export/test_lm_eval.py -rs $(ARGS)
 
 test-cluster: install
 	sh tests/cluster/install.sh
@@ -73,6 +77,10 @@ $(INSTALLED): pyproject.toml
 	@echo 'installing into .venv, which takes some minutes'
 	$(PIP) -q $(TORCH)
 	$(PIP) -q -e '.[dev]'
+	@touch $@
+
+.venv/.lm-eval: $(INSTALLED)
+	$(PIP) -q -e '.[lm-eval]'
 	@touch $@
 
 # In a folder of its own: what other libraries do depends on whether they find Triton.

@@ -82,7 +82,7 @@ def model_settings(run: RunConfig, vocab_size: int, router: str | None) -> dict[
 
 
 def plain_class(settings: dict[str, Any]) -> str | None:
-    """The class of transformers that computes the same, for which a folder needs no code of its own; None: there is none.
+    """The class of transformers that computes the same, so that a folder needs no code; None: there is none.
 
     A dense model of the modern shape is a Llama; with a scaled embedding it is a Granite, which has a factor for that.
     """
