@@ -21,7 +21,7 @@ from tests.export.opened import some_ids
 from tests.export.small_checkpoints import SavedModel
 from tests.export.test_equal_logits import SHAPES
 from tests.tiny import VOCAB, tiny_run
-from tests.training.runs import command, run_file, tensors_of
+from tests.training.runs import command, history, run_file, tensors_of, train_run
 
 if TYPE_CHECKING:
     from stablemoe_ds.config.schema import RunConfig
@@ -144,10 +144,20 @@ def test_damaged_folders_are_refused(world_groups: Groups, tmp_path: Path) -> No
         import_folder(tmp_path / "llama", run)
 
 
-def test_the_command_reads_a_folder(tmp_path: Path) -> None:
-    llama(tmp_path / "llama")
-    file = run_file(dense_run(tmp_path / "run"), tmp_path / "run.yaml")
-    answer = command("checkpoint", "convert", str(tmp_path / "llama"), "--to", file, "--json")
+@pytest.mark.distributed
+def test_a_run_goes_on_from_an_exported_folder(finished: RunConfig, tmp_path: Path) -> None:
+    """In stage 2 from its first update on, along the table of the folder."""
+    export(finished.directory, tmp_path / "out")
+    run = finished.model_copy(update={"run_dir": str(tmp_path / "run")})
+    answer = command(
+        "checkpoint", "convert", str(tmp_path / "out"), "--to", run_file(run, tmp_path / "run.yaml"), "--json"
+    )
     assert answer.code == 0, answer.err
-    assert answer.json["what"].startswith("read: 30 tensors of a llama model")
-    assert command("checkpoint", "verify", str(tmp_path / "run"), "--json").json["step"] == 0
+    assert answer.json["what"].endswith("of a stablemoe model, with its table")
+    train_run(run, 2)
+    assert command("checkpoint", "verify", run.directory, "--json").json["step"] == run.schedule.steps
+    first, last = (Checkpoint.open(directory).table() for directory in (finished.directory, run.directory))
+    assert first is not None
+    assert last is not None
+    assert first.sha256 == last.sha256
+    assert {line["stage"] for line in history(run, "train")} == {2}

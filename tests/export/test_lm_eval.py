@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an exported folder, offline: its word perplexity is ours. Runs where the extra is installed."""
+"""lm-evaluation-harness on an exported folder, offline: its word perplexity is ours. Needs the extra lm-eval."""
 
 from __future__ import annotations
 
