@@ -51,6 +51,7 @@ def observed_here(run: RunConfig) -> list[tuple[int, list[int], list[int]]]:
         (2, {"expert": 2}, 1),
         (4, {"expert": 4, "micro_batch": 1}, 2),
         (4, {"expert": 2, "tensor": 2, "dispatch_parts": 2}, 1),
+        (2, {"expert": 2, "expert_placement": "load"}, 1),
     ],
     ids=str,
 )
@@ -176,7 +177,7 @@ def test_what_it_says(data: TinyData, tmp_path: Path) -> None:
     said = simulate("--updates", "3").out
     assert (facts["updates"], facts["ranks"], facts["nodes"], facts["experts_of_a_rank"]) == (3, 2, 1, 2)
     assert f"3 updates of 128 tokens along table {facts['table'][:12]}" in said
-    assert "2 ranks, 2 a node; 2 of them share the experts, 2 each" in said
+    assert "2 ranks, 2 a node; 2 of them share the experts, 2 each, placed by number" in said
     assert facts["figures"]["between"] == {"mean": 0.0, "worst": 0.0}
     assert facts["figures"]["inside"]["worst"] > 0
     assert not (tmp_path / "run").exists(), "it leaves nothing where the run will be"
