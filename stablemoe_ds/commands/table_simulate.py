@@ -42,6 +42,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     _check(ranks, arguments.nodes, updates)
     settle_libraries()
     from stablemoe_ds.config.resolved import resolve
+    from stablemoe_ds.data.corpus import token_counts
     from stablemoe_ds.data.tokenizer import Tokenizer
     from stablemoe_ds.progress_bar import progress_bar
     from stablemoe_ds.training.followed_table import followed_table
@@ -50,7 +51,9 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
     tokenizer = Tokenizer(run.data.tokenizer) if run.data.tokenizer else None
     resolved = resolve(run, ranks, (tokenizer.vocab_size, tokenizer.eos_id) if tokenizer else None)
-    layout, table = Layout.of(resolved, arguments.nodes), followed_table(resolved, tokenizer, arguments.table)
+    table = followed_table(resolved, tokenizer, arguments.table)
+    load_LN = table.expert_load(token_counts(run.data.train, tokenizer, resolved.vocab_size))
+    layout = Layout.of(resolved, arguments.nodes, load_LN)
     summary = Summary()
     with _lines(arguments.output) as file, progress_bar("updates", updates) as done:
         for update in simulate(resolved, table, layout, updates, tokenizer):
@@ -58,7 +61,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
             if file is not None:
                 file.write(json.dumps(update_facts(update)) + "\n")
             done(1)
-    facts = summary_facts(summary, resolved, table, layout)
+    facts = summary_facts(summary, resolved, table, layout, load_LN)
     said = summary_text(facts) + (f"\nwrote {arguments.output}" if arguments.output else "")
     tell(facts, said, arguments.json)
     return 0

@@ -21,7 +21,7 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
 
     Raises UserError with one line for each breach.
     """
-    rules = (_model, _moe, _data, _schedule, _stages, _precision, _tensor, conflicts)
+    rules = (_model, _moe, _placement, _data, _schedule, _stages, _precision, _tensor, conflicts)
     found = [line for rule in rules for line in rule(run)]
     if world_size is not None:
         found += _world(run, world_size)
@@ -117,6 +117,17 @@ def _moe(run: RunConfig) -> Iterator[str]:
     elif moe.facts.routed and moe.experts % expert:
         near = nearest_divisor(moe.experts, expert)
         yield _breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
+
+
+def _placement(run: RunConfig) -> Iterator[str]:
+    """Experts can be placed by their load where a table says beforehand what it will be."""
+    moe, placement = run.moe, run.parallel.expert_placement
+    if placement == "number" or moe.facts.fixed or (two_stages(run) and moe.distilled.kind == "word"):
+        return
+    expected = f"router '{moe.router}' never follows a table, so what each expert will serve is not known beforehand"
+    if two_stages(run):
+        expected = f"{moe.distilled.kind} routers never become a table, so what each expert will serve is not known"
+    yield _breach("parallel.expert_placement", placement, expected, "number")
 
 
 def _data(run: RunConfig) -> Iterator[str]:

@@ -353,6 +353,12 @@ class ParallelConfig(Section):
 
     tensor: PositiveInt = Field(1, description="tensor-parallel degree")
     expert: PositiveInt = Field(1, description="expert-parallel degree; divides moe.experts and the world size")
+    expert_placement: Literal["number", "load"] = Field(
+        "number",
+        description="which experts a rank holds. number: consecutive ones; load: those that give every rank about the "
+        "same number of tokens, by the table that routes follow and the counts of the training text. Known where a run "
+        "follows a table from its first update; where it learns one, when it is continued after the switch",
+    )
     zero_stage: Literal[0, 1, 2] = Field(1, description="ZeRO stage: what of the optimizer is sharded")
     micro_batch: PositiveInt | None = Field(
         None, description="sequences a rank handles at once; null: the whole share of the rank in one go"

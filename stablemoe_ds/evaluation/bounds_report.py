@@ -87,7 +87,7 @@ def judge(question: Question, text: Corpus, held_out: Corpus, done: Callable[[in
     for experts, top_k in question.all_shapes():
         ranks = question.ranks or math.gcd(DEFAULT_RANKS, experts)
         tables = tuple(
-            reach(name, expert_VK, batch_counts, experts, ranks, question.capacities)
+            reach(name, expert_VK, batch_counts, text.token_counts, experts, ranks, question.capacities)
             for name, expert_VK in _layers(question, text, held_out, experts, top_k)
         )
         judged.append(Judged(bound(held_out.token_counts, experts, top_k), ranks, tables))
@@ -126,10 +126,12 @@ def bounds_facts(question: Question, text: Corpus, held_out: Corpus, judged: Seq
                         "table": table.name,
                         "max_load": table.max_load,
                         "max_rank_load": table.max_rank_load,
+                        "max_placed_rank_load": table.max_placed_load,
                         "idle": table.idle,
                         "dropped": {str(c): d for c, d in zip(question.capacities, table.dropped, strict=True)},
                         "expert_load": table.load_N.tolist(),
                         "rank_load": table.load_G.tolist(),
+                        "placed_rank_load": table.placed_G.tolist(),
                     }
                     for table in shape.tables
                 ],
@@ -155,16 +157,17 @@ def bounds_text(
     for shape in judged:
         lines += ["", *_shape_lines(shape, question.capacities)]
     limits = f"Dropped: (token, choice) pairs above a capacity, in batches of {question.batch_tokens:,} tokens."
-    return "\n".join(
-        [*lines, "", limits, "Idle: share of the time that a rank of mean load waits for the busiest one."]
-    )
+    placed = "Placed: the busiest rank, if experts are placed by their load on the text that tables are made of."
+    idle = "Idle: share of the time that a rank of mean load waits for the busiest one, with experts by number."
+    return "\n".join([*lines, "", limits, placed, idle])
 
 
 def _shape_lines(shape: Judged, capacities: Sequence[float]) -> list[str]:
     limit, held = shape.bound, shape.bound.experts // shape.ranks
-    rows = [["table", "max/mean load", "busiest rank", "idle", *(f"dropped at {c:g}" for c in capacities)]]
+    rows = [["table", "max/mean load", "busiest rank", "placed", "idle", *(f"dropped at {c:g}" for c in capacities)]]
     for table in shape.tables:
-        figures = [f"{table.max_load:.2f}", f"{table.max_rank_load:.2f}", f"{table.idle:.1%}"]
+        loads = (table.max_load, table.max_rank_load, table.max_placed_load)
+        figures = [*(f"{load:.2f}" for load in loads), f"{table.idle:.1%}"]
         rows.append([table.name, *figures, *(f"{share:.1%}" for share in table.dropped)])
     return [
         f"{limit.experts} experts, top-{limit.top_k}, on {shape.ranks} ranks of {held}: p_max N / k = "

@@ -67,9 +67,8 @@ def pieces(model: nn.Module, tensor_ranks: int) -> Iterator[Piece]:
         owner = next((path for path in layers if name.startswith(path + _EXPERTS)), None)
         if owner is not None:
             rest = name[len(owner) + len(_EXPERTS) :]
-            first = layers[owner].first_expert
-            for row in range(parameter.shape[0]):
-                yield Piece(f"{owner}{_EXPERTS}{first + row}.{rest}", tuple(parameter.shape[1:]), parameter, row)
+            for row, expert in enumerate(layers[owner].held_experts):
+                yield Piece(f"{owner}{_EXPERTS}{expert}.{rest}", tuple(parameter.shape[1:]), parameter, row)
             continue
         shape, cut_dim = list(parameter.shape), None
         if getattr(parameter, "tensor_model_parallel", False) and tensor_ranks > 1:

@@ -18,10 +18,12 @@ def capacity_of(factor: float, routed: int, experts: int) -> int:
     return max(1, math.ceil(share * (1 - 1e-12)))  # 0.1 * 30 is a little more than 3, and must not become 4
 
 
-def kept_rows(expert_splits: Sequence[int], capacity: int, first_expert: int, seed: int) -> tuple[Tensor, list[int]]:
+def kept_rows(
+    expert_splits: Sequence[int], capacity: int, experts: Sequence[int], seed: int
+) -> tuple[Tensor, list[int]]:
     """Choose which rows each expert serves when more than ``capacity`` arrived.
 
-    expert_splits: rows of each local expert, rows sorted by expert. first_expert: global id of the first one.
+    expert_splits: rows of each local expert, rows sorted by expert. experts: their global ids.
     seed: seed of this layer's draw. Victims are random, not the last to arrive, and follow from (seed, global
     expert id, number of rows), so that recomputation chooses the same ones. Rows arrive in the order of ranks, so
     which token a victim is depends on the layout, unlike everything else in this package.
@@ -30,9 +32,9 @@ def kept_rows(expert_splits: Sequence[int], capacity: int, first_expert: int, se
     """
     kept: list[Tensor] = []
     start = 0
-    for local, rows in enumerate(expert_splits):
+    for expert, rows in zip(experts, expert_splits, strict=True):
         if rows > capacity:
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + first_expert + local) % 2**63)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + expert) % 2**63)
             kept.append(start + torch.randperm(rows, generator=generator)[:capacity].sort().values)
         else:
             kept.append(torch.arange(start, start + rows))

@@ -15,7 +15,7 @@ from stablemoe_ds.moe.capacity import capacity_of, kept_rows
 from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
 from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.experts import Experts, ExpertShape
-from stablemoe_ds.moe.plan import DispatchPlan, LayerPlan, cut, plan_dispatch
+from stablemoe_ds.moe.plan import DispatchPlan, LayerPlan, at_places, cut, inverse, plan_dispatch
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
 from stablemoe_ds.routing.router import Router
@@ -26,7 +26,12 @@ class MoELayer(MoE):
 
     It subclasses DeepSpeed's ``MoE`` so that the engine finds it, makes the expert groups known to ZeRO and
     reduces expert gradients among the copies of an expert only; router, dispatch and experts are its own.
+
+    held_experts: global ids of this rank's experts. place_N: int64 [N], the place of each expert among those of all
+    ranks (:func:`at_places`); None: its number.
     """
+
+    place_N: Tensor | None  # noqa: N815
 
     def __init__(
         self,
@@ -53,9 +58,11 @@ class MoELayer(MoE):
         self.num_experts, self.ep_size, self.num_local_experts = router.experts, ranks, router.experts // ranks
         self.expert_group_name = f"ep_size_{ranks}"
         self.enable_expert_tensor_parallelism = False
-        self.first_expert = placement.expert_rank * self.num_local_experts
+        self.held_experts = placement.held_experts(index, router.experts)
         self.block, self.index, self.capacity_factor, self.parts = block, index, capacity_factor, parts
         self.placement = placement
+        place_N = None if placement.order_LN is None else inverse(placement.order_LN[index])
+        self.register_buffer("place_N", place_N, persistent=False)
         self.router = router
         self.experts = Experts(shape, self.num_local_experts, compiled)
         self.shared = Experts(shared, 1, compiled) if shared else None
@@ -115,7 +122,8 @@ class MoELayer(MoE):
         share_TD = split_tokens(hidden_TD, tensor_group)
         share_gate_TK = split_tokens(gate_TK, tensor_group)
         if plan is None:
-            plan = plan_dispatch(split_tokens(expert_TK, tensor_group), self.num_experts, group, parts)
+            place_TK = at_places(split_tokens(expert_TK, tensor_group), self.place_N)
+            plan = plan_dispatch(place_TK, self.num_experts, group, parts)
         sent = [send_tokens(x_TD, part, group) for x_TD, part in zip(cut(share_TD, parts), plan, strict=True)]
         shared_TD = None
         if self.shared is not None:
@@ -135,7 +143,7 @@ class MoELayer(MoE):
         if self.capacity_factor is None or not self.training:
             return self.experts(rows_RD, plan.offsets), 0
         capacity = capacity_of(self.capacity_factor, plan.group_total, self.num_experts)
-        kept, sizes = kept_rows(plan.offsets.sizes, capacity, self.first_expert, seed * 1009 + self.index)
+        kept, sizes = kept_rows(plan.offsets.sizes, capacity, self.held_experts, seed * 1009 + self.index)
         kept = kept.to(rows_RD.device)
         served = self.experts(rows_RD.index_select(0, kept), ExpertOffsets.of(sizes, rows_RD.device))
         return torch.zeros_like(rows_RD).index_copy(0, kept, served), rows_RD.shape[0] - sum(sizes)

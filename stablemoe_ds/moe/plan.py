@@ -55,8 +55,9 @@ LayerPlan = tuple[DispatchPlan, ...]
 def plan_dispatch(expert_TK: Tensor, experts: int, group: dist.ProcessGroup | None, parts: int = 1) -> LayerPlan:
     """Plan from routes, exchanging counts with the group. Waits for the device once.
 
-    expert_TK: int64 [T, K], negative where not routed. group: expert-parallel group, None for a single rank.
-    Rank r of the group holds experts [r * n, (r + 1) * n), n = experts / group size. parts: see :func:`cut`.
+    expert_TK: int64 [T, K], negative where not routed; where experts do not stand by number, their places
+    (:func:`at_places`). group: expert-parallel group, None for a single rank. Rank r of the group holds experts
+    [r * n, (r + 1) * n), n = experts / group size. parts: see :func:`cut`.
     """
     counts_CN = count_parts(expert_TK, experts, parts)
     if group is None:
@@ -64,6 +65,17 @@ def plan_dispatch(expert_TK: Tensor, experts: int, group: dist.ProcessGroup | No
     counts_GCN = counts_CN.new_empty(dist.get_world_size(group), *counts_CN.shape)
     dist.all_gather_into_tensor(counts_GCN.view(-1), counts_CN.view(-1), group=group)
     return plan_from_counts(expert_TK, counts_GCN, dist.get_rank(group))
+
+
+def at_places(expert_TK: Tensor, place_N: Tensor | None) -> Tensor:
+    """int64 [T, K]: where the experts of tokens stand, which is what a dispatch is planned by.
+
+    place_N: int64 [N], the place of each expert; rank r of the group has places [r * n, (r + 1) * n). None: an expert
+    stands at its number. What is negative stays so.
+    """
+    if place_N is None:
+        return expert_TK
+    return torch.where(expert_TK < 0, expert_TK, place_N[expert_TK.clamp_min(0)])
 
 
 def cut(rows: Tensor, parts: int) -> tuple[Tensor, ...]:

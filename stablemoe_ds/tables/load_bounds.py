@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from stablemoe_ds.tables.expert_load import relative_load
+from stablemoe_ds.tables.expert_places import order_by_load, rank_loads
 from stablemoe_ds.tables.table import least_load
 
 
@@ -37,13 +38,15 @@ class Bound:
 class Reach:
     """What one layer of a table does on a text.
 
-    load_N: tokens each expert serves, as a multiple of the mean. load_G: the same for each rank. dropped: for each
+    load_N: tokens each expert serves, as a multiple of the mean. load_G: the same for each rank, if experts stand by
+    number. placed_G: the same if they are placed by their load on the text that tables are made of. dropped: for each
     capacity factor the share of (token, choice) pairs above it, 0 to 1.
     """
 
     name: str
     load_N: NDArray[np.float64]  # noqa: N815
     load_G: NDArray[np.float64]  # noqa: N815
+    placed_G: NDArray[np.float64]  # noqa: N815
     dropped: tuple[float, ...]
 
     @property
@@ -55,8 +58,15 @@ class Reach:
         return float(self.load_G.max())
 
     @property
+    def max_placed_load(self) -> float:
+        return float(self.placed_G.max())
+
+    @property
     def idle(self) -> float:
-        """Share of the time that a rank of the mean load waits for the busiest one, if time follows load."""
+        """Share of the time that a rank of the mean load waits for the busiest one, if time follows load.
+
+        With experts by number.
+        """
         return 1 - 1 / self.max_rank_load if self.max_rank_load else 0.0
 
 
@@ -77,14 +87,16 @@ def reach(
     name: str,
     expert_VK: NDArray[np.int32],
     batch_counts: csr_array,
+    known_counts: NDArray[np.int64],
     experts: int,
     ranks: int,
     capacities: Sequence[float],
 ) -> Reach:
     """Judge one layer of a table.
 
-    expert_VK: int32 [V, K]. batch_counts: int64 [batches, V], the text in batches (:func:`count_batches`). ranks: of
-    the expert-parallel group; rank r holds experts [r * n, (r + 1) * n), n = experts / ranks. capacities: rows an
+    expert_VK: int32 [V, K]. batch_counts: int64 [batches, V], the text in batches (:func:`count_batches`).
+    known_counts: int64 [V], of the text that experts are placed by (:func:`order_by_load`). ranks: of the
+    expert-parallel group. capacities: rows an
     expert takes of one batch, as multiples of the mean. A run rounds capacity up to whole rows; that is left out here.
     """
     vocab_size, top_k = expert_VK.shape
@@ -95,7 +107,9 @@ def reach(
     mean = served.sum(1, keepdims=True) / experts
     dropped = tuple(float(np.maximum(served - factor * mean, 0).sum() / total) for factor in capacities)
     load_N = relative_load(served.sum(0))
-    return Reach(name, load_N, load_N.reshape(ranks, -1).mean(1), dropped)
+    order_LN = order_by_load((known_counts @ serves_VN)[None], ranks)
+    by_number, by_load = (rank_loads(load_N[None], order, ranks)[0] for order in ([range(experts)], order_LN))
+    return Reach(name, load_N, by_number, by_load, dropped)
 
 
 def round_robin(vocab_size: int, experts: int, top_k: int) -> NDArray[np.int32]:

@@ -21,7 +21,7 @@ from stablemoe_ds.config.schema import ParallelConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.moe.plan import count_parts, plan_from_counts
+from stablemoe_ds.moe.plan import at_places, count_parts, inverse, plan_from_counts
 from stablemoe_ds.moe.tensor_split import split_tokens
 from stablemoe_ds.routing.fixed import TableRouting
 from stablemoe_ds.routing.routes import NOT_ROUTED
@@ -42,13 +42,26 @@ class Planner:
     """
 
     def __init__(
-        self, steps: Iterator[list[Batch]], table: RoutingTable, groups: Groups, parallel: ParallelConfig
+        self,
+        steps: Iterator[list[Batch]],
+        table: RoutingTable,
+        groups: Groups,
+        parallel: ParallelConfig,
+        order_LN: Tensor | None = None,
     ) -> None:
-        """Collective. ``steps``: what the loader has still to give, one list of micro-batches an update."""
+        """Collective. ``steps``: what the loader has still to give, one list of micro-batches an update.
+
+        order_LN: as in :class:`~stablemoe_ds.distributed.placement.LayerPlacement`.
+        """
         self._steps, self._groups, self._experts = steps, groups, table.experts
         self._parts = parallel.dispatch_parts
         self._routing = TableRouting(table)
-        self._tables = [_digest(layer_VK.tobytes()) for layer_VK in table.expert_LVK]
+        layers = len(table.expert_LVK)
+        self._places = [None] * layers if order_LN is None else [inverse(order_N) for order_N in order_LN]
+        orders = [b""] * layers if order_LN is None else [order_N.numpy().tobytes() for order_N in order_LN]
+        self._tables = [
+            _digest(layer_VK.tobytes() + order) for layer_VK, order in zip(table.expert_LVK, orders, strict=True)
+        ]
         self._group = _expert_group_on_cpu(groups, parallel.timeout_minutes)
         self._ready: queue.Queue[list[RoutedBatch] | BaseException | None] = queue.Queue()
         self._state = threading.Condition()
@@ -92,7 +105,7 @@ class Planner:
     def _plan(self, number: int, batches: list[Batch]) -> list[RoutedBatch]:
         """All plans of one update with one exchange of counts."""
         routes = [self._routes(batch) for batch in batches]
-        shares = [[split_tokens(layer, self._tensor_group) for layer in expert_LTK] for expert_LTK in routes]
+        shares = [self._share(expert_LTK) for expert_LTK in routes]
         counted = [torch.stack([count_parts(e, self._experts, self._parts) for e in layers]) for layers in shares]
         counts_GMLCN = self._exchange(number, batches, torch.stack(counted))
         rank = dist.get_rank(self._group) if self._group is not None else 0
@@ -107,6 +120,11 @@ class Planner:
     @property
     def _tensor_group(self) -> dist.ProcessGroup | None:
         return self._groups.placement.tensor_group
+
+    def _share(self, expert_LTK: Tensor) -> list[Tensor]:
+        """Where this rank's share of the tokens goes, by MoE layer: places of experts."""
+        places = zip(expert_LTK, self._places, strict=True)
+        return [at_places(split_tokens(expert_TK, self._tensor_group), place_N) for expert_TK, place_N in places]
 
     def _routes(self, batch: Batch) -> Tensor:
         return torch.where(batch.real_T[None, :, None], self._routing(batch.ids), NOT_ROUTED)
@@ -136,7 +154,7 @@ class Planner:
                 self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_GMLCN)
             for layer, (table, expected) in enumerate(zip(tables, heads[0][3:], strict=True)):
                 if table != expected:
-                    what = f"route MoE layer {layer + 1} by different tables"
+                    what = f"route MoE layer {layer + 1} by different tables or place its experts differently"
                     self._refuse(0, rank, what, counts_GMLCN[:, :, layer : layer + 1])
             other, expected = first_of_data_rank.setdefault(data_rank, (rank, ids))
             if ids != expected:

@@ -22,6 +22,7 @@ from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.data.training_data import TrainingData
 from stablemoe_ds.moe.plan import cut
 from stablemoe_ds.moe.tensor_split import share_of
+from stablemoe_ds.tables.expert_places import order_by_load
 from stablemoe_ds.tables.table import RoutingTable
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -33,9 +34,10 @@ class Layout:
     """Which rank is where.
 
     ranks: W, all processes. expert: G, ranks that share a set of experts; group x has ranks [x * G, (x + 1) * G), and
-    rank r holds experts [i * E, (i + 1) * E), i = r mod G. nodes: each with as many consecutive ranks. row_bytes: of
-    one row of the residual stream. trips: how often a row travels in an update: there and back, its gradient there
-    and back, and there and back once more where activations are recomputed.
+    rank r holds the experts at places [i * E, (i + 1) * E), i = r mod G. nodes: each with as many consecutive
+    ranks. row_bytes: of one row of the residual stream. trips: how often a row travels in an update: there and back,
+    its gradient there and back, and there and back once more where activations are recomputed. order_LN: int64
+    [L, N], the experts of each layer in the order of their places; None: by number.
     """
 
     ranks: int
@@ -43,15 +45,21 @@ class Layout:
     nodes: int
     row_bytes: int
     trips: int
+    order_LN: NDArray[np.int64] | None = None  # noqa: N815
 
     @classmethod
-    def of(cls, resolved: ResolvedRun, nodes: int) -> Layout:
-        """The layout of a run. Raises ValueError if nodes would have unequal numbers of ranks."""
+    def of(cls, resolved: ResolvedRun, nodes: int, load_LN: NDArray[np.float64]) -> Layout:
+        """The layout of a run. load_LN: float64 [L, N], of its table on the training text.
+
+        Raises ValueError if nodes would have unequal numbers of ranks.
+        """
         run, ranks = resolved.run, resolved.world_size
         if ranks % nodes:
             raise ValueError(f"{ranks} ranks cannot be divided over {nodes} nodes")
         row_bytes = run.model.hidden_size * BYTES[run.precision.dtype]
-        return cls(ranks, run.parallel.expert, nodes, row_bytes, 6 if run.parallel.recompute else 4)
+        trips, expert = 6 if run.parallel.recompute else 4, run.parallel.expert
+        order_LN = order_by_load(load_LN, expert) if run.parallel.expert_placement == "load" else None
+        return cls(ranks, expert, nodes, row_bytes, trips, order_LN)
 
     @property
     def across_XGG(self) -> NDArray[np.bool_]:  # noqa: N802
@@ -64,11 +72,12 @@ class Layout:
 class SimulatedUpdate:
     """One update.
 
-    served_LWE: int64 [L, W, E], rows that each expert of each rank serves, over all micro-batches. sent_LXGG: int64
-    [L, X, G, G], rows by sender and receiver within each group. most_rows: that one rank serves at once, in one
-    dispatch. capacity: the smallest factor with which no dispatch drops a row. idle: share of the time that ranks wait
-    for the busiest of their group, if the time of a dispatch follows its rows. inside, between: bytes that travel
-    between ranks of one node, and of different ones. busiest_pair: bytes between the two ranks that exchange most.
+    served_LWE: int64 [L, W, E], rows that each expert of each rank serves, over all micro-batches, in the order of
+    their places. sent_LXGG: int64 [L, X, G, G], rows by sender and receiver within each group. most_rows: that one
+    rank serves at once, in one dispatch. capacity: the smallest factor with which no dispatch drops a row. idle: share
+    of the time that ranks wait for the busiest of their group, if the time of a dispatch follows its rows. inside,
+    between: bytes that travel between ranks of one node, and of different ones. busiest_pair: bytes between the two
+    ranks that exchange most.
     """
 
     number: int
@@ -143,6 +152,8 @@ def judge_update(number: int, counts_LWMCN: NDArray[np.int64], layout: Layout) -
     """What the counts of :func:`count_dispatches` mean for ranks and links."""
     layers, ranks, micro_batches, parts, experts = counts_LWMCN.shape
     size, groups = layout.expert, ranks // layout.expert
+    if layout.order_LN is not None:
+        counts_LWMCN = np.take_along_axis(counts_LWMCN, layout.order_LN[:, None, None, None], axis=-1)
     # By group and sender, and by receiver and its experts.
     shape = (layers, groups, size, micro_batches, parts, size, experts // size)
     counts = counts_LWMCN.reshape(shape)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from stablemoe_ds.config.resolved import ResolvedRun
 from stablemoe_ds.config.text_table import aligned
 from stablemoe_ds.tables.expert_load import max_loads
+from stablemoe_ds.tables.expert_places import order_by_load, rank_loads
 from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.training.simulation import Layout, SimulatedUpdate
 
@@ -57,12 +58,21 @@ class Summary:
         return self.sums[name] / max(1, self.updates)
 
 
-def summary_facts(summary: Summary, resolved: ResolvedRun, table: RoutingTable, layout: Layout) -> dict[str, Any]:
-    """Everything but the updates themselves."""
+def summary_facts(
+    summary: Summary, resolved: ResolvedRun, table: RoutingTable, layout: Layout, load_LN: NDArray[np.float64]
+) -> dict[str, Any]:
+    """Everything but the updates themselves. load_LN: float64 [L, N], of the table on the training text."""
     assert summary.served_LWE is not None
-    served_LXGE = summary.served_LWE.reshape(len(table.blocks), -1, layout.expert, table.experts // layout.expert)
-    rank_LG, expert_LN = served_LXGE.sum((1, 3)), served_LXGE.sum(1).reshape(len(table.blocks), -1)
-    expert_loads, rank_loads = max_loads(expert_LN), max_loads(rank_LG)
+    served_LXN = summary.served_LWE.reshape(len(table.blocks), -1, table.experts)
+    by_number_LN = np.broadcast_to(np.arange(table.experts), load_LN.shape)
+    expert_LN = np.empty_like(served_LXN.sum(1))
+    order_LN = by_number_LN if layout.order_LN is None else layout.order_LN
+    np.put_along_axis(expert_LN, order_LN, served_LXN.sum(1), axis=-1)
+    # What ranks serve over all updates follows from what experts do, whichever of the two the run does.
+    by_number, by_load = (
+        rank_loads(expert_LN, order, layout.expert).max(-1).tolist()
+        for order in (by_number_LN, order_by_load(load_LN, layout.expert))
+    )
     return {
         "run": resolved.run.name,
         "table": table.sha256,
@@ -72,12 +82,13 @@ def summary_facts(summary: Summary, resolved: ResolvedRun, table: RoutingTable, 
         "nodes": layout.nodes,
         "expert_parallel": layout.expert,
         "experts_of_a_rank": table.experts // layout.expert,
+        "expert_placement": resolved.run.parallel.expert_placement,
         "mean_rank": int(summary.served_LWE.sum()) / max(1, summary.updates) / layout.ranks,
         "memory_of_rows": int(summary.worst["most_rows"]) * layout.row_bytes,
         "figures": {name: {"mean": summary.mean(name), "worst": summary.worst[name]} for name in FIGURES},
         "layers": [
-            {"block": block, "max_load": expert_load, "max_rank_load": rank_load}
-            for block, expert_load, rank_load in zip(table.blocks, expert_loads, rank_loads, strict=True)
+            {"block": block, "max_load": expert, "max_rank_load": {"number": number, "load": load}}
+            for block, expert, number, load in zip(table.blocks, max_loads(expert_LN), by_number, by_load, strict=True)
         ],
     }
 
@@ -88,14 +99,16 @@ def summary_text(facts: dict[str, Any]) -> str:
     for name, text in FIGURES.items():
         figure = facts["figures"][name]
         rows.append([text, *(_shown(name, figure[which]) for which in ("mean", "worst"))])
-    loads = [["MoE layer at block", "busiest expert", "busiest rank of a group"]]
-    loads += [[str(x["block"]), f"{x['max_load']:.2f}", f"{x['max_rank_load']:.2f}"] for x in facts["layers"]]
+    loads = [["MoE layer at block", "busiest expert", "busiest rank, experts by number", "by load"]]
+    for layer in facts["layers"]:
+        ranks = (f"{layer['max_rank_load'][placement]:.2f}" for placement in ("number", "load"))
+        loads.append([str(layer["block"]), f"{layer['max_load']:.2f}", *ranks])
     each = facts["ranks"] // facts["nodes"]
     return "\n".join(
         [
             f"{facts['updates']:,} updates of {facts['tokens_per_update']:,} tokens along table {facts['table'][:12]}",
             f"{facts['ranks']} ranks, {each} a node; {facts['expert_parallel']} of them share "
-            f"the experts, {facts['experts_of_a_rank']} each",
+            f"the experts, {facts['experts_of_a_rank']} each, placed by {facts['expert_placement']}",
             "",
             aligned(rows, right=(1, 2)),
             "",
@@ -103,7 +116,7 @@ def summary_text(facts: dict[str, Any]) -> str:
             f"one layer, take {facts['memory_of_rows'] / 1e6:,.2f} MB.",
             "",
             "Load over all updates, as a multiple of the mean",
-            aligned(loads, right=(1, 2)),
+            aligned(loads, right=(1, 2, 3)),
         ]
     )
 

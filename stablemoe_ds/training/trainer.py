@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from stablemoe_ds.checkpoint.attached import check_tokenizer, to_attach
@@ -37,6 +37,7 @@ from stablemoe_ds.run_directory.progress import reported_steps
 from stablemoe_ds.training.built_table import built_table
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.engine import Engine
+from stablemoe_ds.training.expert_order import expert_order
 from stablemoe_ds.training.feed import Feed
 from stablemoe_ds.training.guard import GRADIENT, Guard, find_fault
 from stablemoe_ds.training.optimizer import learning_rate
@@ -68,10 +69,14 @@ class Trainer:
         self.groups = Groups(world, run.parallel.tensor, run.parallel.expert)
         self.data = RunData(run, self.plan, self.groups, self.tokenizer)
         counts = token_counts(run.data.train, self.tokenizer, resolved.vocab_size)
-        self.model = StableMoEGPT(run, resolved.vocab_size, self.groups.placement)
+        self.reporter = Reporter(run, world.is_main)
+        # Once: the order of the experts may need the table before the run follows it.
+        build = cache(partial(built_table, run, resolved.vocab_size, self.tokenizer, self.reporter.say))
+        order_LN = expert_order(run, counts, fingerprint, build)
+        placement = replace(self.groups.placement, order_LN=order_LN)
+        self.model = StableMoEGPT(run, resolved.vocab_size, placement)
         self.engine = Engine(run, self.plan, self.groups, self.model)
-        self.reporter, self.feed = Reporter(run, world.is_main), Feed(self.groups, run.parallel)
-        build = partial(built_table, run, resolved.vocab_size, self.tokenizer, self.reporter.say)
+        self.feed = Feed(self.groups, run.parallel, order_LN)
         self.routes = RouteMaker(run, self.model.distilled_routers, lambda: counts, fingerprint, world.device, build)
         self.state, self.guard, self.vote = (
             RunState(Progress(position=self.data.train.start())),
@@ -260,11 +265,15 @@ class Trainer:
         """Say what is about to be trained. before: the run that is continued, perhaps with other settings."""
         run, plan = self.run, self.plan
         planned = self.switch.schedule.planned
+        placed = ""
+        if run.parallel.expert_placement == "load" and run.parallel.expert > 1:
+            known = all(layer.place_N is not None for layer in self.model.moe_layers)
+            placed = " placed by load" if known else " by number, as no table is known before the switch"
         two = f"stage 2 from update {planned + 1}" if planned is not None else "stage 2 when routing settles"
         stages = two if two_stages(run) else "one stage"
         self.reporter.say(
             f"{run.name}: router {run.moe.router}, {self.world.size} x {self.world.device.type}, "
-            f"data {plan.data_parallel}, tensor {run.parallel.tensor}, expert {run.parallel.expert}, "
+            f"data {plan.data_parallel}, tensor {run.parallel.tensor}, expert {run.parallel.expert}{placed}, "
             f"ZeRO {run.parallel.zero_stage}, {run.precision.dtype}",
             "bold",
         )

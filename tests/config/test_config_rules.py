@@ -49,6 +49,16 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
         ("moe.layers=[2,9]", "moe.layers: got [2, 9]: expected block numbers from 1 to model.layers 4", "[2]"),
         ("moe.layers=[7]", "moe.layers: got [7]:", "[4]"),
         (
+            "moe.router=switch parallel.expert_placement=load",
+            "parallel.expert_placement: got \"load\": router 'switch' never follows a table",
+            "number",
+        ),
+        (
+            "moe.distilled.kind=cnn parallel.expert_placement=load",
+            'parallel.expert_placement: got "load": cnn routers never become a table',
+            "number",
+        ),
+        (
             "moe.capacity_factor=1.0 parallel.dispatch_parts=2",
             "parallel.dispatch_parts: got 2: with moe.capacity_factor an expert's share is of the tokens",
             "1",

@@ -46,19 +46,19 @@ def observed_here(run: RunConfig) -> list[tuple[int, list[int], list[int]]]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("ranks", "parallel", "top_k"),
+    ("ranks", "parallel", "top_k", "steps"),
     [
-        (2, {"expert": 2}, 1),
-        (4, {"expert": 4, "micro_batch": 1}, 2),
-        (4, {"expert": 2, "tensor": 2, "dispatch_parts": 2}, 1),
+        (2, {"expert": 2}, 1, 12),
+        (4, {"expert": 4, "micro_batch": 1}, 2, 12),
+        (4, {"expert": 2, "tensor": 2, "dispatch_parts": 2}, 1, 12),
+        (4, {"expert": 4, "expert_placement": "load"}, 1, 100),
     ],
     ids=str,
 )
 def test_served_and_sent_rows_are_those_of_a_real_run(
-    ranks: int, parallel: dict[str, Any], top_k: int, data: TinyData, tmp_path: Path
+    ranks: int, parallel: dict[str, Any], top_k: int, steps: int, data: TinyData, tmp_path: Path
 ) -> None:
     """Over an epoch's end, too: the text has fewer tokens than the updates read."""
-    steps = 12
     assert PreparedInfo.read(data.train).tokens < steps * 1024
     fingerprint = Tokenizer(data.tokenizer).fingerprint
     RoutingTable(random_table(VOCAB, 4, top_k, 2, seed=7), 4, (1, 2), fingerprint).save(tmp_path / "table")
@@ -176,7 +176,7 @@ def test_what_it_says(data: TinyData, tmp_path: Path) -> None:
     said = simulate("--updates", "3").out
     assert (facts["updates"], facts["ranks"], facts["nodes"], facts["experts_of_a_rank"]) == (3, 2, 1, 2)
     assert f"3 updates of 128 tokens along table {facts['table'][:12]}" in said
-    assert "2 ranks, 2 a node; 2 of them share the experts, 2 each" in said
+    assert "2 ranks, 2 a node; 2 of them share the experts, 2 each, placed by number" in said
     assert facts["figures"]["between"] == {"mean": 0.0, "worst": 0.0}
     assert facts["figures"]["inside"]["worst"] > 0
     assert not (tmp_path / "run").exists(), "it leaves nothing where the run will be"
