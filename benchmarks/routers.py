@@ -64,6 +64,7 @@ def settings_of(run_dir: Path, seed: int, train: Corpus, valid: Corpus, tokens: 
         "data": {"tokenizer": train.tokenizer, "train": train.prefix, "valid": valid.prefix, "sequence_length": length},
         "optimizer": {"lr": 1e-3, "betas": [0.9, 0.98]},
         "schedule": {"steps": steps, "tokens_per_step": step, "warmup_steps": steps // 20, "min_lr_ratio": 0.1},
+        "parallel": {"micro_batch": step // length},
         "precision": {"dtype": "bf16" if torch.cuda.is_available() else "fp32"},
         "checkpoint": {"resume": False, "every": steps, "keep": 1},
         "logging": {
