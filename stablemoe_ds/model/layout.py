@@ -59,6 +59,11 @@ class Piece:
         return tensor if self.row is None else tensor[self.row]
 
 
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a rank's parameter, also where ZeRO 3 has left it without values until it is needed."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def pieces(model: nn.Module, tensor_ranks: int) -> Iterator[Piece]:
     """Every piece of every parameter on this rank, in the model's order."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
@@ -68,10 +73,11 @@ def pieces(model: nn.Module, tensor_ranks: int) -> Iterator[Piece]:
         if owner is not None:
             rest = name[len(owner) + len(_EXPERTS) :]
             first = layers[owner].first_expert
-            for row in range(parameter.shape[0]):
-                yield Piece(f"{owner}{_EXPERTS}{first + row}.{rest}", tuple(parameter.shape[1:]), parameter, row)
+            experts, *shape = shape_of(parameter)
+            for row in range(experts):
+                yield Piece(f"{owner}{_EXPERTS}{first + row}.{rest}", tuple(shape), parameter, row)
             continue
-        shape, cut_dim = list(parameter.shape), None
+        shape, cut_dim = list(shape_of(parameter)), None
         if getattr(parameter, "tensor_model_parallel", False) and tensor_ranks > 1:
             cut_dim = int(vars(parameter)["partition_dim"])
             shape[cut_dim] *= tensor_ranks

@@ -44,6 +44,7 @@ from stablemoe_ds.training.probing import Probing
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.routed_batch import RoutedBatch
 from stablemoe_ds.training.saving import Saving
+from stablemoe_ds.training.sharded_weights import gathered
 from stablemoe_ds.training.stage_switch import StageSwitch
 from stablemoe_ds.training.update_figures import UpdateFigures
 from stablemoe_ds.training.update_log import UpdateLog
@@ -242,7 +243,8 @@ class Trainer:
         self.engine.freeze_distilled(progress.stage == 2)
         self.state.progress, self.saving.step = replace(progress, position=position), progress.step
         table = checkpoint.table()
-        self.state.routes = self.routes.restored(progress.stage, table)
+        with gathered(self.routes.routers):
+            self.state.routes = self.routes.restored(progress.stage, table)
         self.resumption += self.routes.departures(table)
 
     def _restore_history(self, step: int | None) -> None:
