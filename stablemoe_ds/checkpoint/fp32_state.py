@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from stablemoe_ds.model.layout import shape_of
@@ -113,15 +112,14 @@ class Fp32State:
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """Set a master weight (and the parameter made from it) or a moment. Local; call after :meth:`prepare`."""
-        stretch, flat = self.stretch(parameter), value.reshape(-1)
-        mine = None if stretch is None else flat[stretch.start : stretch.start + stretch.numel]
-        if key == WEIGHT:
-            if not self._weights_sharded or vars(parameter)["ds_status"] == ZeroParamStatus.AVAILABLE:
-                parameter.copy_(value)
-            if self._weights_sharded and mine is not None:
-                vars(parameter)["ds_tensor"][: mine.numel()].copy_(mine)
+        if key == WEIGHT and parameter.shape == value.shape:  # at ZeRO 3 it is empty unless it is gathered
+            parameter.copy_(value)
+        stretch = self.stretch(parameter)
         if stretch is not None:
+            mine = value.reshape(-1)[stretch.start : stretch.start + stretch.numel]
             self._part(stretch, key).copy_(mine)
+            if key == WEIGHT and self._weights_sharded:
+                vars(parameter)["ds_tensor"][: stretch.numel].copy_(mine)
 
     def prepare(self, parameters: Iterable[nn.Parameter], steps: int) -> None:
         """Make Adam's state as it is after ``steps`` updates, with moments still zero."""

@@ -20,10 +20,10 @@ from stablemoe_ds.distributed.groups import DeepSpeedMpu, Groups, limit_waiting
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
 from stablemoe_ds.routing.source import RouteSource
-from stablemoe_ds.training.sharded_weights import prepare_for_sharding
 from stablemoe_ds.training.gradients import Zero3Optimizer, adopt
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
 from stablemoe_ds.training.routed_batch import RoutedBatch
+from stablemoe_ds.training.sharded_weights import prepare_for_sharding
 from stablemoe_ds.training.update_figures import UpdateFigures, update_figures
 
 

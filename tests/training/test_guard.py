@@ -56,6 +56,8 @@ def corrupt_weights(update: int, factor: float, engine: Any, number: int) -> Non
         with torch.no_grad():
             for parameter in engine.model.parameters():
                 parameter.mul_(factor)
+                if hasattr(parameter, "ds_tensor"):  # at ZeRO 3 this rank's part of it, too
+                    parameter.ds_tensor.mul_(factor)
 
 
 def train_with(fault: Fault, run: RunConfig) -> tuple[str, list[str]]:
