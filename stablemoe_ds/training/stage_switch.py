@@ -15,7 +15,6 @@ from stablemoe_ds.training.engine import Engine
 from stablemoe_ds.training.feed import Feed
 from stablemoe_ds.training.probing import Probing
 from stablemoe_ds.training.reporter import Reporter
-from stablemoe_ds.training.sharded_weights import gathered
 from stablemoe_ds.training.stages import RoutingState, StageSchedule, switch_warnings
 from stablemoe_ds.training.validation import Validation
 
@@ -54,8 +53,7 @@ class StageSwitch(Callback):
         progress = self._state.progress
         if progress.stage == 2 or not self.schedule.due(progress.step, self._probing.history):
             return
-        with gathered(self._maker.routers):
-            frozen = self._maker.frozen()
+        frozen = self._maker.frozen()
         before = None
         if not self._run.moe.facts.fixed:
             self._validation.before_switch(frozen)

@@ -73,7 +73,9 @@ class Trainer:
         self.engine = Engine(run, self.plan, self.groups, self.model)
         self.reporter, self.feed = Reporter(run, world.is_main), Feed(self.groups, run.parallel)
         build = partial(built_table, run, resolved.vocab_size, self.tokenizer, self.reporter.say)
-        self.routes = RouteMaker(run, self.model.distilled_routers, lambda: counts, fingerprint, world.device, build)
+        routers = self.model.distilled_routers
+        whole = partial(gathered, routers)
+        self.routes = RouteMaker(run, routers, lambda: counts, fingerprint, world.device, build, whole)
         self.state, self.guard, self.vote = (
             RunState(Progress(position=self.data.train.start())),
             Guard(run.faults),
@@ -243,8 +245,7 @@ class Trainer:
         self.engine.freeze_distilled(progress.stage == 2)
         self.state.progress, self.saving.step = replace(progress, position=position), progress.step
         table = checkpoint.table()
-        with gathered(self.routes.routers):
-            self.state.routes = self.routes.restored(progress.stage, table)
+        self.state.routes = self.routes.restored(progress.stage, table)
         self.resumption += self.routes.departures(table)
 
     def _restore_history(self, step: int | None) -> None:
