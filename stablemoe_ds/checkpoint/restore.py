@@ -18,7 +18,7 @@ from stablemoe_ds.config.schema import CheckpointConfig
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.model.layout import pieces
+from stablemoe_ds.model.layout import pieces, shape_of
 from stablemoe_ds.run_directory.checkpoint_files import DamagedError, check_hashes, saved_checkpoints
 
 
@@ -129,6 +129,6 @@ def _local_tensors(
             continue
         parameter, rows = values.setdefault(id(piece.parameter), (piece.parameter, []))
         rows.append(local)
-        if len(rows) == parameter.shape[0]:
+        if len(rows) == shape_of(parameter)[0]:
             yield parameter, torch.stack(rows)
             del values[id(piece.parameter)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stablemoe_ds.checkpoint.fp32_state import MOMENTS, WEIGHT, Fp32State, Stretch
 from stablemoe_ds.checkpoint.state import TrainingState
-from stablemoe_ds.model.layout import Piece, pieces
+from stablemoe_ds.model.layout import Piece, pieces, shape_of
 
 KEYS = (WEIGHT, *MOMENTS)
 
@@ -47,7 +47,7 @@ class _Share:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what is written: whole, but experts still stacked."""
-        return tuple(self.parameter.shape) if self.pieces[0].is_expert else self.pieces[0].shape
+        return shape_of(self.parameter) if self.pieces[0].is_expert else self.pieces[0].shape
 
 
 class Snapshot:

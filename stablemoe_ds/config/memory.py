@@ -24,13 +24,16 @@ class Memory:
 
 
 def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[int, Memory]:
-    """What a rank holds under ZeRO stages 0, 1 and 2.
+    """What a rank holds in training under ZeRO stages 0, 1, 2 and 3.
 
     Dense parameters are cut over tensor ranks and sharded over data-parallel ranks; routed experts are spread over
     expert-parallel ranks and sharded over the copies of each expert. fp32 masters and Adam's two moments take 12
     bytes a parameter (8 where the weights are the masters). Gradients accumulate in fp32, and those of the backward
     pass are let go one by one. As it reduces them, DeepSpeed makes a second copy of this rank's share, except in bf16:
-    ZeRO 1 reduces in place there, and ZeRO 2 in half precision adds to the share itself.
+    ZeRO 1 reduces in place there, and ZeRO 2 in half precision adds to the share itself. ZeRO 3 keeps a share of the
+    weights beside the masters and gathers a module's when it is due: the largest one's weights and their gradients are
+    whole for that time. Small models stay gathered longer, up to DeepSpeed's prefetch bucket; and at
+    the start every rank makes all of its weights before they are sharded.
     """
     counts, tensor = parameters(run), run.parallel.tensor
     cut = counts.embedding + counts.output + counts.attention + counts.ffn
@@ -40,13 +43,26 @@ def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[in
     expert_shard = -(-expert * run.parallel.expert // world_size)
     held, shard = dense + expert, dense_shard + expert_shard
     dtype, activations = run.precision.dtype, activation_bytes(run, plan)
-    half = dtype != "fp32"
+    half, gathered = dtype != "fp32", largest_module(run)
     weights = (2 if half else 4) * held
     return {
         0: Memory(weights, 4 * held, (12 if half else 8) * held, activations),
         1: Memory(weights, 4 * held + (0 if dtype == "bf16" else 4 * shard), 12 * shard, activations),
         2: Memory(weights, (4 if half else 8) * shard, 12 * shard, activations),
+        3: Memory((2 if half else 4) * (shard + gathered), 8 * shard + 4 * gathered, 12 * shard, activations),
     }
+
+
+def largest_module(run: RunConfig) -> int:
+    """Parameters of this rank's largest module that ZeRO 3 gathers at once: an MoE layer, a token matrix or another."""
+    counts, m, layers = parameters(run), run.model, len(run.moe.layers)
+    tensor = run.parallel.tensor
+    cut = (counts.embedding, counts.attention // m.layers, counts.ffn // m.layers)
+    found = max(-(-part // tensor) for part in cut)
+    if not layers:
+        return found
+    whole = counts.shared_experts + counts.router + counts.distilled
+    return max(found, (counts.expert // run.parallel.expert + whole) // layers)
 
 
 def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:

@@ -21,7 +21,7 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
 
     Raises UserError with one line for each breach.
     """
-    rules = (_model, _moe, _placement, _data, _schedule, _stages, _precision, _tensor, conflicts)
+    rules = (_model, _moe, _placement, _data, _schedule, _stages, _precision, _sharded_weights, _tensor, conflicts)
     found = [line for rule in rules for line in rule(run)]
     if world_size is not None:
         found += _world(run, world_size)
@@ -170,6 +170,23 @@ def _stages(run: RunConfig) -> Iterator[str]:
     if given and run.moe.distill_weight == 0:
         reason = "the distilled router learns nothing, so the switch would freeze noise"
         yield _breach("moe.distill_weight", 0, reason, "0.3 (the default), or stages.never true")
+
+
+def _sharded_weights(run: RunConfig) -> Iterator[str]:
+    """What does not work at ZeRO 3, all of it."""
+    if run.parallel.zero_stage != 3:
+        return
+    if run.precision.dtype != "fp32":
+        reason = f"ZeRO 3 keeps all weights in one dtype, and in {run.precision.dtype} the routers' stay fp32"
+        yield _breach("parallel.zero_stage", 3, reason, "2, or precision.dtype fp32")
+    if run.parallel.compile:
+        reason = "blocks are compiled as functions of whole weights, which ZeRO 3 gathers on the way"
+        yield _breach("parallel.compile", True, reason, "false, or parallel.zero_stage 2")
+    for key in ("offload_param", "offload_optimizer", "zero_hpz_partition_size", "zero_quantized_weights"):
+        if key in run.deepspeed.get("zero_optimization", {}):
+            value = run.deepspeed["zero_optimization"][key]
+            reason = "checkpoints are read from weights and moments that are whole over the ranks' own memory"
+            yield _breach(f"deepspeed.zero_optimization.{key}", value, reason, "leave it out")
 
 
 def _precision(run: RunConfig) -> Iterator[str]:

@@ -359,7 +359,11 @@ class ParallelConfig(Section):
         "same number of tokens, by the table that routes follow and the counts of the training text. Known where a run "
         "follows a table from its first update; where it learns one, when it is continued after the switch",
     )
-    zero_stage: Literal[0, 1, 2] = Field(1, description="ZeRO stage: what of the optimizer is sharded")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="ZeRO stage, what is sharded over data ranks: 0 nothing, 1 the optimizer's state, 2 gradients too, "
+        "3 weights too (fp32 only)",
+    )
     micro_batch: PositiveInt | None = Field(
         None, description="sequences a rank handles at once; null: the whole share of the rank in one go"
     )
@@ -374,13 +378,6 @@ class ParallelConfig(Section):
         "numbers; above parallel.tensor 1 a block is compiled in pieces, between its all-reduces",
     )
     timeout_minutes: float = Field(10.0, gt=0, description="how long a collective may wait before the run stops")
-
-    @field_validator("zero_stage", mode="before")
-    @classmethod
-    def _not_three(cls, value: Any) -> Any:
-        if value == 3:
-            raise ValueError("DeepSpeed refuses its native MoE under ZeRO stage 3; nearest that works: 2")
-        return value
 
 
 class PrecisionConfig(Section):

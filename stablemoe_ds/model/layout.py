@@ -59,6 +59,11 @@ class Piece:
         return tensor if self.row is None else tensor[self.row]
 
 
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a rank's parameter, also where ZeRO 3 has left it without values until it is needed."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def pieces(model: nn.Module, tensor_ranks: int) -> Iterator[Piece]:
     """Every piece of every parameter on this rank, in the model's order."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
@@ -67,10 +72,11 @@ def pieces(model: nn.Module, tensor_ranks: int) -> Iterator[Piece]:
         owner = next((path for path in layers if name.startswith(path + _EXPERTS)), None)
         if owner is not None:
             rest = name[len(owner) + len(_EXPERTS) :]
+            of_one = tuple(shape_of(parameter)[1:])
             for row, expert in enumerate(layers[owner].held_experts):
-                yield Piece(f"{owner}{_EXPERTS}{expert}.{rest}", tuple(parameter.shape[1:]), parameter, row)
+                yield Piece(f"{owner}{_EXPERTS}{expert}.{rest}", of_one, parameter, row)
             continue
-        shape, cut_dim = list(parameter.shape), None
+        shape, cut_dim = list(shape_of(parameter)), None
         if getattr(parameter, "tensor_model_parallel", False) and tensor_ranks > 1:
             cut_dim = int(vars(parameter)["partition_dim"])
             shape[cut_dim] *= tensor_ranks

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.layer import MoE
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -21,11 +21,12 @@ from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
 from stablemoe_ds.routing.router import Router
 
 
-class MoELayer(MoE):
+class MoELayer(AutoEPMoELayer):
     """Routed experts on the residual stream: h + sum_k gate_k * (stack_k(h) - h) [+ shared experts].
 
-    It subclasses DeepSpeed's ``MoE`` so that the engine finds it, makes the expert groups known to ZeRO and
-    reduces expert gradients among the copies of an expert only; router, dispatch and experts are its own.
+    It subclasses DeepSpeed's ``AutoEPMoELayer`` so that the engine finds it, makes the expert groups known to ZeRO and
+    reduces expert gradients among the copies of an expert only; router, dispatch and experts are its own. DeepSpeed's
+    ``MoE`` would do for ZeRO 0, 1 and 2, but is refused under ZeRO 3.
 
     held_experts: global ids of this rank's experts. place_N: int64 [N], the place of each expert among those of all
     ranks (:func:`at_places`); None: its number.
@@ -51,12 +52,13 @@ class MoELayer(MoE):
         parts: into how many parts tokens are cut, so that one travels while experts serve another. compiled: as in
         :class:`Experts`.
         """
-        nn.Module.__init__(self)  # not MoE.__init__, which builds DeepSpeed's own gate and experts
+        nn.Module.__init__(self)  # not the base's, which takes over the weights of a layer from transformers
         ranks = placement.expert_parallel
         if router.experts % ranks:
             raise ValueError(f"{router.experts} experts cannot be divided over {ranks} expert-parallel ranks")
         self.num_experts, self.ep_size, self.num_local_experts = router.experts, ranks, router.experts // ranks
-        self.expert_group_name = f"ep_size_{ranks}"
+        self.expert_group_name = self.ep_group_name = f"ep_size_{ranks}"
+        self.ep_rank = placement.expert_rank
         self.enable_expert_tensor_parallelism = False
         self.held_experts = placement.held_experts(index, router.experts)
         self.block, self.index, self.capacity_factor, self.parts = block, index, capacity_factor, parts
@@ -71,12 +73,15 @@ class MoELayer(MoE):
             marks = {
                 "allreduce": False,  # DeepSpeed's mark of an expert parameter
                 "group_name": self.expert_group_name,
+                # ZeRO 3 cuts such a parameter over the ranks that hold a copy of it, not over all data ranks.
+                "ds_zero_placement_family": "autoep_expert",
+                "ds_zero_partition_group_name": self.expert_group_name,
                 # Each tensor-parallel rank holds different experts or different tokens: count it in the norm.
                 "model_parallel": placement.tensor_group is not None,
             }
             vars(parameter).update(marks)
 
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+    def set_deepspeed_parallelism(self, *_: object, **__: object) -> None:
         """Take the expert-parallel group from DeepSpeed; called by ``deepspeed.initialize``."""
         if self.ep_size > 1:
             self.expert_group = groups._get_expert_parallel_group(self.expert_group_name)

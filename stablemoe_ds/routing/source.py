@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,7 +47,8 @@ class RouteMaker:
 
     routers: the distilled router of each MoE layer. token_counts: gives int64 [V], how often the training text has
     each id; called for tables that depend on it. tokenizer: fingerprint to write into a table. build: makes the table
-    that ``moe.table`` describes by the name of a builder; collective.
+    that ``moe.table`` describes by the name of a builder; collective. whole: in this context the routers' parameters,
+    which ZeRO 3 keeps in parts, can be read; collective there.
     """
 
     run: RunConfig
@@ -55,6 +57,7 @@ class RouteMaker:
     tokenizer: str
     device: torch.device | str = "cpu"
     build: Callable[[], RoutingTable] | None = None
+    whole: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @property
     def can_freeze(self) -> bool:
@@ -96,9 +99,10 @@ class RouteMaker:
             return TableRouting(self.build(), self.device)
         if moe.facts.fixed:
             return hash_routing(moe, self.token_counts(), self.run.seed, self.tokenizer, self.device)
-        if moe.facts.needs_counts:
-            return freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer)
-        return freeze(self.routers, moe.top_k, blocks, self.tokenizer)
+        with self.whole():
+            if moe.facts.needs_counts:
+                return freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer)
+            return freeze(self.routers, moe.top_k, blocks, self.tokenizer)
 
     def departures(self, followed: RoutingTable | None) -> list[str]:
         """What a run has to be told that goes on along ``followed`` while the file it names holds another table."""

@@ -20,9 +20,10 @@ from stablemoe_ds.distributed.groups import DeepSpeedMpu, Groups, limit_waiting
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
 from stablemoe_ds.routing.source import RouteSource
-from stablemoe_ds.training.gradients import adopt
+from stablemoe_ds.training.gradients import Zero3Optimizer, adopt
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
 from stablemoe_ds.training.routed_batch import RoutedBatch
+from stablemoe_ds.training.sharded_weights import prepare_for_sharding
 from stablemoe_ds.training.update_figures import UpdateFigures, update_figures
 
 
@@ -50,6 +51,8 @@ class Engine:
             restore_fp32(model, kept)
             return make_adamw(parameter_groups(model, run.optimizer.weight_decay), run.optimizer)
 
+        if run.parallel.zero_stage == 3:
+            prepare_for_sharding(model)
         with redirect_stdout(io.StringIO()):  # its optimizer for bf16 prints the memory in use, whatever is asked
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
@@ -65,7 +68,7 @@ class Engine:
 
     @property
     def optimizer(self) -> Any:
-        """DeepSpeed's optimizer (ZeRO 1 and 2), or torch's own (ZeRO 0)."""
+        """DeepSpeed's optimizer (ZeRO 1, 2 and 3), or torch's own (ZeRO 0)."""
         return self.deepspeed.optimizer
 
     def freeze_distilled(self, frozen: bool = True) -> None:
@@ -174,7 +177,10 @@ class Engine:
         return float(self._norm)
 
     def _spoil_gradients(self) -> None:
-        """Make DeepSpeed drop the update: the one way that its optimizers of ZeRO 1 and 2 have in common."""
+        """Make DeepSpeed drop the update."""
+        if isinstance(self.optimizer, Zero3Optimizer):
+            self.optimizer.refused = True
+            return
         if hasattr(self.optimizer, "averaged_gradients"):
             gradients = [g for group in self.optimizer.averaged_gradients.values() for g in group or []]
         else:

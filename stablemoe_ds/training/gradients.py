@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ def adopt(engine: DeepSpeedEngine) -> None:
     elif isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
         optimizer.__class__ = _ZeroOptimizer
         optimizer.check_grad_overflow = True  # the norm decides, in every dtype; see _ZeroOptimizer.check_overflow
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.__class__, optimizer.mpu = Zero3Optimizer, engine.mpu
 
 
 def clip_factor(norm: float, limit: float) -> float:
@@ -149,3 +152,23 @@ class _ZeroOptimizer(DeepSpeedZeroOptimizer):
         if factor != 1.0:
             for gradient in grad_groups_flat:
                 gradient.mul_(factor)
+
+
+class Zero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
+    """ZeRO 3. A rank has the mean gradients of its part of every parameter; a norm that is not finite drops an update.
+
+    refused: the next update is to be dropped whatever its gradients are; equal on all ranks. Gradients cannot be spoilt
+    to that end: DeepSpeed's buffers of them reach beyond the end of a parameter and are not cleared there.
+    """
+
+    refused = False
+
+    def gradients(self) -> Iterator[tuple[int, Tensor]]:
+        for group, parameters in enumerate(self.fp16_groups):
+            for parameter, gradient in zip(parameters, self.averaged_gradients[group], strict=True):
+                yield _copies(self, parameter), gradient
+
+    def _get_norm_groups(self) -> list[Tensor]:
+        norm = math.inf if self.refused else global_norm(self.gradients(), self.device)
+        self.refused = False
+        return [torch.tensor(norm, device=self.device)]

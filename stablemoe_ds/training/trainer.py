@@ -45,6 +45,7 @@ from stablemoe_ds.training.probing import Probing
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.routed_batch import RoutedBatch
 from stablemoe_ds.training.saving import Saving
+from stablemoe_ds.training.sharded_weights import gathered
 from stablemoe_ds.training.stage_switch import StageSwitch
 from stablemoe_ds.training.update_figures import UpdateFigures
 from stablemoe_ds.training.update_log import UpdateLog
@@ -77,7 +78,9 @@ class Trainer:
         self.model = StableMoEGPT(run, resolved.vocab_size, placement)
         self.engine = Engine(run, self.plan, self.groups, self.model)
         self.feed = Feed(self.groups, run.parallel, order_LN)
-        self.routes = RouteMaker(run, self.model.distilled_routers, lambda: counts, fingerprint, world.device, build)
+        routers = self.model.distilled_routers
+        whole = partial(gathered, routers)
+        self.routes = RouteMaker(run, routers, lambda: counts, fingerprint, world.device, build, whole)
         self.state, self.guard, self.vote = (
             RunState(Progress(position=self.data.train.start())),
             Guard(run.faults),

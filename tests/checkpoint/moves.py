@@ -76,8 +76,12 @@ def _take(engine: Any, source: Path) -> tuple[Any, Any]:
 
 def _frozen(engine: Any, vocab_size: int) -> Any:
     """What the engine's run follows if its routing is fixed now; every id occurs once."""
+    from stablemoe_ds.training.sharded_weights import gathered
+
     counts = np.ones(vocab_size, dtype=np.int64)
-    return RouteMaker(engine.run, engine.model.distilled_routers, lambda: counts, "").frozen()
+    routers = engine.model.distilled_routers
+    with gathered(routers):
+        return RouteMaker(engine.run, routers, lambda: counts, "").frozen()
 
 
 def _next_loss(engine: Any, routes: Any) -> float:

@@ -45,6 +45,10 @@ LAYOUTS: dict[str, Layout] = {
     "tensor 2, expert 2, ZeRO 2": (2, {"tensor": 2, "expert": 2, "zero": 2}),
     "data 4, expert 2, ZeRO 2": (4, {"expert": 2, "zero": 2}),
     "data 4, expert 4, ZeRO 0": (4, {"expert": 4, "zero": 0}),
+    "data 2, ZeRO 3": (2, {"zero": 3}),
+    "expert 2, ZeRO 3": (2, {"expert": 2, "zero": 3}),
+    "data 4, expert 2, ZeRO 3": (4, {"expert": 2, "zero": 3}),
+    "tensor 2, expert 2, ZeRO 3": (2, {"tensor": 2, "expert": 2, "zero": 3}),
     "data 2, tensor 2, expert 4, ZeRO 1": (4, {"tensor": 2, "expert": 4, "zero": 1}),
 }
 PARAMETERS, BUFFER = "stablemoe", "topk"
@@ -69,10 +73,17 @@ MOVES = [
     ("expert 2, bf16, ZeRO 1", "tensor 2, bf16, ZeRO 2"),
     ("1 process, bf16", "1 process, ZeRO 1"),
     ("tensor 2, ZeRO 1", "1 process, bf16"),
+    ("1 process, ZeRO 0", "data 2, ZeRO 3"),
+    ("data 2, ZeRO 3", "expert 2, ZeRO 1"),
+    ("expert 2, ZeRO 1", "data 4, expert 2, ZeRO 3"),
+    ("data 4, expert 2, ZeRO 3", "tensor 2, expert 2, ZeRO 3"),
+    ("tensor 2, expert 2, ZeRO 3", "expert 2, ZeRO 3"),
+    ("expert 2, ZeRO 3", "data 2, bf16, ZeRO 2"),
 ]
 CASES = [
     *((*move, PARAMETERS) for move in MOVES),
     ("expert 2, ZeRO 1", "1 process, ZeRO 0", BUFFER),
+    ("1 process, ZeRO 0", "expert 2, ZeRO 3", BUFFER),
     ("1 process, ZeRO 0", "tensor 2, expert 2, ZeRO 2", BUFFER),
 ]
 EQUAL = 1e-6

@@ -117,7 +117,10 @@ def test_zero_shards_what_it_should(make: Make) -> None:
     assert memory[0].weights == memory[1].weights == 4 * (dense + experts)
     assert memory[0].optimizer == 8 * (dense + experts)
     # dense parameters over 4 ranks, each expert over its 2 copies
-    assert memory[1].optimizer == memory[2].optimizer == 12 * (dense // 4 + experts // 2)
+    assert memory[1].optimizer == memory[2].optimizer == memory[3].optimizer == 12 * (dense // 4 + experts // 2)
+    # beside its share of all, the experts of one MoE layer and their router are whole
+    layer = (experts + counts.shared_experts + counts.router + counts.distilled) // len(run.moe.layers)
+    assert memory[3].weights == 4 * (dense // 4 + experts // 2 + max(layer, counts.embedding))
     # ZeRO keeps a second copy of the share of fp32 gradients that it has reduced
     assert memory[1].gradients == 4 * (dense + experts) + 4 * (dense // 4 + experts // 2)
     assert memory[2].gradients == 8 * (dense // 4 + experts // 2)
@@ -150,7 +153,7 @@ def test_report_has_the_keys_scripts_read_and_is_json(make: Make) -> None:
     assert facts["flops_per_token"] == flops_per_token(run)
     assert facts["batch"]["tokens_per_step"] == 512
     assert facts["training"]["switch_step"] == 10
-    assert set(facts["memory_per_rank"]) == {"zero0", "zero1", "zero2"}
+    assert set(facts["memory_per_rank"]) == {"zero0", "zero1", "zero2", "zero3"}
 
 
 def test_page_for_people_shows_the_numbers() -> None:

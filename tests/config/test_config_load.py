@@ -82,10 +82,6 @@ def test_unknown_key_is_answered_with_the_nearest_known_one(small: Path, overrid
         ("seed=-1", "got -1: expected at least 0; nearest that works: 1234 (the default)"),
         ("moe=[1]", "got [1]: expected a section: keys and values below it"),
         ("moe.layers=[3, 1, 3]", "got [3, 1, 3]: layers must ascend without repeats; nearest that works: [1, 3]"),
-        (
-            "parallel.zero_stage=3",
-            "got 3: DeepSpeed refuses its native MoE under ZeRO stage 3; nearest that works: 2",
-        ),
     ],
 )
 def test_wrong_value_is_named_with_what_was_expected(small: Path, override: str, said: str) -> None:

@@ -27,4 +27,4 @@ def test_bounds_and_choices_are_told() -> None:
     text = reference()
     assert "| `betas` | list of 2, each number ≥ 0 < 1 | `[0.9, 0.98]` |" in text
     assert "| `capacity_factor` | number > 0 or `null` | `null` |" in text
-    assert "| `zero_stage` | `0`, `1`, `2` | `1` |" in text
+    assert "| `zero_stage` | `0`, `1`, `2`, `3` | `1` |" in text

@@ -29,7 +29,7 @@ def main() -> None:
     print(f"One process: loss {first['loss']:.7f}, gradient norm {first['norm']:.7f} at the third update.\n")
     print("| layout | ZeRO | loss | gradient norm | largest difference of any parameter |\n|---|---|---|---|---|")
     for name, (world, layout) in LAYOUTS.items():
-        for zero in (0, 1, 2):
+        for zero in (0, 1, 2, 3):
             ranks = outcome(world, zero=zero, **layout)
             last, end = ranks[0].steps[-1], assemble([rank.end for rank in ranks])
             worst = max(float((end[key] - weights[key]).abs().max()) for key in weights)

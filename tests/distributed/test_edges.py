@@ -38,6 +38,7 @@ def padded_ranks(seed: int) -> Batch:
         (2, {"expert": 1, "zero": 2}),
         (4, {"expert": 2, "zero": 1}),
         (4, {"tensor": 2, "expert": 2, "zero": 2}),
+        (2, {"expert": 2, "zero": 3}),
     ],
     ids=label,
 )
@@ -50,7 +51,7 @@ def test_idle_experts_and_ranks(world: int, layout: dict[str, Any], make: Any, s
         assert all(sorted(row)[:-1] == [0, 0, 0] for row in ranks[0].steps[0]["counts"])
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_nothing_but_padding(zero: int) -> None:
     """Nothing to learn from: no gradient, no expert serves a token, weights only decay."""
     empty = batch(1)

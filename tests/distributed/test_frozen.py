@@ -22,7 +22,8 @@ def tensors(held: dict[str, Part], distilled: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("zero", "dtype", "kind"),
     [(0, "fp32", "word"), (1, "fp32", "word"), (2, "fp32", "word"), (1, "bf16", "word"), (2, "bf16", "word"),
-     (0, "fp32", "cnn"), (1, "bf16", "transformer"), (2, "fp32", "bigram")],
+     (0, "fp32", "cnn"), (1, "bf16", "transformer"), (2, "fp32", "bigram"),
+     (3, "fp32", "word"), (3, "fp32", "transformer")],
 )  # fmt: skip
 def test_frozen_router_never_moves_again(zero: int, dtype: str, kind: str) -> None:
     """Adam has momentum for it from two updates of stage 1; weight decay is on. Five updates of stage 2 follow."""

@@ -46,6 +46,13 @@ LAYOUTS: list[tuple[int, str, dict[str, Any]]] = [
     (4, "paper", {"tensor": 2, "expert": 2, "zero": 2}),
     (4, "modern", {"tensor": 2, "expert": 2, "zero": 1}),
     (4, "modern", {"tensor": 2, "expert": 4, "zero": 1, "micro": 2}),
+    (1, "modern", {"zero": 3, "micro": 4, "recompute": True}),
+    (2, "paper", {"zero": 3}),
+    (2, "modern, gate of one", {"expert": 2, "zero": 3, "dispatch_parts": 2}),
+    (2, "paper, learned gate", {"tensor": 2, "zero": 3}),
+    (2, "paper, shared", {"expert": 2, "zero": 3, "micro": 2, "recompute": True}),
+    (4, "modern", {"tensor": 2, "expert": 2, "zero": 3, "micro": 4, "recompute": True}),
+    (4, "paper", {"expert": 2, "zero": 3}),
 ]
 
 

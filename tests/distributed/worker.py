@@ -70,6 +70,7 @@ def train(
     from stablemoe_ds.routing.fixed import freeze
     from stablemoe_ds.routing.source import LEARNED
     from stablemoe_ds.training.routed_batch import RoutedBatch
+    from stablemoe_ds.training.sharded_weights import gathered
 
     outcome, routes = Outcome(), LEARNED
     with engine_of(run) as engine:
@@ -80,7 +81,8 @@ def train(
         for step, micro_batches in enumerate(batches):
             if step == switch:
                 engine.freeze_distilled()
-                routes = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.layers))
+                with gathered(engine.model.distilled_routers):
+                    routes = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.layers))
                 outcome.frozen.append(parts(engine))
             mine = [share(batch, groups.data_rank, groups.data_size) for batch in micro_batches]
             engine.set_learning_rate(run.optimizer.lr)
@@ -108,7 +110,7 @@ def train(
 @torch.no_grad()
 def set_weights(engine: Any, weights: dict[str, Tensor]) -> None:
     from stablemoe_ds.checkpoint.fp32_state import WEIGHT, Fp32State
-    from stablemoe_ds.model.layout import pieces
+    from stablemoe_ds.model.layout import pieces, shape_of
 
     fp32, groups = Fp32State(engine.deepspeed), engine.groups
     values: dict[torch.nn.Parameter, list[Tensor]] = {}
@@ -116,18 +118,20 @@ def set_weights(engine: Any, weights: dict[str, Tensor]) -> None:
         local = piece.local_of(weights[piece.name], groups.tensor_rank, groups.tensor)
         values.setdefault(piece.parameter, []).append(local)
     for parameter, rows in values.items():
-        fp32.write(parameter, WEIGHT, torch.stack(rows) if rows[0].shape != parameter.shape else rows[0])
+        fp32.write(parameter, WEIGHT, torch.stack(rows) if rows[0].shape != shape_of(parameter) else rows[0])
 
 
 def parts(engine: Any) -> dict[str, Part]:
     """fp32 master weights this rank knows, by canonical name; rounded, they must be what the model computes with."""
     from stablemoe_ds.checkpoint.fp32_state import WEIGHT, Fp32State
     from stablemoe_ds.model.layout import pieces
+    from stablemoe_ds.training.sharded_weights import gathered
 
     fp32, groups, found = Fp32State(engine.deepspeed), engine.groups, {}
     whole = {p: fp32.read(p, WEIGHT) for p in engine.model.parameters()}
-    for p, master in whole.items():
-        assert torch.equal(master.to(p.dtype), p), "the master weight is not what the model computes with"
+    with gathered([engine.model]):
+        for p, master in whole.items():
+            assert torch.equal(master.to(p.dtype), p), "the master weight is not what the model computes with"
     for piece in pieces(engine.model, groups.tensor):
         value = piece.select(whole[piece.parameter]).clone()
         found[piece.name] = Part(value, piece.cut_dim, piece.cut_blocks, groups.tensor_rank)

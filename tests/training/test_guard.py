@@ -56,6 +56,8 @@ def corrupt_weights(update: int, factor: float, engine: Any, number: int) -> Non
         with torch.no_grad():
             for parameter in engine.model.parameters():
                 parameter.mul_(factor)
+                if hasattr(parameter, "ds_tensor"):  # at ZeRO 3 this rank's part of it, too
+                    parameter.ds_tensor.mul_(factor)
 
 
 def train_with(fault: Fault, run: RunConfig) -> tuple[str, list[str]]:
@@ -114,6 +116,7 @@ LAYOUTS = {
     "2 processes, ZeRO 0": (2, 0, "fp32"),
     "2 processes, ZeRO 1": (2, 1, "fp32"),
     "2 processes, ZeRO 2": (2, 2, "fp32"),
+    "2 processes, ZeRO 3": (2, 3, "fp32"),
     "2 processes, ZeRO 1, bf16": (2, 1, "bf16"),
     "2 processes, ZeRO 2, bf16": (2, 2, "bf16"),
 }
@@ -141,10 +144,10 @@ def test_a_loss_that_is_not_finite_is_dropped_and_placed(data: TinyData, tmp_pat
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_goes_back_and_passes_over_the_data(ranks: int, data: TinyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 2), (2, 3)])
+def test_goes_back_and_passes_over_the_data(ranks: int, stage: int, data: TinyData, tmp_path: Path) -> None:
     """In stage 2 with two ranks, so that what was planned ahead is thrown away, too."""
-    parallel = {"expert": ranks, "zero_stage": 2}
+    parallel = {"expert": ranks, "zero_stage": stage}
     run = small_run(
         data, tmp_path / "run", checkpoint={"every": 2, "keep": 9}, parallel=parallel, stages={"at_step": 3}
     )
@@ -171,7 +174,7 @@ def test_goes_back_over_the_switch(data: TinyData, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "stage", "dtype"), [(1, 0, "fp32"), (2, 1, "bf16"), (2, 2, "fp32")])
+@pytest.mark.parametrize(("ranks", "stage", "dtype"), [(1, 0, "fp32"), (2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "fp32")])
 def test_a_spike_is_dropped(ranks: int, stage: int, dtype: str, data: TinyData, tmp_path: Path) -> None:
     run = small_run(
         data,

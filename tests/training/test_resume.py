@@ -48,6 +48,7 @@ CASES: dict[str, tuple[int, dict[str, Any], tuple[int, ...]]] = {
         },
         (SWITCH - 1, SWITCH + 1),
     ),
+    "2 processes, expert 2, ZeRO 3": (2, {"parallel": {"expert": 2, "zero_stage": 3}}, (SWITCH, SWITCH + 1)),
     "2 processes, expert 2, ZeRO 2, bf16, accumulation": (
         2,
         {"parallel": {"expert": 2, "zero_stage": 2, "micro_batch": 1}, "precision": {"dtype": "bf16"}},
