@@ -1,8 +1,9 @@
-"""Bars for what benchmarks.moe_layer and benchmarks.step have measured.
+"""Pictures of what benchmarks.moe_layer, benchmarks.step and benchmarks.routers have measured.
 
     python -m benchmarks.pictures FOLDER
 
-Reads moe_layer.json and step.json in FOLDER, whichever is there, and writes a PNG of the same name beside it.
+Reads moe_layer.json, step.json and routers.json in FOLDER, whichever is there, and writes a PNG of the same name next
+to each.
 """
 
 from __future__ import annotations
@@ -63,6 +64,29 @@ def draw(bars: Bars, title: str, unit: str, line: float | None, path: Path) -> N
         save_figure(figure, path)
 
 
+def draw_curves(result: dict[str, Any], path: Path) -> None:
+    """Perplexity against tokens read: a colour for each recipe, a line for each seed.
+
+    The point at the end of a run is of the whole validation text, the others of its first tokens: no line joins them.
+    """
+    recipes = list(dict.fromkeys(row["recipe"] for row in result["rows"]))
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+        for row in result["rows"]:
+            number = recipes.index(row["recipe"])
+            for whole, style in ((False, "-"), (True, "x")):
+                points = [point for point in row["points"] if point["whole"] is whole]
+                tokens = [point["tokens"] / 1e6 for point in points]
+                axis.plot(tokens, [point["perplexity"] for point in points], style, color=f"C{number}")
+        axis.set(xlabel="million tokens", ylabel="validation perplexity", yscale="log")
+        axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_minor_formatter("{x:.0f}")
+        for number, recipe in enumerate(recipes):
+            axis.plot([], [], color=f"C{number}", label=recipe)
+        axis.legend(title="x: the whole validation text")
+        save_figure(figure, path)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -75,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (folder / f"{name}.json").exists():
             result = json.loads((folder / f"{name}.json").read_text())
             draw(bars(result), title, unit, line, folder / f"{name}.png")
+    if (folder / "routers.json").exists():
+        draw_curves(json.loads((folder / "routers.json").read_text()), folder / "routers.png")
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ def train(settings: dict[str, Any], options: list[str], seconds: float) -> str |
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
 
 
-def points_of(run_dir: Path, tokens_per_step: int) -> list[dict[str, float]]:
-    """Tokens read, seconds of training and perplexity at each validation."""
+def points_of(run_dir: Path, tokens_per_step: int, steps: int) -> list[dict[str, float]]:
+    """Tokens read, seconds of training and perplexity at each validation, and whether it was of the whole text."""
     points, seconds, before = [], 0.0, 0
     for line in MetricsLog(run_dir / "metrics.jsonl").read():
         if line["kind"] == "train":
@@ -97,7 +97,8 @@ def points_of(run_dir: Path, tokens_per_step: int) -> list[dict[str, float]]:
             before = line["step"]
         elif line["kind"] == "valid":
             tokens = line["step"] * tokens_per_step
-            points.append({"tokens": tokens, "seconds": seconds, "perplexity": line["perplexity"]})
+            whole = line["step"] == steps
+            points.append({"tokens": tokens, "seconds": seconds, "perplexity": line["perplexity"], "whole": whole})
     return points
 
 
@@ -140,7 +141,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         run_dir = folder / f"{list(RECIPES).index(recipe)}-{seed}"
         settings = settings_of(run_dir, seed, train_text, valid_text, tokens, arguments.quick)
         failed = train(settings, [*RECIPES[recipe], *arguments.set], arguments.seconds)
-        points = points_of(run_dir, settings["schedule"]["tokens_per_step"])
+        points = points_of(run_dir, settings["schedule"]["tokens_per_step"], settings["schedule"]["steps"])
         return {"recipe": recipe, "seed": seed, "points": points, "failed": failed}
 
     with ThreadPoolExecutor(arguments.together) as pool:
