@@ -24,10 +24,15 @@ def add_to(table: Subparsers) -> None:
     text = "rows, bytes and waiting of every rank in every update of a run, from its data order and table alone"
     simulate = add_command(table, "simulate", text, _simulate)
     run_arguments(simulate)
-    simulate.add_argument("--table", type=Path, metavar="T", help="table file to follow; default: the run's own")
+    simulate.add_argument(
+        "--table", type=Path, metavar="T", help="table file to follow; default: the run's own, given or frozen"
+    )
     simulate.add_argument("--ranks", type=int, metavar="R", help="processes; default: the fewest the run can have")
     simulate.add_argument("--nodes", type=int, default=1, metavar="M", help="that the ranks are on (default 1)")
-    simulate.add_argument("--updates", type=int, metavar="U", help="from the first one on; default: all of the run")
+    simulate.add_argument(
+        "--first", type=int, metavar="U", help="first update; default: the first that follows a table"
+    )
+    simulate.add_argument("--updates", type=int, metavar="U", help="how many of them; default: to the end of the run")
     simulate.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write a line of JSON for each update")
     json_argument(simulate)
 
@@ -35,11 +40,17 @@ def add_to(table: Subparsers) -> None:
 def _simulate(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.config.cost_report import smallest_world
     from stablemoe_ds.config.load import load_run
+    from stablemoe_ds.config.rules import switch_step
 
     run = load_run(arguments.run, arguments.overrides)
     ranks = smallest_world(run) if arguments.ranks is None else arguments.ranks
-    updates = run.schedule.steps if arguments.updates is None else arguments.updates
-    _check(ranks, arguments.nodes, updates)
+    first = (switch_step(run) or 0) + 1 if arguments.first is None else arguments.first
+    _check({"--ranks": ranks, "--nodes": arguments.nodes, "--first": first})
+    if first > run.schedule.steps:
+        raise UserError(f"--first: got {first}: the run has {run.schedule.steps} updates")
+    updates = run.schedule.steps + 1 - first if arguments.updates is None else arguments.updates
+    _check({"--updates": updates})
+    _check_nodes(ranks, arguments.nodes)
     settle_libraries()
     from stablemoe_ds.config.resolved import resolve
     from stablemoe_ds.data.corpus import token_counts
@@ -56,7 +67,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     layout = Layout.of(resolved, arguments.nodes, load_LN)
     summary = Summary()
     with _lines(arguments.output) as file, progress_bar("updates", updates) as done:
-        for update in simulate(resolved, table, layout, updates, tokenizer):
+        for update in simulate(resolved, table, layout, range(first, first + updates), tokenizer):
             summary.add(update)
             if file is not None:
                 file.write(json.dumps(update_facts(update)) + "\n")
@@ -67,15 +78,17 @@ def _simulate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(ranks: int, nodes: int, updates: int) -> None:
+def _check(numbers: dict[str, int]) -> None:
     """Raise UserError, a line for each number that is out of range."""
-    numbers = {"--ranks": ranks, "--nodes": nodes, "--updates": updates}
-    problems = [f"{name}: got {number}: expected at least 1" for name, number in numbers.items() if number < 1]
-    if not problems and ranks % nodes:
-        nearest = min((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: abs(n - nodes))
-        problems.append(f"--nodes: got {nodes}: each has as many of the {ranks} ranks; nearest that works: {nearest}")
-    if problems:
+    if problems := [f"{name}: got {number}: expected at least 1" for name, number in numbers.items() if number < 1]:
         raise UserError("\n".join(problems))
+
+
+def _check_nodes(ranks: int, nodes: int) -> None:
+    """Raise UserError if the nodes would have unequal numbers of ranks."""
+    if ranks % nodes:
+        nearest = min((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: abs(n - nodes))
+        raise UserError(f"--nodes: got {nodes}: each has as many of the {ranks} ranks; nearest that works: {nearest}")
 
 
 @contextmanager

@@ -97,9 +97,9 @@ class SimulatedUpdate:
 
 
 def simulate(
-    resolved: ResolvedRun, table: RoutingTable, layout: Layout, updates: int, tokenizer: Tokenizer | None
+    resolved: ResolvedRun, table: RoutingTable, layout: Layout, updates: range, tokenizer: Tokenizer | None
 ) -> Iterator[SimulatedUpdate]:
-    """The first ``updates`` updates of a run that follows ``table`` from its start; one at a time is in memory.
+    """Updates of a run that follows ``table`` in them, counted from 1; one at a time is in memory.
 
     Raises UserError for a corpus that is missing, damaged or of another tokenizer.
     """
@@ -112,8 +112,8 @@ def simulate(
     deals = [Deal(plan.micro_batch, plan.accumulation, rank, plan.data_parallel) for rank in range(plan.data_parallel)]
     dealt = np.array([deal.share(range(plan.sequences_per_step)) for deal in deals])
     dealt = dealt.reshape(plan.data_parallel, plan.accumulation, plan.micro_batch)
-    position = data.start()
-    for number in range(1, updates + 1):
+    position = data.start().skip((updates.start - 1) * plan.sequences_per_step)
+    for number in updates:
         windows, position = position.take(plan.sequences_per_step)
         sequences = np.stack([dataset[window]["tokens"].numpy() for window in windows])
         # Tokens of a micro-batch stand sequence first, t = s * B + b.

@@ -20,7 +20,7 @@ from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.training.simulation import Layout, count_dispatches, judge_update
 from tests.cli.test_bad_input import complaint
 from tests.distributed.launch import run_distributed
-from tests.training.runs import VOCAB, TinyData, command_here, run_file, small_run, train_here
+from tests.training.runs import STEPS, SWITCH, VOCAB, TinyData, command_here, run_file, small_run, train_here
 
 
 def observed_here(run: RunConfig) -> list[tuple[int, list[int], list[int]]]:
@@ -73,24 +73,39 @@ def test_served_and_sent_rows_are_those_of_a_real_run(
     )
     words = ("--ranks", str(ranks), "--nodes", "2", "--output", str(tmp_path / "updates"))
     facts = command_here("table", "simulate", run_file(run, tmp_path / "run.yaml"), *words, "--json").json
-    lines = [json.loads(line) for line in (tmp_path / "updates").read_text().splitlines()]
-    assert [line["update"] for line in lines] == list(range(1, steps + 1))
+    served = same_rows(run_distributed(ranks, observed_here, run), tmp_path / "updates", 1, steps, parallel["expert"])
+    assert facts["updates"] == steps
+    assert served.sum((2, 3)).tolist() == [[1024 * top_k] * 2] * steps
+
+
+@pytest.mark.distributed
+def test_a_run_that_has_frozen_its_routing_is_simulated_from_its_switch_on(data: TinyData, tmp_path: Path) -> None:
+    run = small_run(data, tmp_path / "run", parallel={"expert": 2}, data={"tokenizer": data.tokenizer})
+    seen = run_distributed(2, observed_here, run)
+    words = ("--ranks", "2", "--output", str(tmp_path / "updates"), "--json")
+    facts = command_here("table", "simulate", run_file(run, tmp_path / "run.yaml"), *words).json
+    assert facts["updates"] == STEPS - SWITCH
+    same_rows(seen, tmp_path / "updates", SWITCH + 1, STEPS, 2)
+
+
+def same_rows(observed: list[Any], path: Path, first: int, steps: int, expert: int) -> NDArray[np.int64]:
+    """What was simulated from the first of these updates on, [updates, L, W, E], if it is what every rank has done."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["update"] for line in lines] == list(range(first, steps + 1))
     served = np.array([line["served"] for line in lines])  # [updates, L, W, E]
     sent = np.array([line["sent"] for line in lines])  # [updates, L, X, G, G]
-
-    expert = parallel["expert"]
-    for rank, seen in enumerate(run_distributed(ranks, observed_here, run)):
-        for layer in range(2):
+    for rank, seen in enumerate(observed):
+        for layer in range(served.shape[1]):
             mine = [(sizes, splits) for index, sizes, splits in seen if index == layer]
             each = len(mine) // steps
             assert each * steps == len(mine) > 0
-            for update in range(steps):
+            mine = mine[(first - 1) * each :]
+            for update in range(steps + 1 - first):
                 dispatches = mine[update * each : (update + 1) * each]
                 assert np.array_equal(np.sum([sizes for sizes, _ in dispatches], 0), served[update, layer, rank])
                 sends = sent[update, layer, rank // expert, rank % expert]
                 assert np.array_equal(np.sum([splits for _, splits in dispatches], 0), sends)
-    assert facts["updates"] == steps
-    assert served.sum((2, 3)).tolist() == [[1024 * top_k] * 2] * steps
+    return served
 
 
 def slow_counts(ids: NDArray[np.int64], table: RoutingTable, tensor: int, parts: int) -> NDArray[np.int64]:
@@ -187,4 +202,6 @@ def test_what_cannot_be_simulated_is_refused_in_one_line(data: TinyData, tmp_pat
     complaint(command_here("table", "simulate", path), "moe.router: got stablemoe, which learns .* --table")
     complaint(command_here("table", "simulate", path, "--table", str(tmp_path / "none")), "moe.table: .*none")
     complaint(command_here("table", "simulate", path, "--updates", "0"), "--updates: got 0: expected at least 1")
+    complaint(command_here("table", "simulate", path, "--first", "0"), "--first: got 0: expected at least 1")
+    complaint(command_here("table", "simulate", path, "--first", "99"), f"--first: got 99: the run has {STEPS} updates")
     complaint(command_here("table", "simulate", path, "--ranks", "4", "--nodes", "3"), "nearest that works: 2")
