@@ -29,7 +29,7 @@ def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--quick", action="store_true", help="the smallest sizes only")
     found.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    found.add_argument("--output", type=Path, help="write the JSON to this file, and the tables beside it as .md")
+    found.add_argument("--output", type=Path, help="write the JSON to this file, and the tables next to it as .md")
     found.add_argument("--rounds", type=int, default=rounds, help="timed rounds (default %(default)s)")
     return found
 

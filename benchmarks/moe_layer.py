@@ -13,7 +13,7 @@ and once with compiled experts. A layer that fails has an empty column; why it f
 The bound is the dense layer, and reading the other experts' weights in both passes and writing their gradients at the
 rate of a large copy: what any layer of that many experts must do, if its weights are not in a cache.
 
-Peak memory is what forward and backward take beside weights and their gradients, relative to the dense layer.
+Peak memory is what forward and backward take besides weights and their gradients, relative to the dense layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Start-up: seconds until ``stablemoe --help`` has answered, and from ``stablemoe train`` to the first update.
 
-Whole processes, started one after the other. Beside them an interpreter that does nothing and, unless --quick, one that
+Whole processes, started one after the other. Then an interpreter that does nothing and, unless --quick, one that
 only imports what every training needs: torch, DeepSpeed and megatron-core's GPT. The first update is there when its
 line is in metrics.jsonl; the model is tiny, so that what is measured is the start. The goal for ``--help`` is 0.5 s.
 

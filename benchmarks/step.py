@@ -14,7 +14,7 @@ MFU takes 6 FLOPs for each active weight of a matrix product (output matrix coun
 12 x blocks x width x sequence for attention, over the peak of the device: the data sheet's, or measured where it is not
 known. The bounds are those FLOPs over the measured rate of a large matrix product, and the bytes that weights,
 gradients and optimizer state cannot but move (activations left out) over the measured rate of a copy. On one GPU the
-models do not fit in beside each other, so each has a process of its own there, and only the two stages take turns.
+models do not fit in next to each other, so each has a process of its own there, and only the two stages take turns.
 """
 
 from __future__ import annotations

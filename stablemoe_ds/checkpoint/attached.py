@@ -1,4 +1,4 @@
-"""What a checkpoint needs beside its model: the tokenizer and the counts of the training text, which it carries, and
+"""What a checkpoint needs besides its model: the tokenizer and the counts of the training text, which it carries, and
 the corpora that its run names, which are looked for.
 
 A checkpoint of an earlier version carries neither; then both are taken from where its run had them, if they are there.

@@ -1,7 +1,7 @@
 """Writing checkpoints while training goes on.
 
 An update waits only until what this rank writes has been copied to host memory. A thread writes it, flushes it to the
-disk, reads it back and compares. Ranks tell each other by files, not by collectives: each leaves a receipt beside
+disk, reads it back and compares. Ranks tell each other by files, not by collectives: each leaves a receipt next to
 what it wrote; rank 0 waits for all of them, writes the manifest and publishes the folder. A checkpoint that was
 copied is therefore finished even if the run breaks in the meantime.
 """

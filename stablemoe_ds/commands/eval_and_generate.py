@@ -33,7 +33,7 @@ def add_to(commands: Subparsers) -> None:
         default=0,
         help="of the draw (default 0); it gives a prompt the same continuation, whatever other prompts there are",
     )
-    generation.add_argument("--no-cache", action="store_true", help="read everything anew for each token")
+    generation.add_argument("--no-cache", action="store_true", help="read everything again for each token")
     json_argument(generation)
 
 

@@ -101,7 +101,7 @@ def dotted(location: tuple[int | str, ...]) -> str:
 
 
 def nearest_key(location: tuple[int | str, ...], schema: type[Section] = RunConfig) -> str:
-    """The known key most like an unknown one: beside it if possible, else of another section."""
+    """The known key most like an unknown one: next to it if possible, else of another section."""
     *parents, last = location
     wrong = str(last)[:60]
     section = _section(parents, schema)

@@ -94,7 +94,7 @@ class MoEConfig(Section):
         None, description="inner width of an expert's sublayer; null: the model's"
     )
     top_k: PositiveInt = Field(1, description="experts that serve a token; the paper has 1")
-    shared_experts: int = Field(0, ge=0, description="experts that serve every token, beside the routed ones")
+    shared_experts: int = Field(0, ge=0, description="experts that serve every token, in addition to the routed ones")
     capacity_factor: float | None = Field(
         None,
         gt=0,

@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: ids in Megatron's ``.bin/.idx``, and beside them what was counted on the way.
+"""A prepared corpus on disk: ids in Megatron's ``.bin/.idx``, and next to them what was counted on the way.
 
 ``<prefix>.bin``         the ids of all documents, one after the other, each document ending in eos
 ``<prefix>.idx``         where documents begin (megatron-core, ``datasets/indexed_dataset.py``)

@@ -28,7 +28,7 @@ EOS_NAMES = (
     "<|end_of_text|>",
     "<｜end▁of▁sentence｜>",
 )
-"""What tokenizers call the token that ends a document, where nothing beside them says so."""
+"""What tokenizers call the token that ends a document, where nothing next to them says so."""
 
 HOLES = 4096
 """Ids without a token that a vocabulary may have. Some released ones have dozens; thousands are damage."""

@@ -10,7 +10,7 @@ from typing import Any
 from stablemoe_ds.errors import UserError, one_line
 
 ROWS = 256
-"""Rows in memory at a time, beside what pyarrow needs to decode a page."""
+"""Rows in memory at a time, besides what pyarrow needs to decode a page."""
 
 
 def row_groups(path: Path, column: str) -> list[int]:

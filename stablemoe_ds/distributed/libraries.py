@@ -17,7 +17,7 @@ is compiled first: with oneDNN's own limit of 1024, 64 experts in bf16 compile w
 def keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of handing them back to the kernel.
 
-    A training step allocates the same sizes over and over. By default each large block is mapped anew and its pages
+    A training step allocates the same sizes over and over. By default each large block is mapped again and its pages
     are faulted in one by one: a sixth of the time of an MoE layer with 32 experts on a CPU (benchmarks/moe_layer.py).
     Does nothing without glibc, or where the environment has settings of its own.
     """
@@ -43,7 +43,7 @@ def settle_libraries() -> None:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(SHAPES_KEPT))
         keep_freed_memory()
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    # Workers of a loader and launched ranks start anew, so the module patterns are given again in each.
+    # Workers of a loader and launched ranks are new interpreters, so each is given the module patterns again.
     for module in (r"megatron\.", r"deepspeed\.", r"torch\.distributed\."):
         warnings.filterwarnings("ignore", module=module)
     for name in ("DeepSpeed", "megatron", "megatron.core"):

@@ -34,7 +34,7 @@ def generate(
     one call, then one position at a time, where longer prompts still supply their own next id.
 
     temperature: 0 takes the best id; otherwise logits are divided by it. top_p: draw among the likeliest ids that
-    together reach this probability. use_cache: False reads everything anew for each id, which is slow and gives the
+    together reach this probability. use_cache: False reads everything again for each id, which is slow and gives the
     same.
     seed: what is drawn for a prompt follows from it and from the prompt's own ids, whichever other prompts there are
     and in whichever order. Equal prompts have equal continuations; another seed gives another one. Scores of one prompt

@@ -1,6 +1,6 @@
-"""What the example clusters in ``launch/`` come to, kept beside them in ``launch/rendered/``.
+"""What the example clusters in ``launch/`` come to, kept next to them in ``launch/rendered/``.
 
-``python -m stablemoe_ds.launch.examples``, from the root of a checkout, writes them anew.
+``python -m stablemoe_ds.launch.examples``, from the root of a checkout, writes them again.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ END, WIDTH = "END_OF_FILE", 110
 
 @dataclass(frozen=True)
 class Facts:
-    """What a launch depends on beside its two files.
+    """What a launch depends on besides its two files.
 
     stamp: names the launch, by moment and host (under torchrun every host launches, perhaps in the same moment).
     python: the interpreter that runs it. user: ``UID:GID``. port: a free one on this machine. git: commit of the
@@ -128,7 +128,7 @@ class Order:
 class Job:
     """A launch, ready to be written and started. The first order's folder holds what the orders share.
 
-    files: text by path. environment: set for the command, beside what is there. stop: the signal that makes all ranks
+    files: text by path. environment: set for the command, over what is there. stop: the signal that makes all ranks
     save, and whether the whole process group gets it or the command alone. tail: the command does not show what rank
     0 says. submits: the command hands the job to a queue and is done.
     """

@@ -53,7 +53,7 @@ def make_jobs(runs: Sequence[RunConfig], cluster: ClusterConfig, facts: Facts) -
 
 
 def probe_job(cluster: ClusterConfig, facts: Facts) -> Job:
-    """The job in which every rank looks around and measures. It keeps what it finds under ``doctor/``, beside runs."""
+    """The job in which every rank looks around and measures. It keeps what it finds under ``doctor/``, next to runs."""
     order = Order(Probe(f"{cluster.run_dir or 'runs'}/doctor"), cluster, facts)
     return slurm_job([order]) if cluster.launcher == "slurm" else ONE_BY_ONE[cluster.launcher](order)
 

@@ -1,4 +1,4 @@
-"""The layers of the stack: megatron-core's transformer layer, and an MoE layer beside it in the residual stream.
+"""The layers of the stack: megatron-core's transformer layer, followed by an MoE layer in the residual stream.
 
 The :class:`RoutingPass` of a forward call travels through :class:`stablemoe_ds.model.stack.RoutedStack` as an argument.
 MoE layers read routes from it and append their reports to it.
@@ -60,7 +60,7 @@ class DenseBlock(TransformerLayer):
     def forward(self, hidden_states: Tensor, *, routing: RoutingPass, **kwargs: Any) -> Tensor:
         if routing.ended:
             return hidden_states
-        # Not with a key-value cache: it grows with every call, and each length would be compiled anew.
+        # Not with a key-value cache: it grows with every call, and each length would be compiled again.
         compiled = self.compiled and kwargs.get("inference_context") is None
         layer = _compiled_layer if compiled else TransformerLayer.forward
         output: Tensor

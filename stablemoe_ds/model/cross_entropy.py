@@ -1,8 +1,8 @@
 """Cross entropy over the vocabulary from logits in the model's dtype, a few rows at a time.
 
 megatron-core makes an fp32 copy of all logits and keeps it for the backward pass: with a vocabulary of 32 768 that is
-128 KiB a token beside 64 KiB of bf16 logits. Here only a block of rows is fp32 at any time, and the gradient is written
-over the logits. The vocabulary may be cut over tensor-parallel ranks.
+128 KiB a token, and the bf16 logits take 64. Here only a block of rows is fp32 at any time, and the gradient is
+written over the logits. The vocabulary may be cut over tensor-parallel ranks.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class StableMoEGPT(GPTModel):
         return [layer.router.distilled for layer in self.moe_layers if layer.router.distilled is not None]
 
     def router_state(self) -> dict[str, Tensor]:
-        """What routers keep beside their parameters, by name: equal on all ranks."""
+        """What routers keep besides their parameters, by name: equal on all ranks."""
         routers = {f"{name}.router": m.router for name, m in self.named_modules() if isinstance(m, MoELayer)}
         return {f"{at}.{name}": buffer for at, router in routers.items() for name, buffer in router.named_buffers()}
 

@@ -15,7 +15,7 @@ from stablemoe_ds.routing.distilled import Fp32Module
 class RowLinear(RowParallelLinear):
     """megatron-core's row-parallel linear layer, computing with the tensor-parallel group it was built with.
 
-    megatron-core looks the group up anew in every call, with a warning that cuts a compiled graph in two.
+    megatron-core looks the group up again in every call, with a warning that cuts a compiled graph in two.
     """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

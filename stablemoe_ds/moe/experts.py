@@ -50,7 +50,7 @@ class ExpertSublayer(nn.Module):
         weights = SublayerWeights(self.norm_weight, self.norm_bias, self.w1, self.b1, self.w2, self.b2)
         if not can_group(x_RD, self.w1):
             return serve_in_a_loop(_normed(x_RD, self.shape), weights, self.shape.activation, offsets)
-        # In training alone: generation has other numbers of rows in every call, each to be compiled anew.
+        # In training alone: generation has other numbers of rows in every call, each to be compiled again.
         serve = _compiled_at_once if self.compiled and self.training else _served_at_once
         return serve(x_RD, weights, self.shape, offsets.ends_E)
 

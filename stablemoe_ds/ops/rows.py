@@ -1,4 +1,4 @@
-"""What is done to rows beside multiplying them by matrices. All of it takes as long as memory takes to move the rows.
+"""What is done to rows besides multiplying them by matrices. All of it takes as long as memory takes to move the rows.
 
 Each operation is here in plain torch, which reads and writes the rows several times, and in ``triton_rows.py`` as a
 kernel for GPUs that does so once. Under torch.compile it is plain torch that runs: Inductor fuses it.
@@ -117,7 +117,7 @@ def swiglu(inner_RF: Tensor) -> Tensor:
 def swiglu_backward(grad_RF: Tensor, inner_RF: Tensor) -> Tensor:
     """See :class:`RowOps`."""
     gate, value = inner_RF.chunk(2, dim=-1)
-    if torch.compiler.is_compiling():  # which does not write into slices, but fuses what is written beside each other
+    if torch.compiler.is_compiling():  # which does not write into slices, but fuses what is written next to each other
         grad_gate = torch.ops.aten.silu_backward(grad_RF * value, gate)
         return torch.cat([grad_gate, grad_RF * F.silu(gate)], dim=-1)
     out_RF = torch.empty_like(inner_RF)

@@ -26,7 +26,7 @@ def best_experts(scores: Tensor, top_k: int) -> Tensor:
 class Router(Fp32Module):
     """Decides which experts serve a token, and with what weight. All arithmetic is fp32.
 
-    Buffers of a router are its state beside the parameters; checkpoints keep them.
+    Buffers of a router are its state besides the parameters; checkpoints keep them.
     """
 
     def __init__(self, experts: int, top_k: int, distilled: DistilledRouter | None = None) -> None:

@@ -64,7 +64,7 @@ class MetricsLog:
         return lines
 
     def truncate_after(self, step: int) -> None:
-        """Forget what came after ``step``, and half a line if there is one: a resumed run writes it anew."""
+        """Forget what came after ``step``, and half a line if there is one: a resumed run writes it again."""
         if not self.path.exists():
             return
         kept = [json.dumps(line, allow_nan=False) + "\n" for line in self.read() if line["step"] <= step]

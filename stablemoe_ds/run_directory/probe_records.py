@@ -70,7 +70,7 @@ class RecordFolder:
         return RouteRecords(np.array(steps, dtype=np.int64), np.stack(records))
 
     def truncate_after(self, step: int) -> None:
-        """Forget what came after ``step``: a resumed run records it anew."""
+        """Forget what came after ``step``: a resumed run records it again."""
         for later in self.steps():
             if later > step:
                 self._path(later).unlink()

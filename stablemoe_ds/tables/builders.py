@@ -68,7 +68,7 @@ def how_made(builder: str, **facts: Any) -> dict[str, Any]:
 
 
 def random_table(vocab: int, experts: int, top_k: int, layers: int, seed: int) -> NDArray[np.int32]:
-    """int32 [L, V, K]: different experts drawn uniformly for each id, anew in each layer."""
+    """int32 [L, V, K]: different experts drawn uniformly for each id, in each layer by itself."""
     draw = np.random.default_rng(seed).random((layers, vocab, experts))
     return np.ascontiguousarray(draw.argsort(-1, kind="stable")[..., :top_k], dtype=np.int32)
 

@@ -40,7 +40,7 @@ class Update:
 
 
 class Callback:
-    """A concern of a run beside its updates. Every rank calls all of them, in the order of one list."""
+    """A concern of a run besides its updates. Every rank calls all of them, in the order of one list."""
 
     def begin(self) -> None:
         """Training goes on from where ``RunState`` says, at the start of a run or after it went back."""

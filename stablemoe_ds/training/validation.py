@@ -52,7 +52,7 @@ class Validation(Callback):
         return self._maker.frozen() if self._state.progress.stage == 1 and self._maker.can_freeze else None
 
     def _measure(self, kind: Kind, data: EvalSet | None, frozen: FixedSource | None) -> None:
-        """One line of perplexity along the routes of now; beside it, in stage 1, along those of a frozen router."""
+        """One line of perplexity along the routes of now; next to it, in stage 1, along those of a frozen router."""
         if data is None:
             return
         reduce, device = self._groups.sum_over_data_ranks, self._groups.world.device

@@ -1,7 +1,7 @@
 """From one model's checkpoint to another model's: dense to experts, more experts, fewer. No model is built for it.
 
 The new checkpoint is the first of its run: ``stablemoe train`` continues from it. Moments of the optimizer are left
-out: they belong to gradients of another model, and Adam begins anew.
+out: they belong to gradients of another model, and Adam begins again.
 """
 
 from __future__ import annotations

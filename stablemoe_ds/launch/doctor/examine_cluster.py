@@ -36,7 +36,7 @@ def examine_cluster(
 ) -> list[Finding]:
     """Probe all nodes; takes half a minute if all is well, and at most ``seconds`` once the probes are started.
 
-    queue_minutes: how long a job may wait in SLURM's queue. What probes leave is kept in ``doctor/``, beside the runs.
+    queue_minutes: how long a job may wait in SLURM's queue. What probes leave is kept in ``doctor/``, next to the runs.
     Raises UserError if the launcher cannot be told what the cluster file says.
     """
     job = probe_job(_for_a_probe(cluster), look_around())

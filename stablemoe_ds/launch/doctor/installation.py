@@ -103,7 +103,7 @@ def launchers() -> Iterator[Finding]:
 
 
 def find_program(name: str) -> str | None:
-    """A program on PATH, or beside this interpreter, where pip puts programs."""
+    """A program on PATH, or next to this interpreter, where pip puts programs."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.prefix) / "bin"))
 
 

@@ -83,7 +83,7 @@ def disk(folder: Path | None = None) -> Iterator[Finding]:
 
 
 def stale_locks() -> Iterator[Finding]:
-    """A build of a torch extension that was killed leaves a lock, and whoever wants it next waits for ever."""
+    """A build of a torch extension that was killed leaves a lock, and anything that wants it next waits for ever."""
     default = Path.home() / ".cache" / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
     locks = sorted(str(path) for path in root.glob("**/lock"))

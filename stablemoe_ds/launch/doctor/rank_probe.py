@@ -129,7 +129,7 @@ def _unseen(report: Report, others: Iterable[Report], folder: Path) -> list[str]
     """Hosts whose first report does not come to this rank's folder. Only the first rank of a host looks."""
     if not report.leads:
         return []
-    # Not in this folder but beside it: under torchrun each machine's command has one of its own.
+    # Not in this folder but next to it: under torchrun each machine's command has one of its own.
     beside = folder.resolve().parent
     awaited = [(other.host, beside / other.folder / other.file) for other in others if other.leads]
     end = time.monotonic() + SEEING_SECONDS
