@@ -31,7 +31,7 @@ def _config_check(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.config.load import load_run
 
     run = load_run(arguments.run, arguments.overrides)
-    world = smallest_world(run) if arguments.world_size is None else arguments.world_size
+    world = smallest_world(run.parallel) if arguments.world_size is None else arguments.world_size
     run, files = _checked(run, world)
     facts = {**report(run, world), "files": [file.as_dict() for file in files]}
     tell(facts, render(facts), arguments.json)

@@ -43,7 +43,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.config.rules import switch_step
 
     run = load_run(arguments.run, arguments.overrides)
-    ranks = smallest_world(run) if arguments.ranks is None else arguments.ranks
+    ranks = smallest_world(run.parallel) if arguments.ranks is None else arguments.ranks
     first = (switch_step(run) or 0) + 1 if arguments.first is None else arguments.first
     _check({"--ranks": ranks, "--nodes": arguments.nodes, "--first": first})
     if first > run.schedule.steps:

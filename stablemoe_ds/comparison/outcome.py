@@ -64,13 +64,13 @@ def outcome_of(finished: SuiteRun) -> Outcome:
         "drop_rate": _mean(value for _, value in _series(lines, "train", "drop_rate")),
         "agreement": _last(lines, "train", "agreement"),
     }
-    valid = _alike(lines)
+    valid, tokens = _alike(lines), run.schedule.tokens_per_step
     steps, seconds = zip(*clock, strict=True) if clock else ((0,), (0.0,))
     curves: dict[str, Curve] = {
-        "perplexity_tokens": _by_tokens(valid, run),
+        "perplexity_tokens": _by_tokens(valid, tokens),
         "perplexity_time": [(float(np.interp(step, steps, seconds)), ppl) for step, ppl in valid],
-        "drop_rate": _by_tokens(_series(lines, "train", "drop_rate"), run),
-        "agreement": _by_tokens(_series(lines, "train", "agreement"), run),
+        "drop_rate": _by_tokens(_series(lines, "train", "drop_rate"), tokens),
+        "agreement": _by_tokens(_series(lines, "train", "agreement"), tokens),
     }
     of_routing, more_curves, expert_bits = _routing(finished, run)
     moe = run.moe
@@ -110,9 +110,12 @@ def _routing(
     names = ("load", "load_cv", "unserved", "nmi", "nmi_chance", "cohesion")
     series_H = {name: getattr(measured, name).mean(1) for name in names}
     figures: dict[str, float | None] = {name: float(series[-1]) for name, series in series_H.items()}
-    curves = {name: _by_tokens(zip(records.steps, series, strict=True), run) for name, series in series_H.items()}
+    curves = {
+        name: _by_tokens(zip(records.steps, series, strict=True), run.schedule.tokens_per_step)
+        for name, series in series_H.items()
+    }
     moved = churn(records)
-    curves["churn"] = _by_tokens(zip(records.steps[1:], moved, strict=True), run)
+    curves["churn"] = _by_tokens(zip(records.steps[1:], moved, strict=True), run.schedule.tokens_per_step)
     figures["churn"] = float(moved[-1]) if len(moved) else None
     last_LP = last_fluctuation_step(records)
     exceeding = fluctuation_curve(last_LP, run.schedule.steps, MARKS)
@@ -143,5 +146,5 @@ def _mean(values: Iterable[float]) -> float | None:
     return statistics.fmean(found) if found else None
 
 
-def _by_tokens(series: Iterable[tuple[int, float]], run: RunConfig) -> Curve:
-    return [(float(step * run.schedule.tokens_per_step), float(value)) for step, value in series]
+def _by_tokens(series: Iterable[tuple[int, float]], tokens_per_step: int) -> Curve:
+    return [(float(step * tokens_per_step), float(value)) for step, value in series]

@@ -11,7 +11,7 @@ from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.costs import flops_per_token, parameters
 from stablemoe_ds.config.memory import memory_per_rank
 from stablemoe_ds.config.rules import switch_step
-from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.schema import ParallelConfig, RunConfig
 from stablemoe_ds.config.text_table import aligned
 
 MEANINGS = {
@@ -32,7 +32,7 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     world_size: processes; None: the fewest the run can have. Expects a run that ``rules.check`` has let pass for
     that many. Raises UserError if the batch does not come out even.
     """
-    world_size = world_size or smallest_world(run)
+    world_size = world_size or smallest_world(run.parallel)
     plan = batch_plan(run, world_size)
     tokens = run.schedule.steps * run.schedule.tokens_per_step
     facts: dict[str, Any] = {
@@ -62,9 +62,9 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     }
 
 
-def smallest_world(run: RunConfig) -> int:
+def smallest_world(parallel: ParallelConfig) -> int:
     """The fewest processes that tensor and expert parallelism allow."""
-    return math.lcm(run.parallel.tensor, run.parallel.expert)
+    return math.lcm(parallel.tensor, parallel.expert)
 
 
 def render(facts: dict[str, Any]) -> str:

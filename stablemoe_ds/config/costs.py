@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.schema import ModelConfig, RunConfig
 from stablemoe_ds.errors import UserError
 
 
@@ -70,7 +70,7 @@ def parameters(run: RunConfig) -> Counts:
     kv_width = d // m.heads * (m.kv_heads or m.heads)
     attention = 2 * d * d + 2 * d * kv_width + m.bias * (2 * d + 2 * kv_width)
     expert_ffn = moe.ffn_hidden_size or m.ffn_hidden_size
-    one_expert = moe.sublayers * (_ffn(run, expert_ffn) + _norm(run))
+    one_expert = moe.sublayers * (_ffn(m, expert_ffn) + _norm(m))
     width, depth = shared_stack(run)
     routed = layers if moe.facts.routed else 0
     embedding, positions = vocab * d, run.data.sequence_length * d if m.positions == "learned" else 0
@@ -79,9 +79,9 @@ def parameters(run: RunConfig) -> Counts:
         output=0 if m.tie_embeddings else embedding,
         positions=positions,
         attention=m.layers * attention,
-        ffn=dense_ffns * _ffn(run, m.ffn_hidden_size),
-        norms=(m.layers + dense_ffns + 1) * _norm(run),
-        shared_experts=layers * depth * (_ffn(run, width) + _norm(run)),
+        ffn=dense_ffns * _ffn(m, m.ffn_hidden_size),
+        norms=(m.layers + dense_ffns + 1) * _norm(m),
+        shared_experts=layers * depth * (_ffn(m, width) + _norm(m)),
         expert=routed * moe.experts * one_expert,
         router=layers * moe.experts * ((d if moe.has_centroids else 0) + moe.gate_facts.numbers),
         distilled=layers * _distilled(run, vocab) if moe.facts.distilled else 0,
@@ -126,14 +126,14 @@ def flops_per_token(run: RunConfig, causal: bool = False) -> int:
     return 6 * weights + m.layers * d * pairs
 
 
-def _norm(run: RunConfig) -> int:
-    return run.model.hidden_size * (2 if run.model.norm == "layernorm" else 1)
+def _norm(model: ModelConfig) -> int:
+    return model.hidden_size * (2 if model.norm == "layernorm" else 1)
 
 
-def _ffn(run: RunConfig, inner: int) -> int:
+def _ffn(model: ModelConfig, inner: int) -> int:
     """One feed-forward layer: W1 (gate and up for swiglu), W2 and their biases."""
-    d, wide = run.model.hidden_size, inner * (2 if run.model.activation == "swiglu" else 1)
-    return wide * d + inner * d + run.model.bias * (wide + d)
+    d, wide = model.hidden_size, inner * (2 if model.activation == "swiglu" else 1)
+    return wide * d + inner * d + model.bias * (wide + d)
 
 
 def _distilled(run: RunConfig, vocab: int) -> int:

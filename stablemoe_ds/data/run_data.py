@@ -51,7 +51,9 @@ class RunData:
         """This rank's share of a corpus to evaluate on; None if none is named."""
         if not sources:
             return None
-        return eval_set(sources, self._run, self._plan.micro_batch, self._groups, max_tokens, self._tokenizer)
+        return eval_set(
+            sources, self._run.data.sequence_length, self._plan.micro_batch, self._groups, max_tokens, self._tokenizer
+        )
 
     def probe(self) -> list[Batch]:
         """The fixed tokens whose routing is recorded: the start of the validation text, else of the training text."""
@@ -61,12 +63,12 @@ class RunData:
 
 def eval_set(
     sources: Sequence[Source],
-    run: RunConfig,
+    sequence_length: int,
     micro_batch: int,
     groups: Groups,
     max_tokens: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> EvalSet:
     """This rank's share of corpora to evaluate on. max_tokens, tokenizer: see :class:`EvalDataset`."""
-    dataset = EvalDataset(sources, run.data.sequence_length, max_tokens, tokenizer)
+    dataset = EvalDataset(sources, sequence_length, max_tokens, tokenizer)
     return EvalSet(EvalLoader(dataset, micro_batch, groups.data_rank, groups.data_size), dataset.words)

@@ -70,7 +70,9 @@ def observe(path: str, corpora: list[str], max_load: float | None) -> tuple[Rout
     check_corpora(checkpoint, sources)
     with loaded(checkpoint) as trained:
         groups, routes = trained.groups, trained.routes if progress.stage == 2 else LEARNED
-        data = eval_set(sources, trained.run, batch_plan(trained.run, groups.world.size).micro_batch, groups)
+        data = eval_set(
+            sources, trained.run.data.sequence_length, batch_plan(trained.run, groups.world.size).micro_batch, groups
+        )
         batches = _shown(data.loader)
         served_LVN = count_routes(trained.model, batches, routes, groups.sum_over_data_ranks, groups.world.device)
     expert_LVK = observed_table(served_LVN, moe.top_k, max_load)

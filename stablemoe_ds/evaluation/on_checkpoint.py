@@ -43,7 +43,7 @@ def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], 
     check_corpora(checkpoint, sources)  # before anything slow begins
     with loaded(checkpoint) as trained:
         micro_batch = batch_plan(trained.run, trained.groups.world.size).micro_batch
-        data = eval_set(sources, trained.run, micro_batch, trained.groups)
+        data = eval_set(sources, trained.run.data.sequence_length, micro_batch, trained.groups)
 
         def measure(routes: RouteSource) -> Evaluation:
             device = trained.groups.world.device

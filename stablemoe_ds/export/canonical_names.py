@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.schema import ModelConfig, RunConfig
 from stablemoe_ds.export.tensor_names import BLOCK, PLAIN_NAMES, ROUTER, SUBLAYER, WHOLE_MODEL
 
 TABLE = re.compile(r"model\.layers\.\d+\.moe\.router\.table")
@@ -31,12 +31,12 @@ def canonical_tensors(tensors: Mapping[str, Tensor], run: RunConfig) -> dict[str
     groups: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         if not TABLE.fullmatch(name):
-            whole, place = _canonical(name, run)
+            whole, place = _canonical(name, run.moe.layers)
             groups.setdefault(whole, {})[place] = tensor.float()
-    return {name: _joined(name, [parts[i] for i in sorted(parts)], run) for name, parts in groups.items()}
+    return {name: _joined(name, [parts[i] for i in sorted(parts)], run.model) for name, parts in groups.items()}
 
 
-def _canonical(name: str, run: RunConfig) -> tuple[str, int]:
+def _canonical(name: str, moe_layers: Sequence[int]) -> tuple[str, int]:
     """Name of the tensor of a checkpoint that this one is a part of, and which part."""
     if name in (whole := {theirs: ours for ours, theirs in WHOLE_MODEL.items()}):
         return whole[name], 0
@@ -45,7 +45,7 @@ def _canonical(name: str, run: RunConfig) -> tuple[str, int]:
         raise ValueError(name)
     block, rest = int(found[1]), found[2]
     # An MoE layer or a dense stack is a layer of its own in our stack, behind its block.
-    layer = block + sum(number - 1 < block for number in run.moe.layers)
+    layer = block + sum(number - 1 < block for number in moe_layers)
     owner, _, leaf = rest.rpartition(".")
     if rest.startswith(("moe.", "stack.")):
         return f"decoder.layers.{layer + 1}.{_in_moe_layer(rest, name)}", _PARTS.get(owner.rsplit(".", 1)[-1], 0)
@@ -73,15 +73,15 @@ def _in_moe_layer(rest: str, name: str) -> str:
     return f"{owner}.sublayers.{stack[4]}.{leaves[leaf]}"
 
 
-def _joined(name: str, parts: Iterable[Tensor], run: RunConfig) -> Tensor:
+def _joined(name: str, parts: Iterable[Tensor], model: ModelConfig) -> Tensor:
     """One tensor of a checkpoint from its parts, in their order."""
-    parts, m = list(parts), run.model
+    parts = list(parts)
     fused = ".linear_fc1." in name or re.search(r"\.sublayers\.\d+\.[wb]1$", name)
-    expected = 3 if ".linear_qkv." in name else 2 if fused and m.activation == "swiglu" else 1
+    expected = 3 if ".linear_qkv." in name else 2 if fused and model.activation == "swiglu" else 1
     if len(parts) != expected:
         raise ValueError(f"{name}, whose {expected} parts are not all there")
     if expected == 3:
-        groups = m.kv_heads or m.heads
+        groups = model.kv_heads or model.heads
         # Rows stand by group of key and value heads: queries of the group, its key, its value.
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
     whole = parts[0] if expected == 1 else torch.cat(parts)

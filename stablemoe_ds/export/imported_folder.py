@@ -16,7 +16,7 @@ from stablemoe_ds.checkpoint.convert.conversion import write_first_checkpoint
 from stablemoe_ds.checkpoint.reader import Progress
 from stablemoe_ds.config.messages import show_both
 from stablemoe_ds.config.rules import check, with_document_end, with_vocabulary
-from stablemoe_ds.config.schema import ParallelConfig, RunConfig
+from stablemoe_ds.config.schema import MoEConfig, ParallelConfig, RunConfig
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.groups import Groups, start_world
 from stablemoe_ds.errors import UserError
@@ -56,7 +56,7 @@ def import_folder(folder: str | Path, target: RunConfig) -> tuple[Path, str]:
     except ValueError as error:
         raise UserError(f"{folder} has tensor {error}, which belongs to another model") from error
     weights = _completed(folder, weights, target, vocab)
-    table = _table(found, target, tokenizer.fingerprint if tokenizer else "")
+    table = _table(found, target.moe, tokenizer.fingerprint if tokenizer else "")
     written = write_first_checkpoint(
         target,
         weights,
@@ -155,12 +155,12 @@ def _completed(folder: Path, weights: dict[str, Tensor], run: RunConfig, vocab: 
     return start | weights
 
 
-def _table(found: dict[str, Tensor], run: RunConfig, tokenizer: str) -> RoutingTable | None:
+def _table(found: dict[str, Tensor], moe: MoEConfig, tokenizer: str) -> RoutingTable | None:
     layers = {int(re.findall(r"\d+", name)[0]): tensor for name, tensor in found.items() if TABLE.fullmatch(name)}
     if not layers:
         return None
     expert_LVK = np.stack([layers[block].numpy() for block in sorted(layers)]).astype(np.int32)
     try:
-        return RoutingTable(expert_LVK, run.moe.experts, tuple(run.moe.layers), tokenizer)
+        return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), tokenizer)
     except ValueError as error:
         raise UserError(f"the routing tables of the folder are damaged: {error}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stablemoe_ds.checkpoint.reader import Checkpoint
-from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.schema import ModelConfig, RunConfig
 from stablemoe_ds.tables.table import RoutingTable
 
 SUBLAYER = {
@@ -106,7 +106,7 @@ def _parts(source: str, run: RunConfig, blocks: list[int]) -> Iterable[tuple[str
     owner, _, leaf = rest.rpartition(".")
     gated = run.model.activation == "swiglu"
     if owner == "self_attention.linear_qkv":
-        return [(f"{at}self_attn.{part}_proj.{leaf}", cut) for part, cut in _attention_cuts(run).items()]
+        return [(f"{at}self_attn.{part}_proj.{leaf}", cut) for part, cut in _attention_cuts(run.model).items()]
     if owner == "mlp.linear_fc1" and gated:
         return _gate_and_up(f"{at}feed_forward.mlp.up_proj.{leaf}", _whole)
     if owner in BLOCK:
@@ -139,10 +139,10 @@ def _gate_and_up(name: str, cut: Cut) -> list[tuple[str, Cut]]:
     ]
 
 
-def _attention_cuts(run: RunConfig) -> dict[str, Cut]:
+def _attention_cuts(model: ModelConfig) -> dict[str, Cut]:
     """Rows of the fused matrix stand by group of key and value heads: queries of the group, its key, its value."""
-    groups = run.model.kv_heads or run.model.heads
-    queries, width = run.model.heads // groups, run.model.hidden_size // run.model.heads
+    groups = model.kv_heads or model.heads
+    queries, width = model.heads // groups, model.hidden_size // model.heads
 
     def rows(first: int, last: int) -> Cut:
         return lambda whole: whole.unflatten(0, (groups, queries + 2, width))[:, first:last].flatten(0, 2)

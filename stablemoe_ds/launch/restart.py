@@ -73,7 +73,7 @@ def decide(
         return Decision(False, "bad input (exit code 2) would fail in the same way again; read the error, correct it")
     if exit_code == INTERRUPTED:
         return Decision(False, "interrupted from the keyboard (exit code 130)")
-    if saved and run and _finished(saved.step, run, Path(run_dir), exit_code):
+    if saved and run and _finished(saved.step, run.schedule.steps, Path(run_dir), exit_code):
         return Decision(False, f"the run is finished: all {saved.step} updates are made")
     if run and world_size is not None:
         try:
@@ -99,9 +99,8 @@ def _ending(exit_code: int) -> str:
     return f"killed by {name}{hint}"
 
 
-def _finished(step: int, run: RunConfig, run_dir: Path, exit_code: int) -> bool:
+def _finished(step: int, steps: int, run_dir: Path, exit_code: int) -> bool:
     """A run that died after its last update, while it wrote its report, is not finished."""
-    steps = run.schedule.steps
     return step >= steps and (exit_code == FINISHED or reported_steps(run_dir) >= steps)
 
 

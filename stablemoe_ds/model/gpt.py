@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from stablemoe_ds.config.costs import shared_stack
-from stablemoe_ds.config.schema import ModelConfig, RunConfig
+from stablemoe_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.model.attention import CachedSelfAttention, SdpaAttention
@@ -170,7 +170,7 @@ class StableMoEGPT(GPTModel):
         positions_BS = torch.arange(first, first + ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
         documents = None
         if apart:
-            start_BS = document_starts(ids_BS, document_end(self.run_config))
+            start_BS = document_starts(ids_BS, document_end(self.run_config.data))
             dropout = self.config.attention_dropout if self.training else 0.0
             documents = Documents.of(start_BS, can_be_fast(ids_BS.device, self.config.kv_channels, dropout))
             if self.run_config.data.document_mask == "attention_and_positions":
@@ -212,16 +212,16 @@ def transformer_config(run: RunConfig, layers: int) -> TransformerConfig:
     )
 
 
-def document_end(run: RunConfig) -> int | None:
+def document_end(data: DataConfig) -> int | None:
     """Id that ends a document; None if a sequence is one document to the model.
 
     Raises ValueError if documents are to be kept apart and the id is unknown.
     """
-    if run.data.document_mask == "none":
+    if data.document_mask == "none":
         return None
-    if run.data.eos_id is None:
+    if data.eos_id is None:
         raise ValueError("data.eos_id is unknown, so documents have no end: see rules.with_document_end")
-    return run.data.eos_id
+    return data.eos_id
 
 
 def _leave(tensor: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ def build_moe_layer(run: RunConfig, vocab_size: int, placement: LayerPlacement, 
     """The MoE layer number ``index`` (from 0), at block ``block`` (from 1), uninitialised."""
     m, moe = run.model, run.moe
     return MoELayer(
-        make_router(moe, m.hidden_size, m.heads, vocab_size, run.data.sequence_length, document_end(run)),
+        make_router(moe, m.hidden_size, m.heads, vocab_size, run.data.sequence_length, document_end(run.data)),
         expert_shape(m, moe.ffn_hidden_size or m.ffn_hidden_size, moe.sublayers),
         placement,
         block=block,

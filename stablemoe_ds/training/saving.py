@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stablemoe_ds.checkpoint.saver import Saved, Saver
-from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.schema import CheckpointConfig
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.engine import Engine
 from stablemoe_ds.training.reporter import Reporter
@@ -19,7 +19,7 @@ class Saving(Callback):
 
     def __init__(
         self,
-        run: RunConfig,
+        settings: CheckpointConfig,
         state: RunState,
         engine: Engine,
         tokenizer: str,
@@ -27,7 +27,7 @@ class Saving(Callback):
         reporter: Reporter,
     ) -> None:
         """Collective. tokenizer: its fingerprint. attached: content of the files that a checkpoint carries, by name."""
-        self._settings, self._state, self._reporter = run.checkpoint, state, reporter
+        self._settings, self._state, self._reporter = settings, state, reporter
         self._saver = Saver(engine, tokenizer, self._tell, attached)
         self.step = 0
 

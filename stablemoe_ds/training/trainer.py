@@ -96,7 +96,7 @@ class Trainer:
             run, state, engine, self.feed, self.routes, counts, reporter, probing=self.probing, validation=validation
         )
         attached = to_attach(self.tokenizer, counts)
-        self.saving = Saving(run, state, engine, fingerprint, attached, reporter)
+        self.saving = Saving(run.checkpoint, state, engine, fingerprint, attached, reporter)
         self.log = UpdateLog(resolved, world, state, engine, reporter)
         # A checkpoint comes after the switch, so that a run which continues from it does not switch once more.
         self.callbacks: list[Callback] = [self.log, self.probing, validation, self.switch, self.saving]

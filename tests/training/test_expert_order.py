@@ -39,9 +39,9 @@ def held_by(run: RunConfig) -> list[list[int]]:
     held: list[list[int]] = []
     original = MoELayer.set_deepspeed_parallelism
 
-    def watched(self: Any, *arguments: Any) -> None:
+    def watched(self: Any, *arguments: Any, **named: Any) -> None:
         held.append(list(self.held_experts))
-        original(self, *arguments)
+        original(self, *arguments, **named)
 
     MoELayer.set_deepspeed_parallelism = watched  # type: ignore[method-assign]
     try:
