@@ -43,11 +43,9 @@ def held_by(run: RunConfig) -> list[list[int]]:
         held.append(list(self.held_experts))
         original(self, *arguments, **named)
 
-    MoELayer.set_deepspeed_parallelism = watched  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoELayer, "set_deepspeed_parallelism", watched)
         train_here(run)
-    finally:
-        MoELayer.set_deepspeed_parallelism = original  # type: ignore[method-assign]
     return held
 
 

@@ -36,11 +36,9 @@ def observed_here(run: RunConfig) -> list[tuple[int, list[int], list[int]]]:
             seen.append((self.index, list(plan.offsets.sizes), list(plan.send_splits)))
         return original(self, rows, plan, seed)
 
-    MoELayer._ask_experts = watched  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoELayer, "_ask_experts", watched)
         train_here(run)
-    finally:
-        MoELayer._ask_experts = original  # type: ignore[method-assign]
     return seen
 
 
