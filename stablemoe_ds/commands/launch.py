@@ -57,7 +57,7 @@ def show_status(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.launch.status import render, run_directories, status
 
     found = [status(run_dir) for run_dir in run_directories(arguments.run)]
-    answer(json.dumps(found, indent=1) if arguments.json else "\n".join(map(render, found)))
+    answer(json.dumps(found, indent=1) if arguments.json else render(found))
     return 0
 
 

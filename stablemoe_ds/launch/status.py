@@ -7,11 +7,12 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from stablemoe_ds.config.load import load_run
+from stablemoe_ds.config.text_table import aligned
 from stablemoe_ds.config.textfile import LARGEST_LIST, read_json
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.lock import writer_of
@@ -74,24 +75,47 @@ def status(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def render(facts: dict[str, Any]) -> str:
-    """One run for a person."""
-    jobs = f" job {', '.join(facts['job_ids'])}" if facts["job_ids"] else ""
-    lines = [f"{facts['run']}: {facts['state'] or 'not launched'} ({facts['launcher'] or 'no launcher'}{jobs})"]
-    if facts["step"] is not None:
-        loss, speed = facts["loss"], facts["tokens_per_second"]
-        lines.append(
-            f"  step {facts['step']} of {facts['steps']}, loss {'–' if loss is None else f'{loss:.4f}'}"
-            + (f", {speed:,.0f} tokens/s" if speed else "")
-        )
-    saved = facts["checkpoint_step"]
-    lines.append(f"  newest checkpoint: {'none' if saved is None else f'step {saved}'}")
-    if facts["attempts_ended"]:
-        lines.append(f"  attempts ended: {facts['attempts_ended']}, the last with {facts['last_exit_code']}")
-    if facts["writer"]:
-        lines.append(f"  in use by {facts['writer']}")
-    lines.append(f"  {facts['launch'] or facts['run_dir']}")
-    return "\n".join(lines)
+COLUMNS = (
+    "run",
+    "state",
+    "launcher",
+    "job",
+    "step",
+    "loss",
+    "tokens/s",
+    "checkpoint",
+    "attempts",
+    "in use by",
+    "launch",
+)
+RARE = ("job", "attempts", "in use by")
+"""Columns that are left out where no run has anything in them."""
+
+
+def render(runs: Sequence[dict[str, Any]]) -> str:
+    """The facts of runs for a person: a line for each run."""
+    cells = [_cells(facts) for facts in runs]
+    shown = [name for name in COLUMNS if name not in RARE or any(row[name] for row in cells)]
+    numbers = {shown.index(name) for name in ("step", "loss", "tokens/s", "checkpoint")}
+    return aligned([shown, *([row[name] or "–" for name in shown] for row in cells)], right=numbers)
+
+
+def _cells(facts: dict[str, Any]) -> dict[str, str]:
+    """What stands in each column for one run, "" where nothing is known."""
+    loss, speed, attempts = facts["loss"], facts["tokens_per_second"], facts["attempts_ended"]
+    return {
+        "run": facts["run"],
+        "state": facts["state"] or "not launched",
+        "launcher": facts["launcher"] or "",
+        "job": ", ".join(facts["job_ids"]),
+        "step": "" if facts["step"] is None else f"{facts['step']} of {facts['steps'] or '?'}",
+        "loss": "" if loss is None else f"{loss:.4f}",
+        "tokens/s": f"{speed:,.0f}" if speed else "",
+        "checkpoint": "" if facts["checkpoint_step"] is None else str(facts["checkpoint_step"]),
+        "attempts": f"{attempts}, the last exited with {facts['last_exit_code']}" if attempts else "",
+        "in use by": facts["writer"] or "",
+        "launch": facts["launch"] or facts["run_dir"],
+    }
 
 
 def _state(folder: Path, job: dict[str, Any]) -> tuple[str, list[str]]:

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,30 +43,38 @@ def run_distributed(ranks: int, target: Callable[..., Any], *args: Any, timeout:
     Raises RankError with the traceback of every rank that failed, or with where each rank stands if the call
     takes longer than ``timeout`` seconds.
     """
-    # Ranks are forked from a server that has imported the heavy libraries once: 0.1 s a rank instead of 5 s.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stablemoe_ds.training.engine", "tests.distributed.launch"])
-    port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        processes = [
-            context.Process(target=_rank, args=(rank, ranks, port, folder, timeout, target, args))
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
+        processes = start_ranks(_rank, [(folder / str(rank), timeout, target, args) for rank in range(ranks)])
         _join(processes, timeout + GRACE_SECONDS)
         if codes := {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode != 0}:
             raise RankError({rank: (code, _said(folder / f"{rank}.txt")) for rank, code in codes.items()})
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _rank(
-    rank: int, ranks: int, port: int, folder: Path, timeout: float, target: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    os.environ.update(rank_environment(rank, ranks, port))
+def start_ranks(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> list[BaseProcess]:
+    """One process for each tuple of arguments, started, with one thread and the variables that a launcher would set."""
+    # Ranks are forked from a server that has imported the heavy libraries once: 0.1 s a rank instead of 5 s.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stablemoe_ds.training.trainer", "tests.distributed.launch"])
+    port, ranks = free_port(), len(arguments)
+    processes: list[BaseProcess] = [
+        context.Process(target=_as_rank, args=(rank_environment(rank, ranks, port), target, given))
+        for rank, given in enumerate(arguments)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _as_rank(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    report = (folder / f"{rank}.txt").open("w")
+    target(*arguments)
+
+
+def _rank(output: Path, timeout: float, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    report = output.with_suffix(".txt").open("w")
     faulthandler.dump_traceback_later(timeout, exit=True, file=report)
     try:
         result = target(*args)
@@ -74,7 +82,7 @@ def _rank(
         traceback.print_exc(file=report)
         report.flush()
         os._exit(1)  # not waiting for the other ranks in some destructor
-    torch.save(result, folder / f"{rank}.pt")
+    torch.save(result, output.with_suffix(".pt"))
 
 
 def _join(processes: list[BaseProcess], seconds: float) -> None:

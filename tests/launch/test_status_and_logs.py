@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -129,19 +130,25 @@ def test_how_far_it_is() -> None:
     facts = status(RUN)
     assert (facts["step"], facts["steps"], facts["loss"]) == (2, 4, 7.0)
     assert (facts["attempts_ended"], facts["last_exit_code"], facts["checkpoint_step"]) == (1, 3, None)
-    assert "  step 2 of 4, loss 7.0000, 1,000 tokens/s\n  newest checkpoint: none" in render(facts)
+    heads, line = (re.split(r"  +", text.strip()) for text in render([facts]).splitlines())
+    assert heads == ["run", "state", "launcher", "step", "loss", "tokens/s", "checkpoint", "attempts", "launch"]
+    assert line[3:] == ["2 of 4", "7.0000", "1,000", "–", "1, the last exited with 3", str(FOLDER)]
 
 
-def test_a_loss_that_is_no_number_is_told_as_a_dash() -> None:
+def test_runs_stand_below_each_other_and_what_is_not_known_is_a_dash() -> None:
     launched()
     line = {"step": 3, "kind": "train", "loss": None, "tokens_per_second": 1000.0}
     (RUN / "metrics.jsonl").write_text(json.dumps(line))
-    assert "  step 3 of 4, loss –, 1,000 tokens/s" in render(status(RUN))
-
-
-def test_a_run_that_was_never_launched_is_told_as_far_as_it_goes() -> None:
-    RUN.mkdir(parents=True)
-    assert render(status(RUN)).startswith("tiny: not launched (no launcher)")
+    never = Path("runs/never")
+    never.mkdir()
+    (never / "metrics.jsonl").write_text(json.dumps({"step": 12, "kind": "train", "loss": 2.5}))
+    heads, first, second = render([status(RUN), status(never)]).splitlines()
+    assert heads.split() == ["run", "state", "launcher", "step", "loss", "tokens/s", "checkpoint", "launch"]
+    written = ["tiny", "written, not started by launch", "local", "3 of 4", "–", "1,000", "–", str(FOLDER)]
+    assert re.split(r"  +", first) == written
+    assert re.split(r"  +", second) == ["never", "not launched", "–", "12 of ?", "2.5000", "–", "–", "runs/never"]
+    ends = {text.index(cell) + len(cell) for text, cell in ((heads, "step"), (first, "3 of 4"), (second, "12 of ?"))}
+    assert len(ends) == 1  # numbers are flush right
 
 
 @pytest.mark.parametrize(

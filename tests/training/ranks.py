@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from stablemoe_ds.distributed.environment import free_port, rank_environment
+from stablemoe_ds.cli import main
+from tests.distributed.launch import start_ranks
 from tests.waiting import PATIENCE
 
 ENDING = 20.0
@@ -28,11 +29,6 @@ def _rank(log: Path, environment: dict[str, str], argv: list[str], fault: Fault 
         os.dup2(out, number)
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # for readers, as in a process that a launcher has started
-    import torch
-
-    from stablemoe_ds.cli import main
-
-    torch.set_num_threads(1)
     if fault is not None:
         fault()
     main(argv)
@@ -87,18 +83,11 @@ def started(
     folder: Path, argvs: list[list[str]], faults: dict[int, Fault], **environment: dict[int, str]
 ) -> Iterator[Ranks]:
     """One rank for each list of arguments. environment: variables by rank, laid over what a launcher would set."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stablemoe_ds.training.trainer", "tests.training.ranks"])
-    port = free_port()
     logs = [folder / f"rank-{rank}.txt" for rank in range(len(argvs))]
-    processes: list[BaseProcess] = []
-    for rank, argv in enumerate(argvs):
-        named = rank_environment(rank, len(argvs), port)
-        named |= {name: by[rank] for name, by in environment.items() if rank in by}
-        arguments = (logs[rank], named, argv, faults.get(rank))
-        processes.append(context.Process(target=_rank, args=arguments))
-    for process in processes:
-        process.start()
+    laid_over = [{name: by[rank] for name, by in environment.items() if rank in by} for rank in range(len(argvs))]
+    processes = start_ranks(
+        _rank, [(log, laid_over[rank], argvs[rank], faults.get(rank)) for rank, log in enumerate(logs)]
+    )
     ranks = Ranks(processes, logs)
     try:
         yield ranks
