@@ -88,16 +88,18 @@ def train(settings: dict[str, Any], options: list[str], seconds: float) -> str |
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
 
 
-def points_of(run_dir: Path, tokens_per_step: int, steps: int) -> list[dict[str, float]]:
+def points_of(run_dir: Path, tokens_per_step: int) -> list[dict[str, float]]:
     """Tokens read, seconds of training and perplexity at each validation, and whether it was of the whole text."""
     points, seconds, before = [], 0.0, 0
-    for line in MetricsLog(run_dir / "metrics.jsonl").read():
+    lines = MetricsLog(run_dir / "metrics.jsonl").read()
+    most = max((line["tokens"] for line in lines if line["kind"] == "valid"), default=0)
+    for line in lines:
         if line["kind"] == "train":
             seconds += (line["step"] - before) * tokens_per_step / line["tokens_per_second"]
             before = line["step"]
         elif line["kind"] == "valid":
             tokens = line["step"] * tokens_per_step
-            whole = line["step"] == steps
+            whole = line["tokens"] == most
             points.append({"tokens": tokens, "seconds": seconds, "perplexity": line["perplexity"], "whole": whole})
     return points
 
@@ -141,7 +143,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         run_dir = folder / f"{list(RECIPES).index(recipe)}-{seed}"
         settings = settings_of(run_dir, seed, train_text, valid_text, tokens, arguments.quick)
         failed = train(settings, [*RECIPES[recipe], *arguments.set], arguments.seconds)
-        points = points_of(run_dir, settings["schedule"]["tokens_per_step"], settings["schedule"]["steps"])
+        points = points_of(run_dir, settings["schedule"]["tokens_per_step"])
         return {"recipe": recipe, "seed": seed, "points": points, "failed": failed}
 
     with ThreadPoolExecutor(arguments.together) as pool:

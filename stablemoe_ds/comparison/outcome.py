@@ -17,7 +17,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.diagnostics import routing_series
 from stablemoe_ds.evaluation.fluctuation import churn, fluctuation_curve, last_fluctuation_step
 from stablemoe_ds.evaluation.report import MARKS
-from stablemoe_ds.run_directory.metrics import Line, MetricsLog, probe_seconds, training_seconds
+from stablemoe_ds.run_directory.metrics import Line, MetricsLog, probe_seconds, training_seconds, validations
 from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
 from stablemoe_ds.run_directory.progress import newest_saved
 
@@ -64,7 +64,7 @@ def outcome_of(finished: SuiteRun) -> Outcome:
         "drop_rate": _mean(value for _, value in _series(lines, "train", "drop_rate")),
         "agreement": _last(lines, "train", "agreement"),
     }
-    valid, tokens = _alike(lines), run.schedule.tokens_per_step
+    valid, tokens = _series(validations(lines)[0], "valid", "perplexity"), run.schedule.tokens_per_step
     steps, seconds = zip(*clock, strict=True) if clock else ((0,), (0.0,))
     curves: dict[str, Curve] = {
         "perplexity_tokens": _by_tokens(valid, tokens),
@@ -127,13 +127,6 @@ def _routing(
 
 def _series(lines: Sequence[Line], kind: str, key: str) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]
-
-
-def _alike(lines: Sequence[Line]) -> list[tuple[int, float]]:
-    """Validation perplexities that are of the same tokens: those before the end are often of a part of the text."""
-    valid = [line for line in lines if line["kind"] == "valid"]
-    usual = statistics.mode(line["tokens"] for line in valid) if valid else 0
-    return _series([line for line in valid if line["tokens"] == usual], "valid", "perplexity")
 
 
 def _last(lines: Sequence[Line], kind: str, key: str) -> float | None:

@@ -11,7 +11,7 @@ from stablemoe_ds.errors import UserError
 
 # Okabe and Ito's palette, told apart under every common colour blindness.
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-GREY, DARK_PURPLE = "#555555", "#7A3F63"
+GREY, DARK_PURPLE, DARK_BLUE = "#555555", "#7A3F63", "#003B5C"
 MOST_NAMES = 6
 """More layers than this are told apart by colour alone, from dark at the bottom of the stack to bright at the top."""
 
@@ -71,16 +71,19 @@ def save_figure(figure: Any, path: str | Path) -> None:
 
 def _draw_loss(axis: Any, report: dict[str, Any]) -> None:
     """Training loss and validation perplexity on one axis: its logarithm is the validation loss."""
-    loss, valid = report["history"]["loss"], report["history"]["valid_ppl"]
+    history = report["history"]
+    loss, valid, others = history["loss"], history["valid_ppl"], history["other_valid_ppl"]
     if loss:
         axis.plot(*_columns(loss), color=SKY, linewidth=1.4, label="training")
     if valid:
-        steps, ppl = _columns(valid)
-        axis.plot(
-            steps, np.log(ppl), color=BLUE, marker="o", markersize=5, linewidth=1.8, clip_on=False, label="validation"
-        )
-        end = (steps[-1], np.log(ppl[-1]))
-        axis.annotate(f"{ppl[-1]:,.1f}", end, (-5, 8), textcoords="offset points", ha="right", color=BLUE)
+        line = {"color": BLUE, "marker": "o", "markersize": 5, "linewidth": 1.8, "clip_on": False}
+        axis.plot(*_in_nats(valid), **line, label=f"validation{_over(history['valid_tokens']) if others else ''}")
+    if others:  # of other tokens, so no line joins them with those of the curve
+        alone = {"color": DARK_BLUE, "marker": "D", "markersize": 6, "linestyle": "", "clip_on": False, "zorder": 3}
+        axis.plot(*_in_nats(others), **alone, label=f"validation{_over(history['other_valid_tokens'])}")
+    if valid or others:
+        step, ppl = max(valid[-1:] + others[-1:])
+        axis.annotate(f"{ppl:,.1f}", (step, np.log(ppl)), (-5, 8), textcoords="offset points", ha="right", color=BLUE)
     _axis_of_updates(axis, report)
     axis.set_ylabel("loss (nats a token)")
     right = axis.secondary_yaxis("right", functions=(_perplexity, _nats))
@@ -180,6 +183,15 @@ def _label_perplexities(right: Any, low: float, high: float) -> None:
     right.yaxis.set_major_locator(FixedLocator(round_values))
     right.yaxis.set_minor_locator(NullLocator())
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+
+
+def _over(tokens: int | None) -> str:
+    return "" if tokens is None else f" over {tokens:,} tokens"
+
+
+def _in_nats(perplexities: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    steps, ppl = _columns(perplexities)
+    return steps, np.log(ppl)
 
 
 def _perplexity(nats: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from stablemoe_ds.evaluation.fluctuation import changed_since, churn, fluctuation_curve, last_fluctuation_step
 from stablemoe_ds.evaluation.specialisation import IdUse, Piece, describe_experts
-from stablemoe_ds.run_directory.metrics import Kind, Line, plain, probe_seconds, training_seconds
+from stablemoe_ds.run_directory.metrics import Kind, Line, plain, probe_seconds, training_seconds, validations
 from stablemoe_ds.run_directory.probe_records import RouteRecords
 
 MARKS = (0.2, 0.5, 0.8)
@@ -40,6 +40,7 @@ def routing_report(
     switch = _last(metrics, "switch")
     since = switch["step"] if switch else None
     stage1 = _last(metrics, "valid", stage=1) or {}
+    alike, others = validations(metrics)
     speeds = [speed for _, speed in _series(metrics, "train", "tokens_per_second")]
     report = {
         "run": name,
@@ -57,7 +58,10 @@ def routing_report(
         "history": {
             "loss": _series(metrics, "train", "loss"),
             "agreement": _series(metrics, "train", "agreement"),
-            "valid_ppl": _series(metrics, "valid", "perplexity"),
+            "valid_ppl": _series(alike, "valid", "perplexity"),
+            "valid_tokens": alike[-1].get("tokens") if alike else None,
+            "other_valid_ppl": _series(others, "valid", "perplexity"),
+            "other_valid_tokens": others[-1].get("tokens") if others else None,
             "churn": list(zip(records.steps[1:], churn(records), strict=True)) if records else [],
         },
         "fluctuation": _fluctuation(records, steps, since) if records else None,

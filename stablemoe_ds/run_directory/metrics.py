@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,17 @@ def training_seconds(lines: Sequence[Line], tokens_per_step: int) -> list[tuple[
             before = line["step"]
             series.append((before, seconds))
     return series
+
+
+def validations(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
+    """Lines of validation over the same tokens, which a curve may join, and those over another set, which it may not.
+
+    On the way a run often measures a part of its validation text, and all of it at the switch and at the end.
+    """
+    found = [line for line in lines if line["kind"] == "valid" and line.get("perplexity") is not None]
+    usual = statistics.mode(line.get("tokens") for line in found) if found else None
+    alike = [line for line in found if line.get("tokens") == usual]
+    return alike, [line for line in found if line.get("tokens") != usual]
 
 
 def probe_seconds(lines: Sequence[Line]) -> float | None:

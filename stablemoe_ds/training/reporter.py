@@ -36,12 +36,12 @@ class Reporter:
         dist.barrier()
         self._trackers = make_trackers(self._run, self.main, -1 if step is None else step)
 
-    def log(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
-        """A line in the history, and the numbers in it to the trackers."""
+    def log(self, kind: Kind, step: int, values: dict[str, Any], series: str | None = None) -> None:
+        """A line in the history, and the numbers in it to the trackers: under the name ``series``, or the kind's."""
         if self.main:
             self.metrics.append(kind, step, **values)
         for tracker in self._trackers:
-            tracker.log(scalars(values, kind), step)
+            tracker.log(scalars(values, series or kind), step)
 
     def fault(self, step: int, what: str, where: str = "") -> None:
         """Something went wrong that the run survives."""

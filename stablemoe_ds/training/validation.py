@@ -35,6 +35,8 @@ class Validation(Callback):
         self._maker, self._state, self._reporter = routes, state, reporter
         self._valid, self._test = data.valid(None), data.test(None)
         self._sample = data.valid(logging.eval_tokens) if logging.eval_tokens else self._valid
+        # Trackers join what they are given by one name, so perplexities of all the text get a name of their own.
+        self._whole = "valid" if self._sample is self._valid else "valid_whole"
 
     def after_update(self, update: Update) -> None:
         if self._every and update.step % self._every == 0 and not update.last:
@@ -42,16 +44,16 @@ class Validation(Callback):
 
     def before_switch(self, frozen: FixedSource) -> None:
         """On all validation text, with the learned routers and along what is about to be followed."""
-        self._measure("valid", self._valid, frozen)
+        self._measure("valid", self._valid, frozen, self._whole)
 
     def finish(self) -> None:
-        self._measure("valid", self._valid, self._frozen_now())
+        self._measure("valid", self._valid, self._frozen_now(), self._whole)
         self._measure("test", self._test, self._frozen_now())
 
     def _frozen_now(self) -> FixedSource | None:
         return self._maker.frozen() if self._state.progress.stage == 1 and self._maker.can_freeze else None
 
-    def _measure(self, kind: Kind, data: EvalSet | None, frozen: FixedSource | None) -> None:
+    def _measure(self, kind: Kind, data: EvalSet | None, frozen: FixedSource | None, series: str | None = None) -> None:
         """One line of perplexity along the routes of now; next to it, in stage 1, along those of a frozen router."""
         if data is None:
             return
@@ -74,4 +76,4 @@ class Validation(Callback):
             values["perplexity_distilled"] = distilled
             text += f" (learned router), {distilled:.3f} (distilled), agreement {outcome.agreement or 0:.1%}"
         self._reporter.say(f"step {step}: {text} over {outcome.tokens:,} tokens")
-        self._reporter.log(kind, step, values)
+        self._reporter.log(kind, step, values, series)

@@ -28,10 +28,11 @@ def metrics(tmp_path) -> list[dict]:
         agreement = step / 50 if stage == 1 else None
         log.append("train", step, loss=8 - step / 20, stage=stage, tokens_per_second=1000.0 + step, agreement=agreement)
     log.append("train", 100, loss=math.nan, stage=2)
-    log.append("valid", 20, stage=1, perplexity=400.0, perplexity_distilled=500.0)
-    log.append("valid", 40, stage=1, perplexity=90.0, perplexity_distilled=95.0)
+    log.append("valid", 20, stage=1, tokens=512, perplexity=400.0, perplexity_distilled=500.0)
+    log.append("valid", 40, stage=1, tokens=9000, perplexity=90.0, perplexity_distilled=95.0)
     log.append("switch", 40, agreement=0.875, load=[1.5, 1.25], least_load=1.2, table_sha256="cafe" * 16)
-    log.append("valid", 100, stage=2, perplexity=30.5)
+    log.append("valid", 60, stage=2, perplexity=60.0, tokens=512)
+    log.append("valid", 100, stage=2, perplexity=30.5, tokens=9000)
     log.append("test", 100, stage=2, perplexity=29.75)
     for step, seconds in ((20, 3.0), (40, 2.0)):
         log.append("probe", step, churn=None, seconds=seconds)
@@ -84,7 +85,8 @@ def test_report_holds_the_known_numbers(report):
     assert report["changed_after_switch"] == 0.0
     assert report["history"]["churn"] == [[20, 0.25], [40, 0.125], [60, 0.0], [80, 0.0], [100, 0.0]]
     assert report["history"]["agreement"] == [[10, 0.2], [20, 0.4], [30, 0.6], [40, 0.8]]
-    assert report["history"]["valid_ppl"] == [[20, 400.0], [40, 90.0], [100, 30.5]]
+    assert report["history"]["valid_ppl"] == [[20, 400.0], [60, 60.0]]
+    assert report["history"]["other_valid_ppl"] == [[40, 90.0], [100, 30.5]], "all of the text, not a part"
     assert len(report["history"]["loss"]) == 10, "a NaN is no point of the curve"
     fluctuation = report["fluctuation"]
     assert fluctuation["exceeds"] == {"20%": 0.0, "50%": 0.0, "80%": 0.0}
@@ -168,7 +170,9 @@ def test_picture_shows_the_numbers_of_the_report(report, tmp_path, drawn):
     draw(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     loss, restless, load, last = drawn[0].axes[:4]
-    assert loss.lines[1].get_ydata().tolist() == pytest.approx(np.log([400.0, 90.0, 30.5]))
+    assert loss.lines[1].get_ydata().tolist() == pytest.approx(np.log([400.0, 60.0]))
+    assert loss.lines[2].get_ydata().tolist() == pytest.approx(np.log([90.0, 30.5]))
+    assert loss.lines[2].get_linestyle() == "None", "what is not of the same text is not joined"
     assert restless.lines[1].get_ydata().tolist() == [25.0, 12.5, 0.0, 0.0, 0.0]
     assert load.lines[0].get_ydata() == pytest.approx([1.3, 0.7])
     assert last.lines[0].get_ydata()[0] == 12.5

@@ -13,15 +13,16 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.run_directory.rewind import rewind
 from stablemoe_ds.training.trackers import TensorBoardTracker, make_trackers
 from tests.tiny import tiny_run
+from tests.training.runs import TinyData, history, small_run, train_run
 
 
-def events(folder: Path) -> list[tuple[int, float]]:
-    """What TensorBoard shows of the loss: (step, value)."""
+def events(folder: Path, name: str = "train/loss") -> list[tuple[int, float]]:
+    """What TensorBoard shows of a series: (step, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = EventAccumulator(str(folder))
     shown.Reload()
-    return [(event.step, event.value) for event in shown.Scalars("train/loss")]
+    return [(event.step, event.value) for event in shown.Scalars(name)]
 
 
 def track(folder: Path, after: int, steps: range, value: float) -> None:
@@ -77,3 +78,18 @@ def test_wandb_tells_runs_apart(runs: list[dict[str, Any]], tmp_path: Path) -> N
 def test_only_the_first_rank_tracks(runs: list[dict[str, Any]], tmp_path: Path) -> None:
     assert make_trackers(tracked(tmp_path), False, -1) == []
     assert runs == []
+
+
+def test_a_series_never_joins_perplexities_of_different_text(data: TinyData, tmp_path: Path) -> None:
+    """Of some validation text every 3 updates, of all of it at the switch and at the end."""
+    run = small_run(data, tmp_path / "run", logging={"eval_every": 3, "tensorboard": True})
+    train_run(run)
+    lines = history(run, "valid")
+    folder = tmp_path / "run" / "tensorboard"
+    shown = {name: [step for step, _ in events(folder, f"{name}/perplexity")] for name in ("valid", "valid_whole")}
+    whole = max(line["tokens"] for line in lines)
+    assert len({line["tokens"] for line in lines}) == 2
+    assert shown == {
+        "valid": [line["step"] for line in lines if line["tokens"] < whole],
+        "valid_whole": [line["step"] for line in lines if line["tokens"] == whole],
+    }
