@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -54,7 +55,7 @@ def demo(overrides: list[str]) -> int:
     answer("A sample, drawn with top-p 0.9:\n")
     (text,) = continue_prompts(str(folder), [PROMPT], max_new_tokens=80, temperature=0.8, top_p=0.9, seed=1)
     answer("\n".join("    " + line for line in (PROMPT + text).splitlines()))
-    ppl = report["valid_ppl"]
+    ppl, exported = report["valid_ppl"], _export(folder)
     answer(f"""
 Validation perplexity   stage 1: {ppl["stage1"]:.2f} (learned router), {ppl["stage1_distilled"]:.2f} (distilled)
                         end: {ppl["final"]:.2f}
@@ -64,7 +65,8 @@ Checkpoint              {checkpoint.path}
 Routing table           {folder / "routing_table.safetensors"}
 Log                     {folder / "metrics.jsonl"} (and TensorBoard events in {folder / "tensorboard"})
 Report                  {folder / "report.json"}
-Picture                 {folder / "report.png"}""")
+Picture                 {folder / "report.png"}
+For transformers        {exported}""")
     return 0
 
 
@@ -102,6 +104,19 @@ def _prepare_data(run: RunConfig) -> None:
     for name, part in (("train", train), ("valid", valid)):
         info = prepare(part, tokenizer, corpora[name], workers=os.cpu_count() or 1, documents="file")
         answer(f"{name}: {info.documents:,} documents, {info.tokens:,} tokens, {info.words:,} words")
+
+
+def _export(run_dir: Path) -> str:
+    """Write the model as a folder for transformers, in place of an earlier demo's; says where it is, or why not."""
+    from stablemoe_ds.export.exported_folder import export
+
+    output = run_dir / "huggingface"
+    shutil.rmtree(output, ignore_errors=True)
+    try:
+        export(run_dir, output)
+    except UserError as error:  # transformers is an extra, and the demo is done without it
+        return f"not written: {error}"
+    return f'{output}; AutoModelForCausalLM.from_pretrained("{output}", trust_remote_code=True)'
 
 
 def _launch(path: Path, settings: list[str], processes: int) -> int:

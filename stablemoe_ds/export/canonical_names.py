@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablemoe_ds.config.schema import ModelConfig, RunConfig
-from stablemoe_ds.export.tensor_names import BLOCK, PLAIN_NAMES, ROUTER, SUBLAYER, WHOLE_MODEL
+from stablemoe_ds.export.tensor_names import BLOCK, DISTILLED, NETWORK, PLAIN_NAMES, ROUTER, SUBLAYER, WHOLE_MODEL
 
 TABLE = re.compile(r"model\.layers\.\d+\.moe\.router\.table")
 _PARTS = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "up_proj": 1}
@@ -64,6 +64,9 @@ def _in_moe_layer(rest: str, name: str) -> str:
     router = {theirs: ours for ours, theirs in ROUTER.items()}
     if (leaf := rest.removeprefix("moe.router.")) in router:
         return f"moe.router.{router[leaf]}"
+    if rest.startswith(NETWORK):
+        part = rest.removeprefix(NETWORK)
+        return f"{DISTILLED}{part if part == 'centroids' else f'features.{part}'}"
     stack = re.fullmatch(r"(?:moe\.routed\.(\d+)|moe\.(shared)|(stack))\.(\d+)\.(.+)", rest)
     leaves = {theirs: ours for ours, theirs in SUBLAYER.items()}
     leaf = stack[5].replace("gate_proj", "up_proj") if stack else ""

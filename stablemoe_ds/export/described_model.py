@@ -40,6 +40,11 @@ WORDS = {
     "stack_sublayers": "moe.router (sublayers of its dense stack)",
     "router_input": "moe.router_input",
     "gate": "moe.gate",
+    "network_width": "moe.distilled.dim",
+    "network_layers": "moe.distilled.layers",
+    "network_heads": "model.heads (of the distilled router)",
+    "network_start": "moe.distilled.bigram_start",
+    "network_document_end": "data.eos_id (with data.document_mask)",
 }
 """What a run calls each setting."""
 

@@ -13,6 +13,9 @@ from stablemoe_ds.errors import UserError
 MODELING_FILE = "modeling_stablemoe.py"
 CHOOSES_BY = {"softmax": "softmax", "normalized": "biased_sigmoid"}
 """What the best experts of a learned router are best at, by the router's own gate; "affinity" for all others."""
+NETWORKS = ("bigram", "cnn", "transformer")
+"""Routers that see the ids up to a token; frozen, they choose as a table does."""
+BY_ID = ("table", *NETWORKS)
 
 
 def router_of(checkpoint: Checkpoint) -> str | None:
@@ -31,10 +34,7 @@ def router_of(checkpoint: Checkpoint) -> str | None:
             f"checkpoint {checkpoint.path} holds no routing table yet: train it, and export the next checkpoint"
         )
     if stage == 2:
-        raise UserError(
-            f"checkpoint {checkpoint.path} routes by frozen {moe.distilled.kind} networks, which an exported model "
-            "does not have; nearest that works: a run with moe.distilled.kind=word, whose frozen router is a table"
-        )
+        return moe.distilled.kind
     if moe.facts.experts_choose:
         raise UserError(
             f"checkpoint {checkpoint.path} has router {moe.router}, in which experts choose tokens; an exported model "
@@ -68,6 +68,15 @@ def model_settings(run: RunConfig, vocab_size: int, router: str | None) -> dict[
     width, depth = shared_stack(run)
     if router is None:
         return settings | {"stack_intermediate_size": width, "stack_sublayers": depth}
+    if router in NETWORKS:
+        is_transformer = router == "transformer"
+        settings |= {
+            "network_width": m.hidden_size if is_transformer else moe.distilled.dim,
+            "network_layers": moe.distilled.layers,
+            "network_heads": m.heads,
+            "network_start": moe.distilled.bigram_start,
+            "network_document_end": None if run.data.document_mask == "none" else run.data.eos_id,
+        }
     return settings | {
         "routed_experts": moe.experts,
         "experts_per_token": moe.top_k,

@@ -22,7 +22,7 @@ from stablemoe_ds.distributed.groups import Groups, start_world
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.export.canonical_names import TABLE, canonical_tensors, exported_name
 from stablemoe_ds.export.described_model import PLAIN, described_model, in_words
-from stablemoe_ds.export.folder_settings import CHOOSES_BY, model_settings
+from stablemoe_ds.export.folder_settings import BY_ID, CHOOSES_BY, model_settings
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.model.layout import pieces
 from stablemoe_ds.tables.table import RoutingTable
@@ -61,7 +61,7 @@ def import_folder(folder: str | Path, target: RunConfig) -> tuple[Path, str]:
         target,
         weights,
         table,
-        Progress() if table is None else Progress(stage=2, switched_at=0),
+        Progress(stage=2, switched_at=0) if settings.get("router") in BY_ID and target.moe.facts.routed else Progress(),
         tokenizer=tokenizer.fingerprint if tokenizer else "",
         vocab_size=vocab,
         attached=to_attach(tokenizer, None),
@@ -91,15 +91,8 @@ def _check_same(folder: Path, settings: dict[str, object], target: RunConfig) ->
         )
     if moe.facts.experts_choose:
         raise UserError(f"moe.router: got {moe.router}, which no folder has; nearest that works: topk")
-    has_table = router == "table"
-    chooses = CHOOSES_BY.get(moe.facts.gate, "affinity")
-    follows = moe.facts.fixed or (moe.facts.distilled and moe.distilled.kind == "word")
-    if (
-        router is not None
-        and moe.facts.routed
-        and not (follows if has_table else router == chooses and not moe.facts.fixed)
-    ):
-        what = "follows a table" if has_table else f"chooses by {router}"
+    if router is not None and moe.facts.routed and router not in _routers(moe):
+        what = "follows a table" if router == "table" else f"chooses by {router}"
         raise UserError(f"moe.router: got {moe.router}, but the model in {folder} {what}: expected a router that does")
     ours = model_settings(target, int(str(settings["vocab_size"])), router if router is None else str(router))
     given, needed = in_words(ours), in_words(settings)
@@ -110,6 +103,15 @@ def _check_same(folder: Path, settings: dict[str, object], target: RunConfig) ->
             lines.append(f"{key}: got {got}, but {folder} has {has}: expected the same")
     if lines:
         raise UserError("\n".join(lines))
+
+
+def _routers(moe: MoEConfig) -> set[str]:
+    """What a folder may call the router of a run's model, in whichever stage."""
+    if moe.facts.fixed:
+        return {"table"}
+    learned = CHOOSES_BY.get(moe.facts.gate, "affinity")
+    frozen = {"table" if moe.distilled.kind == "word" else moe.distilled.kind} if moe.facts.distilled else set()
+    return {learned} | frozen
 
 
 def _read(folder: Path, plain: bool) -> dict[str, Tensor]:

@@ -106,7 +106,8 @@ def _routing(checkpoint: Checkpoint, table: RoutingTable | None) -> list[tuple[s
         ("experts of a token", f"{served}, at blocks {', '.join(map(str, moe.layers))}"),
     ]
     if table is None:
-        return [*rows, ("routing", "learned, from hidden states")]
+        network = f"by a frozen {moe.distilled.kind} network of token ids"
+        return [*rows, ("routing", network if checkpoint.progress.stage == 2 else "learned, from hidden states")]
     rows.append(("routing table", f"by token id; sha256 `{table.sha256}`"))
     if table.made.get("builder"):
         rows.append(("table made by", str(table.made["builder"])))

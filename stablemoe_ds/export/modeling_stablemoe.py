@@ -1,10 +1,11 @@
 """StableMoE language models for transformers. This file is all that an exported folder needs besides its weights.
 
 ``stablemoe export`` copies it into the folder; it imports torch and transformers only. A token's experts come from a
-table of token ids (``router: table``) or from the affinity of the residual stream to one centroid an expert.
+table of token ids (``router: table``), from a small network that sees ids only (``bigram``, ``cnn``, ``transformer``),
+or from the affinity of the residual stream to one centroid an expert.
 
-Names of tensors end in their shape: B sequences, S positions, T = B * S tokens, D width, N experts, K experts of a
-token, V ids.
+Names of tensors end in their shape: B sequences, S positions, T = B * S tokens, H positions up to now, D width, N
+experts, K experts of a token, V ids.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -26,6 +28,9 @@ from transformers.utils.generic import can_return_tuple
 
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """What this version of transformers calls the key-value cache."""
+NETWORKS = ("bigram", "cnn", "transformer")
+"""Routers that see the ids up to a token, and nothing else."""
+BY_ID = ("table", *NETWORKS)
 
 
 class StableMoEConfig(PreTrainedConfig):
@@ -36,7 +41,9 @@ class StableMoEConfig(PreTrainedConfig):
     placement: "after" the block's own feed-forward layer, or "replace" for blocks that have none.
     expert_intermediate_size, expert_sublayers: of each routed expert. shared_*: of the stack that serves every token.
     stack_*: of a dense stack in the place of routed experts; 0 sublayers: there is none.
-    router: "table"; or "affinity", "softmax", "biased_sigmoid": what the best experts are best at.
+    router: "table"; "bigram", "cnn", "transformer"; or what the best experts are best at: "affinity", "softmax",
+    "biased_sigmoid". network_*: of a bigram, cnn or transformer: its width, layers and heads, what stands before a
+    first token ("zero" or "itself"), and the id that ends a document (None: a row is one document, whatever its ids).
     router_input: "raw", or "normalized" to unit root mean square. gate: factor on what an expert adds.
     """
 
@@ -71,6 +78,11 @@ class StableMoEConfig(PreTrainedConfig):
         router: str = "table",
         router_input: str = "raw",
         gate: str = "sigmoid",
+        network_width: int = 32,
+        network_layers: int = 1,
+        network_heads: int = 1,
+        network_start: str = "zero",
+        network_document_end: int | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
         initializer_range: float = 0.02,
@@ -89,6 +101,8 @@ class StableMoEConfig(PreTrainedConfig):
         self.shared_intermediate_size, self.shared_sublayers = shared_intermediate_size, shared_sublayers
         self.stack_intermediate_size, self.stack_sublayers = stack_intermediate_size, stack_sublayers
         self.router, self.router_input, self.gate = router, router_input, gate
+        self.network_width, self.network_layers, self.network_heads = network_width, network_layers, network_heads
+        self.network_start, self.network_document_end = network_start, network_document_end
         self.use_cache, self.initializer_range = use_cache, initializer_range
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
@@ -141,10 +155,72 @@ class ResidualStack(nn.ModuleList):
         return added
 
 
+class SeenIds(NamedTuple):
+    """Token ids int64 [B, H], of which the last S are those of this call; where in H the document of each begins.
+
+    H is S, and the beginnings are None, for a model that looks at no id but a token's own.
+    """
+
+    ids_BH: Tensor  # noqa: N815
+    start_BH: Tensor | None = None  # noqa: N815
+
+
+class IdNetwork(nn.Module):
+    """Scores experts by the ids up to a token (StableMoE, section 3.2). Its weights stay as they were frozen."""
+
+    def __init__(self, config: StableMoEConfig) -> None:
+        super().__init__()
+        width = config.network_width
+        self.kind, self.heads, self.own_start = config.router, config.network_heads, config.network_start == "itself"
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.centroids = nn.Parameter(torch.zeros(config.routed_experts, width))
+        if self.kind == "cnn":
+            self.taps = nn.Parameter(torch.zeros(5))
+        if self.kind == "transformer":
+            self.positions = nn.Embedding(config.max_position_embeddings, width)
+            layer = nn.TransformerEncoderLayer(width, self.heads, 4 * width, 0.0, batch_first=True, norm_first=True)
+            norm = nn.LayerNorm(width)
+            self.encoder = nn.TransformerEncoder(layer, config.network_layers, norm, enable_nested_tensor=False)
+
+    @torch.no_grad()
+    def forward(self, seen: SeenIds) -> Tensor:
+        """fp32 [B, H, N]."""
+        ids_BH, start_BH = seen
+        assert start_BH is not None
+        with torch.autocast(ids_BH.device.type, enabled=False):
+            word = self.embedding(ids_BH)
+            inside_BH = torch.arange(ids_BH.shape[1], device=ids_BH.device) - start_BH
+            if self.kind == "bigram":
+                before = _earlier(word, inside_BH, 1)
+                if self.own_start:
+                    before = torch.where(inside_BH[..., None] == 0, word, before)
+                features = (word + before) / 2
+            elif self.kind == "cnn":
+                back = range(len(self.taps) - 1, -1, -1)
+                earlier = torch.stack([_earlier(word, inside_BH, steps) for steps in back])
+                features = torch.einsum("k,kbhd->bhd", self.taps, earlier)
+            else:
+                features = self._read(word * word.shape[-1] ** 0.5 + self.positions(inside_BH), start_BH)
+            return F.linear(features.float(), self.centroids.float())
+
+    def _read(self, x: Tensor, start_BH: Tensor) -> Tensor:
+        """Each token sees those of its document up to itself."""
+        at_H = torch.arange(x.shape[1], device=x.device)
+        sees = (at_H >= start_BH[..., None]) & (at_H <= at_H[:, None])
+        return self.encoder(x, mask=~sees.repeat_interleave(self.heads, dim=0))
+
+
+def _earlier(word: Tensor, inside_BH: Tensor, steps: int) -> Tensor:
+    """The vector of the id so many steps before each, zeros where its document has none: [B, H, width]."""
+    moved = F.pad(word, (0, 0, steps, 0))[:, : word.shape[1]]
+    return moved * (inside_BH >= steps)[..., None]
+
+
 class Router(nn.Module):
     """Which experts serve a token, and with what factor. All arithmetic is fp32, as in training.
 
-    table: int32 [V, K], experts by token id. centroids: [N, D]. bias: [N], joins the choice but not the gate.
+    table: int32 [V, K], experts by token id. network: scores by the ids up to a token. centroids: [N, D]. bias: [N],
+    joins the choice but not the gate.
     """
 
     table: Tensor
@@ -153,31 +229,39 @@ class Router(nn.Module):
     def __init__(self, config: StableMoEConfig) -> None:
         super().__init__()
         self.config = config
-        experts, fixed = config.routed_experts, config.router == "table"
-        if fixed:
+        experts, by_id = config.routed_experts, config.router in BY_ID
+        if config.router in NETWORKS:
+            self.network = IdNetwork(config)
+        if config.router == "table":
             table_VK = torch.full((config.vocab_size, config.experts_per_token), -1, dtype=torch.int32)
             self.register_buffer("table", table_VK)
-        if not fixed or config.gate != "one":
+        if not by_id or config.gate != "one":
             self.centroids = nn.Parameter(torch.zeros(experts, config.hidden_size))
         if config.router == "biased_sigmoid":
             self.register_buffer("bias", torch.zeros(experts))
         if config.gate == "learned":
             self.gate_scale, self.gate_bias = nn.Parameter(torch.ones(experts)), nn.Parameter(torch.zeros(experts))
 
-    def forward(self, x_TD: Tensor, ids_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, seen: SeenIds | None) -> tuple[Tensor, Tensor]:
         """Residual stream and token ids -> experts int64 [T, K], gates fp32 [T, K]."""
-        if self.config.router == "table":
-            expert_TK = self.table[ids_T].long()
-            if self.config.gate == "one":
-                return expert_TK, torch.ones(expert_TK.shape, device=x_TD.device)
+        expert_TK = self._by_id(seen, len(x_TD)) if seen is not None and self.config.router in BY_ID else None
+        if expert_TK is not None and self.config.gate == "one":
+            return expert_TK, torch.ones(expert_TK.shape, device=x_TD.device)
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
             if self.config.router_input == "normalized":
                 x_TD = F.rms_norm(x_TD, x_TD.shape[-1:], eps=1e-6)
             scores_TN = F.linear(x_TD, self.centroids.float())
-        if self.config.router != "table":
+        if expert_TK is None:
             expert_TK = self._best(scores_TN.detach())
         return expert_TK, self._gate(scores_TN, expert_TK)
+
+    def _by_id(self, seen: SeenIds, tokens: int) -> Tensor:
+        """int64 [T, K], of the last T tokens."""
+        if self.config.router == "table":
+            return self.table[seen.ids_BH.flatten()].long()
+        new = tokens // len(seen.ids_BH)
+        return self._best(self.network(seen)[:, -new:].flatten(0, 1))
 
     def _best(self, scores_TN: Tensor) -> Tensor:
         """int64 [T, K]; of equals the lowest."""
@@ -219,9 +303,9 @@ class RoutedExperts(nn.Module):
         if config.shared_sublayers:
             self.shared = ResidualStack(config, config.shared_intermediate_size, config.shared_sublayers)
 
-    def forward(self, x_BSD: Tensor, ids_BS: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, seen: SeenIds | None) -> Tensor:
         x_TD = x_BSD.flatten(0, -2)
-        expert_TK, gate_TK = self.router(x_TD, None if ids_BS is None else ids_BS.flatten())
+        expert_TK, gate_TK = self.router(x_TD, seen)
         added_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         for expert in expert_TK.unique().tolist():
             if expert < 0:
@@ -305,18 +389,18 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self,
         x: Tensor,
-        ids: Tensor | None,
+        seen: SeenIds | None,
         attention_mask: Any = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Residual stream [B, S, D] and token ids [B, S] -> the stream behind this block."""
+        """Residual stream [B, S, D] and token ids -> the stream behind this block."""
         x = x + self.self_attn(self.input_layernorm(x), attention_mask, rotary, cache, **kwargs)
         if self.feed_forward is not None:
             x = x + self.feed_forward(x)
         if self.moe is not None:
-            x = x + self.moe(x, ids)
+            x = x + self.moe(x, seen)
         if self.stack is not None:
             x = x + self.stack(x)
         return x
@@ -332,6 +416,7 @@ class StableMoEPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     # All that routers have but their tables, which would be made fp32, too.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        "router.network",
         "router.centroids",
         "router.bias",
         "router.gate_scale",
@@ -380,11 +465,11 @@ class StableMoEModel(StableMoEPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids: [B, S]; a table of routes needs them, also where ``inputs_embeds`` replace the embeddings.
+        """input_ids: [B, S]; routes by id need them, also where ``inputs_embeds`` replace the embeddings.
 
         attention_mask: [B, past + S], 0 at padding, on either side. cache, past_key_values: two names of one thing.
         """
-        if input_ids is None and self.config.routed_experts and self.config.router == "table":
+        if input_ids is None and self.config.routed_experts and self.config.router in BY_ID:
             raise ValueError("experts are looked up by token id: pass input_ids, also together with inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
@@ -400,15 +485,34 @@ class StableMoEModel(StableMoEPreTrainedModel):
         rotary = self._rotary(x, position_ids) if self.config.positions == "rope" else None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        seen: tuple[Tensor, ...] = ()
+        ids = None if input_ids is None else self._seen(input_ids, attention_mask, cache, past)
+        states: tuple[Tensor, ...] = ()
         for block in self.layers:
-            seen = (*seen, x) if output_hidden_states else ()  # not kept unless they are asked for
-            x = block(
-                x, input_ids, attention_mask=mask, rotary=rotary, cache=cache, position_ids=position_ids, **kwargs
-            )
+            states = (*states, x) if output_hidden_states else ()  # not kept unless they are asked for
+            x = block(x, ids, attention_mask=mask, rotary=rotary, cache=cache, position_ids=position_ids, **kwargs)
         x = self.norm(x)
-        hidden = (*seen, x) if output_hidden_states else None
+        hidden = (*states, x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **{CACHE: cache})
+
+    def _seen(self, ids_BS: Tensor, attention_mask: Any, cache: Any, past: int) -> SeenIds:
+        """The ids up to now, which the cache remembers as it does keys and values, and where their documents begin."""
+        if not self.config.routed_experts or self.config.router not in NETWORKS:
+            return SeenIds(ids_BS)
+        if cache is not None:
+            last = self.config.num_hidden_layers
+            cache.layers.extend(DynamicLayer() for _ in range(last + 1 - len(cache.layers)))
+            if cache.layers[last].get_seq_length() != past:
+                raise ValueError("the cache holds tokens whose ids this model has not seen: begin with a new one")
+            column = ids_BS[:, None, :, None]
+            ids_BS = cache.layers[last].update(column, column)[0][:, 0, :, 0]
+        begins_BH = torch.zeros_like(ids_BS, dtype=torch.bool)
+        if self.config.network_document_end is not None:
+            begins_BH[:, 1:] = ids_BS[:, :-1] == self.config.network_document_end
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            real_BH = attention_mask.bool()
+            begins_BH[:, 1:] |= real_BH[:, 1:] & ~real_BH[:, :-1]
+        at_H = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        return SeenIds(ids_BS, torch.where(begins_BH, at_H, 0).cummax(1).values)
 
     def _positions(self, embeds: Tensor, attention_mask: Any, past: int) -> Tensor:
         """int64 [B or 1, S]: counted from the first token that is no padding."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.config.schema import ModelConfig, RunConfig
+from stablemoe_ds.export.folder_settings import BY_ID, NETWORKS, router_of
 from stablemoe_ds.tables.table import RoutingTable
 
 SUBLAYER = {
@@ -23,6 +24,7 @@ SUBLAYER = {
     "b2": "mlp.down_proj.bias",
 }
 ROUTER = {"centroids": "centroids", "bias_N": "bias", "gate.scale_N": "gate_scale", "gate.bias_N": "gate_bias"}
+DISTILLED, NETWORK = "moe.router.distilled.", "moe.router.network."
 BLOCK = {
     "input_layernorm": "input_layernorm",
     "pre_mlp_layernorm": "feed_forward.norm",
@@ -65,14 +67,17 @@ def exported_tensors(
 
     plain: by the names of a Llama or Granite.
 
-    Left out are distilled routers, whose choices are in the table or are not used in stage 1, and centroids that
+    Left out are distilled routers whose choices are in the table or are not used in stage 1, and centroids that
     neither choose nor weigh an expert.
     Raises ValueError for a tensor that has no place in an exported model.
     """
     blocks = block_of_layer(checkpoint.run)
-    idle = table is not None and not checkpoint.run.moe.gate_facts.affinity
+    router = router_of(checkpoint)
+    idle = router in BY_ID and not checkpoint.run.moe.gate_facts.affinity
     for source in checkpoint.tensors:
-        if ".router.distilled." in source or (idle and source.endswith(".router.centroids")):
+        if ".router.distilled." in source and router not in NETWORKS:
+            continue
+        if idle and source.endswith(".router.centroids") and ".distilled." not in source:
             continue
         for name, cut in _parts(source, checkpoint.run, blocks):
             whole = torch.empty(checkpoint.shape(source), device="meta")
@@ -113,6 +118,8 @@ def _parts(source: str, run: RunConfig, blocks: list[int]) -> Iterable[tuple[str
         return [(f"{at}{BLOCK[owner]}.{leaf}", _whole)]
     if (router := rest.removeprefix("moe.router.")) in ROUTER:
         return [(f"{at}moe.router.{ROUTER[router]}", _whole)]
+    if rest.startswith(DISTILLED):
+        return [(f"{at}{NETWORK}{rest.removeprefix(DISTILLED).removeprefix('features.')}", _whole)]
     stack = re.fullmatch(r"(?:moe\.experts\.(\d+)|moe\.(shared)|(stack))\.sublayers\.(\d+)\.(\w+)", rest)
     if stack is None or stack[5] not in SUBLAYER:
         raise ValueError(f"{source} has no place in an exported model")

@@ -17,7 +17,8 @@ from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.model.layout import pieces
-from stablemoe_ds.routing.fixed import TableRouting
+from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting
+from stablemoe_ds.routing.source import LEARNED, RouteSource
 from stablemoe_ds.run_directory.checkpoint_files import FORMAT, write_manifest
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -32,12 +33,12 @@ class SavedModel:
     model: StableMoEGPT
     path: Path
     table: RoutingTable | None
+    routes: RouteSource
 
     def logits(self, ids_BS: Tensor) -> Tensor:
         """fp32 [B, S, V], as this package computes them."""
-        routes = TableRouting(self.table)(ids_BS) if self.table is not None else None
         with inference(self.model):
-            return self.model.logits(ids_BS, routes)
+            return self.model.logits(ids_BS, self.routes(ids_BS))
 
 
 def save_model(run: RunConfig, vocab: int, stage: int, placement: LayerPlacement, folder: Path) -> SavedModel:
@@ -48,10 +49,14 @@ def save_model(run: RunConfig, vocab: int, stage: int, placement: LayerPlacement
         for moved in [*model.parameters(), *model.router_state().values()]:
             moved.add_(torch.randn(moved.shape, generator=random) * 0.1)
     table = None
-    if run.moe.router in FROM_THE_START or (stage == 2 and run.moe.router in TWO_STAGES):
+    routes: RouteSource = LEARNED
+    if stage == 2 and run.moe.router in TWO_STAGES and run.moe.distilled.kind != "word":
+        routes = FrozenRouters(model.distilled_routers, run.moe.top_k)
+    elif run.moe.router in FROM_THE_START or (stage == 2 and run.moe.router in TWO_STAGES):
         table = random_table(run, vocab)
+        routes = TableRouting(table)
     write_checkpoint(folder, run, vocab, whole_tensors(model), table, stage)
-    return SavedModel(model, folder, table)
+    return SavedModel(model, folder, table, routes)
 
 
 def random_table(run: RunConfig, vocab: int) -> RoutingTable:

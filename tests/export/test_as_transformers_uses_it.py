@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.export.exported_folder import export
-from stablemoe_ds.routing.fixed import TableRouting
+from stablemoe_ds.export.folder_settings import NETWORKS
 from tests.export.opened import opened, some_ids
 from tests.export.small_checkpoints import SavedModel
 from tests.export.test_equal_logits import PAPER
@@ -21,7 +21,7 @@ from tests.export.test_equal_logits import PAPER
 PADDING = 3
 
 
-@pytest.fixture(scope="module", params=["modern", "paper", "learned"])
+@pytest.fixture(scope="module", params=["modern", "paper", "learned", "bigram", "cnn", "transformer"])
 def pair(
     request: pytest.FixtureRequest, saved: Callable[..., SavedModel], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[SavedModel, Path]:
@@ -29,6 +29,9 @@ def pair(
     shape: dict[str, Any] = {"moe": {"top_k": 2, "shared_experts": 1}, "data": {"sequence_length": 32, "eos_id": 2}}
     if request.param == "paper":
         shape["model"] = PAPER
+    if request.param in NETWORKS:
+        shape["moe"]["distilled"] = {"kind": request.param}
+        shape["data"]["document_mask"] = "none" if request.param == "cnn" else "attention"
     ours = saved(stage=1 if request.param == "learned" else 2, **shape)
     folder = tmp_path_factory.mktemp(request.param) / "exported"
     export(ours.path, folder)
@@ -49,9 +52,14 @@ def test_generation_with_a_cache_is_generation_without_and_ours(pair: tuple[Save
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     cached = theirs.generate(ids, **options)
     assert torch.equal(cached, theirs.generate(ids, use_cache=False, **options))
-    if ours.table is not None:
-        new = generate(ours.model, ids.tolist(), TableRouting(ours.table), max_new_tokens=8)
+    if ours.routes.fixed:
+        new = generate(ours.model, ids.tolist(), ours.routes, max_new_tokens=8)
         assert cached[:, ids.shape[1] :].tolist() == new
+
+
+def test_beams_that_change_places_take_their_ids_along(theirs: Any) -> None:
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(theirs.generate(some_ids(), **options), theirs.generate(some_ids(), use_cache=False, **options))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -107,10 +115,12 @@ def test_labels_give_the_loss_and_every_weight_a_gradient(pair: tuple[SavedModel
     scored = (labels[:, 1:] != -100).sum()
     assert_near(model(ids, labels=labels, num_items_in_batch=4 * scored).loss, wanted / 4)  # as Trainer calls it
     plain = _gradients(model, loss)
-    assert all(gradient is not None for gradient in plain.values())
+    frozen = {name for name in plain if ".network." in name}
+    assert {name for name, gradient in plain.items() if gradient is None} == frozen
     model.gradient_checkpointing_enable()
     for name, gradient in _gradients(model, model(ids, labels=labels).loss).items():
-        assert_near(gradient, plain[name])
+        if name not in frozen:
+            assert_near(gradient, plain[name])
 
 
 def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
@@ -197,7 +207,7 @@ def test_a_table_needs_token_ids(pair: tuple[SavedModel, Path], theirs: Any) -> 
     embeds = theirs.get_input_embeddings()(ids)
     with torch.no_grad():
         assert_near(theirs(ids, inputs_embeds=embeds).logits, theirs(ids).logits)
-        if pair[0].table is not None:
+        if pair[0].routes.fixed:
             with pytest.raises(ValueError, match="pass input_ids"):
                 theirs(inputs_embeds=embeds)
         else:

@@ -49,6 +49,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "top-1": {"stage": 1, "moe": {"router": "topk"}},
     "top-2, one shared": {"stage": 1, "moe": {"router": "topk", "top_k": 2, "shared_experts": 1}},
     "BASE layers": {"stage": 1, "moe": {"router": "base"}},
+    "frozen bigram": {"moe": {"distilled": {"kind": "bigram"}}},
+    "frozen bigram, best two": {"moe": {"distilled": {"kind": "bigram", "bigram_start": "itself"}, "top_k": 2}},
+    "frozen cnn, gate one": {"moe": {"distilled": {"kind": "cnn"}, "gate": "one"}},
+    "frozen transformer": {"moe": {"distilled": {"kind": "transformer", "layers": 2}, "layers": [1, 3]}},
 }
 
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.export import weight_shards
 from stablemoe_ds.export.exported_folder import export
-from stablemoe_ds.run_directory.checkpoint_files import write_manifest
 from tests.export.opened import opened, some_ids
 from tests.export.small_checkpoints import SavedModel
 
@@ -116,17 +115,6 @@ def test_a_table_that_is_missing_is_an_error_and_not_expert_0(ours: SavedModel, 
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="routing table was not in the weights"):
         opened(tmp_path / "out")[0](some_ids())
-
-
-@pytest.mark.parametrize("kind", ["bigram", "cnn", "transformer"])
-def test_frozen_networks_are_refused(saved: Callable[..., SavedModel], tmp_path: Path, kind: str) -> None:
-    folder = saved(stage=1, moe={"distilled": {"kind": kind}}).path
-    manifest = json.loads((folder / "checkpoint.json").read_text())
-    manifest["progress"]["stage"] = 2
-    write_manifest(folder, {name: value for name, value in manifest.items() if name != "digest"})
-    with pytest.raises(UserError, match=rf"frozen {kind} networks.*nearest that works: .*distilled\.kind=word"):
-        export(folder, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_experts_that_choose_are_refused(saved: Callable[..., SavedModel], tmp_path: Path) -> None:
