@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.tables.deepseek_v4 import NAME
 from stablemoe_ds.tables.table import RoutingTable
-from stablemoe_ds.tables.table_file import read_table
+from stablemoe_ds.tables.table_file import FOREIGN, read_table
 
 ANOTHER = "'stablemoe table build' makes one"
 
@@ -44,8 +43,8 @@ def given_table(
 def _problems(
     table: RoutingTable, experts: int, top_k: int, layers: int, vocab_size: int | None, tokenizer: str | None
 ) -> Iterator[str]:
-    # The files of DeepSeek-V4 have no place for a tokenizer: only the number of ids can be checked.
-    unnamed = not table.tokenizer and table.made.get("builder") == NAME
+    # Files of others do not name a tokenizer: only the number of ids can be checked.
+    unnamed = not table.tokenizer and table.made.get("builder") in FOREIGN
     if tokenizer is not None and table.tokenizer != tokenizer and not unnamed:
         yield (
             f"is for ids of {_named(table.tokenizer)}, but the run has {_named(tokenizer)}, whose ids mean other "

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.data.tokenizer import train_tokenizer
+from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.table import RoutingTable
 from tests.cli.test_bad_input import complaint
@@ -196,6 +196,29 @@ def test_export_and_wherever_a_table_is_named(table: Path, tmp_path: Path, dtype
     assert mine == other
     assert "0.0% of ids at another expert" in command_here("table", "diff", str(table), str(path)).out
     assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("form", ["deepseek-v4", "megatron", "npz"])
+def test_export_and_import_give_the_table_back(table: Path, tmp_path: Path, form: str) -> None:
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert command_here("table", "export", str(table), "--format", form, "--output", str(there)).code == 0
+    assert f"wrote {back}" in command_here("table", "import", str(there), "--output", str(back)).out
+    before, after = RoutingTable.read(table), RoutingTable.read(back)
+    assert (after.sha256, after.tokenizer, after.made) == (before.sha256, before.tokenizer, before.made)
+
+
+def test_import_says_what_a_file_of_others_leaves_open(data: TinyData, tmp_path: Path) -> None:
+    vocab = Tokenizer(data.tokenizer).vocab_size
+    np.savez(tmp_path / "other.npz", table=np.random.default_rng(1).integers(1, 4, (2, vocab, 1)))
+    words = ("table", "import", str(tmp_path / "other.npz"), "--output", str(tmp_path / "ours"))
+    more = ("--experts", "8", "--layers", "2", "5", "--tokenizer", data.tokenizer)
+    assert command_here(*words, *more).code == 0
+    read = RoutingTable.read(tmp_path / "ours")
+    assert (read.experts, read.blocks, read.tokenizer) == (8, (2, 5), Tokenizer(data.tokenizer).fingerprint)
+    complaint(command_here(*words, "--layers", "5"), r"got \[5\]: expected 2 blocks")
+    assert "expected 0 to 2" in command_here(*words, "--experts", "3").err
+    np.savez(tmp_path / "other.npz", table=np.ones((2, 5, 1), int))
+    complaint(command_here(*words, "--tokenizer", data.tokenizer), "it is of another tokenizer")
 
 
 def test_export_of_what_readers_refuse_leaves_nothing(tmp_path: Path) -> None:

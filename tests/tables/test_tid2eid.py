@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.builders import random_table
-from stablemoe_ds.tables.deepseek_v4 import save_deepseek_v4
 from stablemoe_ds.tables.given import given_table
 from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.tables.table_file import read_table
+from stablemoe_ds.tables.tid2eid import save_tid2eid
 
 V, K, N = 50, 2, 8
 FIT: dict[str, Any] = {"experts": N, "top_k": K, "blocks": (2, 4), "vocab_size": V, "tokenizer": "ab" * 32}
@@ -39,7 +39,7 @@ def foreign(path: Path, layers: dict[int, NDArray[Any]], style: str = "ffn", pre
 @pytest.mark.parametrize("dtype", ["int64", "int32"])
 def test_round_trip(table: RoutingTable, tmp_path: Path, dtype: Literal["int64", "int32"]) -> None:
     path = tmp_path / "table"
-    save_deepseek_v4(table, path, dtype)
+    save_tid2eid(table, path, dtype=dtype)
     with safe_open(str(path), framework="numpy") as file:
         names = ["model.layers.0.ffn.gate.tid2eid", "model.layers.2.ffn.gate.tid2eid"]
         assert sorted(file.keys()) == names
@@ -61,6 +61,21 @@ def test_files_of_others(table: RoutingTable, tmp_path: Path, style: str, prefix
     assert np.array_equal(read.expert_LVK, table.expert_LVK[::-1])
     assert (read.blocks, read.experts, read.tokenizer) == ((10, 11), int(table.expert_LVK.max()) + 1, "")
     assert np.array_equal(given_table(path, **FIT).expert_LVK, table.expert_LVK[::-1]), "it cannot name its tokenizer"
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_files_of_megatron(table: RoutingTable, tmp_path: Path, prefix: str) -> None:
+    """Its layers are counted from 0, too, and hold their tables as a buffer of the router."""
+    layers = dict(zip((10, 9), table.expert_LVK.astype(np.int64), strict=True))
+    tensors = {f"{prefix}decoder.layers.{i}.mlp.router.tid2eid": array for i, array in layers.items()}
+    save_file({**tensors, "decoder.layers.9.mlp.router.weight": np.ones((N, 4), np.float32)}, str(tmp_path / "m"))
+    read = read_table(tmp_path / "m")
+    assert np.array_equal(read.expert_LVK, table.expert_LVK[::-1])
+    assert (read.blocks, read.made) == ((10, 11), {"builder": "megatron"})
+    save_tid2eid(table, tmp_path / "ours", "megatron")
+    names = [f"decoder.layers.{i}.mlp.router.tid2eid" for i in (0, 2)]
+    assert sorted(load_file(tmp_path / "ours")) == names
+    assert read_table(tmp_path / "ours").sha256 == table.sha256
 
 
 def test_the_number_of_experts_comes_from_whoever_knows(tmp_path: Path) -> None:
@@ -139,7 +154,7 @@ def test_a_layer_with_two_tables_and_each_flaw_has_a_line(tmp_path: Path) -> Non
 
 def test_damage_to_a_file_of_ours_is_noticed(table: RoutingTable, tmp_path: Path) -> None:
     path = tmp_path / "table"
-    save_deepseek_v4(table, path)
+    save_tid2eid(table, path)
     good = path.read_bytes()
     values = 2 * V * K * 8
     for offset in (0, values // 2, values - 8):
@@ -164,7 +179,7 @@ def test_damaged_metadata_is_refused_in_one_line(said: str, tmp_path: Path) -> N
 def test_a_table_that_readers_refuse_is_not_written(tmp_path: Path) -> None:
     expert_LVK = np.stack([changed(4, 5, 5), np.zeros((V, K))]).astype(np.int32)
     with pytest.raises(UserError) as caught:
-        save_deepseek_v4(RoutingTable(expert_LVK, N, (1, 2)), tmp_path / "table")
+        save_tid2eid(RoutingTable(expert_LVK, N, (1, 2)), tmp_path / "table")
     lines = str(caught.value).splitlines()
     assert len(lines) == 2
     assert "layers.0.ffn.gate.tid2eid: id 4 has an expert twice" in lines[0]
@@ -173,7 +188,7 @@ def test_a_table_that_readers_refuse_is_not_written(tmp_path: Path) -> None:
 
 
 def test_one_expert_is_all_zeros_by_right(tmp_path: Path) -> None:
-    save_deepseek_v4(RoutingTable(np.zeros((1, V, 1), np.int32), 1, (1,)), tmp_path / "table")
+    save_tid2eid(RoutingTable(np.zeros((1, V, 1), np.int32), 1, (1,)), tmp_path / "table")
     assert read_table(tmp_path / "table").experts == 1
 
 
@@ -204,7 +219,7 @@ def test_transformers_follows_our_table_and_gives_it_back(table: RoutingTable, t
     transformers.DeepseekV4ForCausalLM(config).save_pretrained(folder)
     with pytest.raises(UserError, match="all zeros"):
         read_table(folder / "model.safetensors")
-    save_deepseek_v4(table, exported)
+    save_tid2eid(table, exported)
     entries = load_file(folder / "model.safetensors") | load_file(exported)
     save_file(entries, str(folder / "model.safetensors"), {"format": "pt"})
 
