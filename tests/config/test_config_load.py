@@ -95,7 +95,7 @@ def test_every_error_has_its_own_line_with_the_place_it_comes_from(small: Path) 
         f"{small}: model.heads: got -4: expected more than 0",
         f"{small}: model.ffn_hidden_size: missing: inner width of a block's feed-forward layer",
         f'{small}: optimizer.lr: got "fast": expected a number',
-        f"{small}: schedule.tokens_per_step: missing: tokens of one update over all ranks and accumulation steps",
+        f"{small}: schedule.tokens_per_step: missing: tokens in an update, over all ranks and accumulation steps",
     ]
 
 
