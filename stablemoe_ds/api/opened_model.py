@@ -83,7 +83,7 @@ class OpenedModel:
         """
         ids_BS = self._ids(text)
         if not self.trained.model.moe_layers:
-            raise UserError(f"checkpoint {self.trained.checkpoint.path} is of a dense model: it has no routes")
+            raise UserError(f"checkpoint {self.trained.checkpoint.path} is a dense model: it has no routes")
         routes_LTK = None if learned else self._fixed(ids_BS)
         if routes_LTK is None:
             real_BS = torch.ones_like(ids_BS, dtype=torch.bool)

@@ -220,7 +220,7 @@ def advice(damaged: Path) -> str:
         if path == damaged:
             continue
         try:
-            return f"the newest sound one beside it is {check_everything(path).path}"
+            return f"the newest intact one next to it is {check_everything(path).path}"
         except UserError:
             continue
     return f"no other checkpoint in {damaged.parent} is sound"

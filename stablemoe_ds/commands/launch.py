@@ -45,7 +45,7 @@ def launch(arguments: argparse.Namespace) -> int:
         raise UserError("launch: no RUN.yaml given, only settings")
     cluster = load_cluster(arguments.cluster)
     if arguments.submit and cluster.launcher != "slurm":
-        raise UserError(f"--submit: launcher {cluster.launcher} has no queue; leave --submit out to run it here")
+        raise UserError(f"--submit: launcher {cluster.launcher} has no queue; omit --submit to run it here")
     jobs = make_jobs([load_run(path, overrides) for path in files], cluster, look_around())
     if arguments.dry_run:
         answer("\n".join(job.as_shell() for job in jobs), end="")

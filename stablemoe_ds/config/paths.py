@@ -26,16 +26,16 @@ def expanded(path: str) -> str:
     shell, which only a shell replaces, or a URL.
     """
     if _URL.match(path):
-        raise ValueError("a URL is no path: copy it to a disk first")
+        raise ValueError("a URL is not a path: download it first")
     if found := _VARIABLE.search(path):
-        raise ValueError(f"{found[0].rstrip('{')}... is not replaced here, only in a shell: write it out, or use ~")
+        raise ValueError(f"{found[0].rstrip('{')}... is replaced only by a shell: write the path out, or use ~")
     return _home(_plain(path))
 
 
 def plain_name(name: str) -> str:
     """A name that a directory is called by: as :func:`expanded`, but ``~`` and variables have no meaning in it."""
     if name.startswith("~") or _VARIABLE.search(name):
-        raise ValueError("a directory is called by it, so it cannot begin with ~ or hold a variable")
+        raise ValueError("it names a directory, so it cannot begin with ~ or contain a variable")
     return _plain(name)
 
 
@@ -43,10 +43,10 @@ def _plain(path: str) -> str:
     if not path.strip():
         raise ValueError("it is empty; expected a path, or null")
     if path != path.strip():
-        raise ValueError(f"a blank at the start or end; nearest that works: {path.strip()}")
+        raise ValueError(f"a space at the start or end; nearest that works: {path.strip()}")
     odd = next((c for c in path if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or _TURNING.match(c)), None)
     if odd is not None:
-        raise ValueError(f"the character U+{ord(odd):04X} cannot be seen and has no place in a path: take it out")
+        raise ValueError(f"the character U+{ord(odd):04X} is invisible and not allowed in a path: remove it")
     return path
 
 

@@ -233,9 +233,9 @@ class MoEConfig(Section):
         if self.top_k > self.experts:
             raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")
         if self.top_k > 1 and facts.one_expert:
-            raise ValueError(f"router '{self.router}' gives a token one expert, not top_k {self.top_k}: set top_k 1")
+            raise ValueError(f"router '{self.router}' gives each token one expert, not top_k {self.top_k}: set top_k 1")
         if facts.layer in ("deep", "wide") and self.shared_experts:
-            raise ValueError(f"router '{self.router}' has no experts, shared ones neither: set shared_experts 0")
+            raise ValueError(f"router '{self.router}' has no experts, so no shared ones either: set shared_experts 0")
         if facts.table_from == "scores and counts" and self.distilled.kind != "word":
             raise ValueError(f"a {self.distilled.kind} router has no table to balance: set distilled.kind word")
         return self
@@ -249,7 +249,7 @@ class MoEConfig(Section):
         if self.has_centroids and not self.gate_facts.affinity and not balanced:
             reason = "balance_weight is 0" if facts.balance_weight else "it has no balance loss"
             raise ValueError(
-                f"gate '{self.gate_name}' has no gradient and {reason}, so nothing teaches the centroids of router "
+                f"gate '{self.gate_name}' has no gradient and {reason}, so nothing trains the centroids of router "
                 f"'{self.router}'; nearest that works: gate doubled"
             )
         return self
@@ -357,7 +357,7 @@ class StagesConfig(Section):
         named += ["never"] if self.never else []
         if len(named) > 1:
             raise ValueError(
-                f"give one of at_step, at_fraction, plateau, never; this has {' and '.join(named)}; take one out, e.g. "
+                f"give one of at_step, at_fraction, plateau, never; this has {' and '.join(named)}; remove one, e.g. "
                 f"stages.{named[0]}=null"
             )
         return self

@@ -103,8 +103,8 @@ def _read_line(content: BinaryIO, file: TextFile) -> bytes:
     line = content.readline(LONGEST_LINE)
     if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
         raise UserError(
-            f"text file {file.path} has a line of more than {LONGEST_LINE >> 20} MiB, which is too long to be encoded: "
-            "put line ends into it"
+            f"text file {file.path} has a line of more than {LONGEST_LINE >> 20} MiB, which is too long: "
+            "break it into lines"
         )
     return line
 
@@ -165,7 +165,7 @@ def _lines(content: BinaryIO, span: Span) -> Iterator[tuple[int, bytes]]:
             return
     if span.end is not None:
         raise UserError(
-            f"text file {span.file.path} became shorter while it was read: start again when nobody writes to it"
+            f"text file {span.file.path} became shorter while it was read: try again when nothing writes to it"
         )
 
 

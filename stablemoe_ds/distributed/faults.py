@@ -86,7 +86,7 @@ def _outlook(run_dir: str, code: int) -> str:
     if code == BAD_INPUT:
         return "fails in the same way"
     newest = newest_checkpoint(run_dir)
-    return f"goes on after {newest.name}" if newest else "begins anew, nothing is saved yet"
+    return f"goes on after {newest.name}" if newest else "starts over, as nothing is saved yet"
 
 
 def _leave_word(file: Path, line: str, error: Exception) -> str:

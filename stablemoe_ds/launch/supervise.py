@@ -59,10 +59,10 @@ class Supervisor:
         state = "stopped" if self.stopped else "failed" if code else "finished"
         note_state(self.folder, state=state, exit_code=code, attempt=attempt)
         if self.stopped:
-            _say("stopped on request; the same command goes on from the newest checkpoint")
+            _say("stopped on request; the same command continues from the newest checkpoint")
             return INTERRUPTED if code else FINISHED
         if code:
-            _say(f"ended with {code}; what each rank said is in {self.logs}")
+            _say(f"ended with {code}; the ranks' logs are in {self.logs}")
         return code
 
     def _attempt(self, attempt: int) -> int:

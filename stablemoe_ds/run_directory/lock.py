@@ -99,7 +99,7 @@ def only_writer(run_dir: str | Path) -> Iterator[None]:
     try:
         file = _take(path)
     except OSError as error:
-        raise UserError(f"cannot write into run directory {run_dir}: {error.strerror}: {error.filename}") from error
+        raise UserError(f"cannot write to run directory {run_dir}: {error.strerror}: {error.filename}") from error
     try:
         yield
     finally:

@@ -92,7 +92,7 @@ def read_deepseek_v4(path: str | Path, experts: int | None = None) -> RoutingTab
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a routing table that can be read: {error}") from error
     if said and table.sha256 != said.get("sha256"):
-        raise UserError(f"routing table {path} is damaged, or was changed: its sha256 is not the one it says")
+        raise UserError(f"routing table {path} is damaged or was changed: its sha256 does not match")
     return table
 
 

@@ -63,7 +63,7 @@ class Probing(Callback):
             if records is not None and records.expert_HLP.shape[-1] != len(ids):
                 raise UserError(
                     f"{self._records.folder}: holds records of {records.expert_HLP.shape[-1]} tokens, now they would "
-                    f"be of {len(ids)}: set logging.probe_tokens as it was, or move that folder away"
+                    f"be of {len(ids)}: set logging.probe_tokens to the old value, or move that folder away"
                 )
             if self._reporter.main:
                 np.save(self._reporter.folder / PROBE_IDS, ids)

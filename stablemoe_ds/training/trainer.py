@@ -297,7 +297,7 @@ class Trainer:
         )
         pairs = [(key, *show_both(now, was)) for key, now, was in differences(run, before)]
         if changed := [f"{key} {now} (was {was})" for key, now, was in pairs]:
-            self.reporter.say(f"with other settings than before: {', '.join(changed)}", "bold")
+            self.reporter.say(f"with different settings than before: {', '.join(changed)}", "bold")
         for line in self.resumption:
             self.reporter.say(line, "bold red" if line.startswith("WARNING") else "bold")
 

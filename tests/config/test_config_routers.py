@@ -61,7 +61,7 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("moe.router=base moe.top_k=2", "router 'base' gives a token one expert, not top_k 2: set top_k 1"),
+        ("moe.router=base moe.top_k=2", "router 'base' gives each token one expert, not top_k 2: set top_k 1"),
         ("moe.router=base_fixed moe.top_k=2", "router 'base_fixed' gives a token one expert"),
         ("moe.router=stablemoe_balanced moe.top_k=2", "router 'stablemoe_balanced' gives a token one expert"),
         (
@@ -82,7 +82,7 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
         ("moe.gate=softmax", "moe.gate"),
         (
             "moe.router=topk moe.gate=one",
-            "gate 'one' has no gradient and it has no balance loss, so nothing teaches the centroids of router 'topk'; "
+            "gate 'one' has no gradient and it has no balance loss, so nothing trains the centroids of router 'topk'; "
             "nearest that works: gate doubled",
         ),
         ("moe.router=base_fixed moe.gate=one", "nothing teaches the centroids of router 'base_fixed'"),

@@ -124,7 +124,7 @@ def test_experts_that_choose_are_refused(saved: Callable[..., SavedModel], tmp_p
 
 
 def test_a_folder_that_is_there_is_left_alone(ours: SavedModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export(ours.path, tmp_path)
 
 

@@ -45,7 +45,7 @@ def examine_cluster(
         job.write()
     except OSError as error:
         found = f"cannot write {error.filename}: {error.strerror}"
-        return [Finding("run directory", "fail", found, "set run_dir, or working_directory, to a folder of yours")]
+        return [Finding("run directory", "fail", found, "set run_dir or working_directory to a writable folder")]
     _tell(f"probing {cluster.world_size} ranks; logs in {folder}")
     hosts, output = cluster.hosts[: cluster.nodes], folder / "launcher.log"
     if cluster.launcher != "slurm":

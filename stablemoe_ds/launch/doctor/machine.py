@@ -36,7 +36,7 @@ def cores_and_memory() -> Iterator[Finding]:
     free = memory_available()
     found = f"{cores} cores, {free / GIB:.1f} GiB of memory available"
     if free < 3 * GIB:
-        yield Finding("cpu", "warn", found, "the demo's two processes want about 3 GiB: end something else first")
+        yield Finding("cpu", "warn", found, "the demo's two processes need about 3 GiB: end something else first")
     else:
         yield Finding("cpu", "ok", found)
 
