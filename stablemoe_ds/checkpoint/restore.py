@@ -63,7 +63,7 @@ def find_checkpoint(run_dir: str, model: StableMoEGPT, groups: Groups, config: C
 def _examine(
     path: Path, model: StableMoEGPT, groups: Groups, hashes: bool
 ) -> tuple[Checkpoint | None, UserError | None]:
-    """Open a checkpoint and hold it against its manifest and the model; the first rank's complaint is everybody's."""
+    """Open a checkpoint and check it against its manifest and the model; all ranks report the first rank's error."""
     world, checkpoint, fault = groups.world, None, None
     try:
         checkpoint = Checkpoint.at(path)

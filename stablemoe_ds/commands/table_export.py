@@ -11,13 +11,15 @@ from stablemoe_ds.commands.parsing import Subparsers, add_command, json_argument
 
 
 def add_to(table: Subparsers) -> None:
-    export = add_command(table, "export", "a table as other programs keep it", _export)
+    export = add_command(table, "export", "write a table for other programs", _export)
     export.add_argument("table", help="table file, checkpoint or run directory")
     export.add_argument("--output", type=Path, required=True, help="the safetensors file to write")
     export.add_argument(
         "--format", choices=("deepseek-v4",), required=True, help="deepseek-v4: a tid2eid for each layer"
     )
-    export.add_argument("--dtype", choices=("int64", "int32"), default="int64", help="of the values (default int64)")
+    export.add_argument(
+        "--dtype", choices=("int64", "int32"), default="int64", help="type of the values (default int64)"
+    )
     json_argument(export)
 
 

@@ -1,4 +1,4 @@
-"""The one place where a path that somebody writes becomes one that can be opened."""
+"""The one place where a path written by a user becomes one that can be opened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ValidationInfo
 
 WRITTEN = {"paths": "written"}
-"""Context for a validation of what somebody writes. What a checkpoint has recorded is taken as it is."""
+"""Context for validating what a user writes. What a checkpoint has recorded is taken as it is."""
 
 _VARIABLE = re.compile(r"\$(\w+|\{)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -71,7 +71,7 @@ def expanded_within(tree: Any) -> Any:
 
 
 def if_written(check: Callable[[Any], Any]) -> AfterValidator:
-    """Apply ``check`` to what somebody writes, and not to what a checkpoint has recorded."""
+    """Apply ``check`` to what a user writes, and not to what a checkpoint has recorded."""
 
     def validator(value: Any, info: ValidationInfo) -> Any:
         return check(value) if info.context == WRITTEN else value

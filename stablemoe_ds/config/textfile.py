@@ -1,4 +1,4 @@
-"""The one place that reads a text file somebody names: UTF-8, of a sane size, without characters that mislead."""
+"""The one place that reads a text file named by a user: UTF-8, of a sane size, without characters that mislead."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Flaws:
             setattr(self, name, getattr(self, name) + getattr(later, name))
 
     def unreadable(self) -> str:
-        """The unreadable characters in words."""
+        """Describes the unreadable characters."""
         parts = [
             f"{number:,} {what}"
             for number, what in (
@@ -73,7 +73,7 @@ class Flaws:
 class Judge:
     """Sees the flaws of each file and decides whether to go on.
 
-    allow_damaged: go on whatever there is, leaving out broken records, and tell at the end.
+    allow_damaged: go on whatever there is, leaving out broken records, and report it at the end.
     """
 
     allow_damaged: bool

@@ -20,7 +20,7 @@ A line of JSON and a row of Parquet are one document each, whatever is said here
 """
 TITLE = re.compile(rb" ?= (?!=).+ =\s*")
 LONGEST_LINE = 1 << 28
-"""Bytes; a longer line is no line of text, and would not fit in memory with all that is made of it."""
+"""Bytes; a longer line is hardly text, and would not fit in memory together with its ids."""
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def _lines_of(file: TextFile, flaws: Flaws) -> Iterator[str]:
 
 
 def _explain(error: RuntimeError, vocab_size: int, paths: Sequence[Path]) -> str:
-    """Sentencepiece's complaint in words that say what to do."""
+    """Sentencepiece's error as a message that says what to do."""
     text = str(error)
     where = _names(paths)
     if most := re.search(r"value <= (\d+)", text):

@@ -1,4 +1,4 @@
-"""What ends a run from outside or inside, told in one line by every rank: who noticed, where, why, what to do.
+"""What ends a run from outside or inside. Every rank reports it in one line: who noticed, where, why, what to do.
 
 Each rank that fails leaves ``<run_dir>/launch/fault-<rank>.txt``: the line, and the traceback under it. The others
 read there what it was that took a peer from them.

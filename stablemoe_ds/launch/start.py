@@ -44,7 +44,7 @@ def _submit(job: Job) -> int:
 
 
 def _run_all(jobs: list[Job]) -> int:
-    """One after the other, until somebody asks to stop; returns the last status that was not 0."""
+    """One after the other, until a stop is requested; returns the last status that was not 0."""
     worst = 0
     for job in jobs:
         supervisor = Supervisor(job)

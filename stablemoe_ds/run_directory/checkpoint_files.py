@@ -55,7 +55,7 @@ def flush(path: Path) -> None:
 
 
 def write_at_once(path: Path, text: str) -> None:
-    """Replace a file: whoever reads it finds the old text or the new one, after a power failure, too."""
+    """Replace a file: a reader finds either the old text or the new one, even after a power failure."""
     beside = path.with_name(path.name + ".part")
     beside.write_text(text)
     flush(beside)

@@ -22,12 +22,12 @@ from stablemoe_ds.files import follow_umask, open_file
 from stablemoe_ds.tables.table import RoutingTable
 
 NAME = "deepseek-v4"
-"""The format on the command line, and the builder that a table of somebody else's file names."""
+"""The format on the command line, and the builder name of a table from another program's file."""
 KEY = re.compile(r"(?:model\.)?layers\.(0|[1-9]\d{0,5})\.(?:ffn|mlp)\.gate\.tid2eid")
 OURS = "stablemoe"
 """Metadata under which a file that this package has written keeps what the format has no place for."""
 MOST_EXPERTS = 1 << 16
-"""Where nobody says how many there are, a larger number is damage and no expert."""
+"""If the number of experts is unknown, a larger index is damage."""
 
 
 def has_tid2eid(path: str | Path) -> bool:
@@ -67,7 +67,7 @@ def read_deepseek_v4(path: str | Path, experts: int | None = None) -> RoutingTab
     """Read every ``tid2eid`` of a safetensors file; other tensors are not looked at.
 
     experts: N of the run that is to follow the table. The file may know better: if this package wrote it, or if a
-    ``config.json`` lies in the same folder. Where nobody says, N is the largest expert that is named, plus one.
+    ``config.json`` lies in the same folder. If neither does, N is the largest expert that occurs, plus one.
     Raises UserError, one line a problem, if tensors are no tables, or not of one V and K.
     """
     from safetensors import SafetensorError, safe_open
@@ -123,7 +123,7 @@ def _wrong_shapes(slices: dict[str, Any]) -> Iterator[str]:
 
 
 def _flaws(expert_VK: NDArray[np.integer], experts: int | None) -> Iterator[str]:
-    """What is wrong with the values of a layer. experts: N, or None where nobody says."""
+    """What is wrong with the values of a layer. experts: N, or None if unknown."""
     if experts != 1 and not expert_VK.any():
         yield "all zeros: the table was never filled in, every id would go to expert 0"
         return

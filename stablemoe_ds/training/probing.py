@@ -122,7 +122,7 @@ class Probing(Callback):
         return state, expert_LP
 
     def _joined(self, local: NDArray[Any]) -> NDArray[Any]:
-        """What all data ranks have of the probe, [..., P], in the order of its windows, whoever they were dealt to."""
+        """What all data ranks have of the probe, [..., P], in the order of its windows, whichever ranks had them."""
         ends = np.cumsum([int(batch.real.sum()) for batch in self._batches])
         ranks: list[Any] = [None] * self._groups.data_size
         dist.all_gather_object(ranks, np.split(local, ends[:-1], axis=-1), group=self._groups.data_group)

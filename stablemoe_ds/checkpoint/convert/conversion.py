@@ -31,7 +31,7 @@ from stablemoe_ds.tables.table import RoutingTable
 
 
 def convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
-    """Write the first checkpoint of ``target`` from ``source``; its path, and what was done in words.
+    """Write the first checkpoint of ``target`` from ``source``; its path, and a description of what was done.
 
     Raises UserError if the two models differ in more than their experts, if there is nothing to convert, or if the
     target's run has checkpoints already or is being trained. Holds the whole model's weights in memory.

@@ -37,7 +37,7 @@ def examine_cluster(
     """Probe all nodes; takes half a minute if all is well, and at most ``seconds`` once the probes are started.
 
     queue_minutes: how long a job may wait in SLURM's queue. What probes leave is kept in ``doctor/``, next to the runs.
-    Raises UserError if the launcher cannot be told what the cluster file says.
+    Raises UserError if the launcher does not support what the cluster file says.
     """
     job = probe_job(_for_a_probe(cluster), look_around())
     folder, logs = job.folders[0], Path(job.directory, job.orders[0].logs)

@@ -63,7 +63,7 @@ def launcher(probed: Probed) -> Iterator[Finding]:
 
 
 def ranks(probed: Probed) -> Iterator[Finding]:
-    """Whether every rank has reported, and has been told the same number of ranks."""
+    """Whether every rank has reported, and sees the same number of ranks."""
     cluster, reports = probed.cluster, probed.reports
     if miscounted := [report for report in reports if report.size != cluster.world_size]:
         found = f"{_names(miscounted)}: a rank counts {miscounted[0].size} ranks of {cluster.world_size}"
@@ -107,7 +107,7 @@ def interface(probed: Probed) -> Iterator[Finding]:
 
 
 def meeting(probed: Probed) -> Iterator[Finding]:
-    """How far the ranks got with each other, those apart that were told another number of ranks."""
+    """How far the ranks got with each other, except those that see another number of ranks."""
     counted = [report for report in probed.reports if report.size == probed.cluster.world_size]
     stopped = [report for report in counted if report.stage != "done"]
     told = _grouped(((report.stage, report.problem), report.host) for report in stopped)
