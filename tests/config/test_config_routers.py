@@ -68,7 +68,10 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
             "moe.router=stablemoe_balanced moe.distilled={kind: cnn}",
             "a cnn router has no table to balance: set distilled.kind word",
         ),
-        ("moe.router=dense_deeper moe.shared_experts=1", "router 'dense_deeper' has no experts, shared ones neither"),
+        (
+            "moe.router=dense_deeper moe.shared_experts=1",
+            "router 'dense_deeper' has no experts, so no shared ones either",
+        ),
         ("moe.router=dense_wider moe.layers=[]", "router 'dense_wider' needs moe.layers"),
         ("moe.router=dense", "router 'dense' has no MoE layer: leave moe.layers empty"),
         ("moe.table_load=0.9", "moe.table_load"),
@@ -85,9 +88,9 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
             "gate 'one' has no gradient and it has no balance loss, so nothing trains the centroids of router 'topk'; "
             "nearest that works: gate doubled",
         ),
-        ("moe.router=base_fixed moe.gate=one", "nothing teaches the centroids of router 'base_fixed'"),
-        ("moe.router=expert_choice moe.gate=one", "nothing teaches the centroids of router 'expert_choice'"),
-        ("moe.gate=one moe.balance_weight=0", "gate 'one' has no gradient and balance_weight is 0, so nothing teaches"),
+        ("moe.router=base_fixed moe.gate=one", "nothing trains the centroids of router 'base_fixed'"),
+        ("moe.router=expert_choice moe.gate=one", "nothing trains the centroids of router 'expert_choice'"),
+        ("moe.gate=one moe.balance_weight=0", "gate 'one' has no gradient and balance_weight is 0, so nothing trains"),
         ("moe.router=dense_wider moe.gate=doubled", "router 'dense_wider' has no experts to weigh: set gate own"),
     ],
 )

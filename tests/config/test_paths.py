@@ -29,7 +29,7 @@ ODD = {
     "~nobody-of-this-name/runs": "there is no user 'nobody-of-this-name'; write it out, or ./~nobody-of-this-name",
     "$HOME/runs": "$HOME... is not replaced here",
     "runs/${USER}": "$... is not replaced here",
-    "s3://bucket/runs": "a URL is no path",
+    "s3://bucket/runs": "a URL is not a path",
 }
 
 
