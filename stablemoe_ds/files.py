@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 def follow_umask(path: str | Path) -> None:
-    """Give a file the permissions of a new one; safetensors lets nobody but its owner read what it writes."""
+    """Give a file the permissions of a new one; safetensors makes its files readable for their owner only."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stablemoe_ds.cli import build_parser
+from tests.test_imports import HEIGHT
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,9 +40,9 @@ def test_named_files_and_tests_exist(document: Path) -> None:
     assert missing == []
 
 
-def test_architecture_names_every_room() -> None:
+def test_architecture_names_every_room_with_its_height() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    assert [room for room in ROOMS if f"| `{room}/` |" not in text] == []
+    assert [room for room in ROOMS if f"| `{room}/` | {HEIGHT[room]} |" not in text] == []
 
 
 def commands(document: Path) -> list[list[str]]:

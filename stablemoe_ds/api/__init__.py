@@ -1,4 +1,4 @@
-"""What ``import stablemoe_ds`` shows. Libraries are settled here, before any module of this room imports DeepSpeed."""
+"""The Python API. Libraries are configured here, before any module of this folder imports DeepSpeed."""
 
 from stablemoe_ds.distributed.libraries import settle_libraries
 

@@ -16,14 +16,14 @@ HEAD = """# Python API
 
 <!-- Generated: python -m stablemoe_ds.api.api_reference > docs/api.md -->
 
-`import stablemoe_ds` shows these names and imports nothing else until one is used. Everything below the package is its
-own and may change. Each example is a whole program: [open a model](../examples/open_model.py) ·
+`import stablemoe_ds` provides these names. Each is imported when it is first used. Everything else in the package is
+internal and may change. There is a complete example program for each task: [open a model](../examples/open_model.py) ·
 [an MoE layer in a plain torch model](../examples/moe_layer.py) · [the same on several
-processes](../examples/moe_layer_on_several.py) · [make a table and look into it](../examples/routing_table.py) ·
+processes](../examples/moe_layer_on_several.py) · [make and inspect a table](../examples/routing_table.py) ·
 [read a run](../examples/load_run.py).
 
-Letters at the end of a name are the shape of a tensor: B sequences, S positions, D width, N experts, K experts of a
-token, L MoE layers, V ids.
+The letters at the end of a name are the shape of the tensor: B sequences, S positions, D width, N experts, K experts
+per token, L MoE layers, V ids.
 """
 
 

@@ -1,4 +1,4 @@
-"""A trained model, opened to be asked: scores, continuations, routes."""
+"""A trained model, opened for logits, generation and routes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Text = str | Sequence[int] | Tensor
 
 
 def open_model(path: str | Path, tokenizer: str | Path | None = None) -> OpenedModel:
-    """Open the newest model of a run directory, or the one of a checkpoint in it. Models can be open side by side.
+    """Open the newest model of a run directory, or the one of a checkpoint in it. Several models can be open at once.
 
-    tokenizer: of a checkpoint that carries none.
+    tokenizer: for a checkpoint that does not contain one.
     Raises UserError if there is no checkpoint, or if it is damaged.
     """
     checkpoint = Checkpoint.open(path)
@@ -41,10 +41,10 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None) -> OpenedM
 
 
 class OpenedModel:
-    """A trained model with its routing and its tokenizer; :func:`open_model` gives one.
+    """A trained model with its routing and its tokenizer, as returned by :func:`open_model`.
 
-    A text stands for its ids. In stage 1 experts are those of the distilled router, which a switch would freeze;
-    ``learned=True`` asks the learned one, as training does.
+    Methods take a text or its ids. In stage 1, experts are chosen by the distilled router, which the switch would
+    freeze; with ``learned=True`` by the learned router, as in training.
     """
 
     def __init__(self, trained: TrainedModel, tokenizer_file: str | Path | None = None) -> None:
@@ -52,12 +52,12 @@ class OpenedModel:
 
     @property
     def run(self) -> RunConfig:
-        """What it was trained as."""
+        """The configuration of the training run."""
         return self.trained.checkpoint.run
 
     @property
     def table(self) -> RoutingTable | None:
-        """The routing table that it follows; None if it follows none."""
+        """The routing table that the model follows; None if it follows none."""
         return self._fixed.table
 
     @cached_property
@@ -70,7 +70,7 @@ class OpenedModel:
         return self.trained.routes
 
     def logits(self, text: Text, learned: bool = False) -> Tensor:
-        """fp32 [B, S, V]: scores of the id that follows each id of a text, or of B rows of ids of equal length."""
+        """fp32 [B, S, V]: logits of the next id after each id of a text, or of B rows of ids of equal length."""
         ids_BS = self._ids(text)
         routes = LEARNED if learned else self._fixed
         with inference(self.trained.model):
@@ -83,7 +83,7 @@ class OpenedModel:
         """
         ids_BS = self._ids(text)
         if not self.trained.model.moe_layers:
-            raise UserError(f"checkpoint {self.trained.checkpoint.path} is of a dense model: it has no routes")
+            raise UserError(f"checkpoint {self.trained.checkpoint.path} is a dense model: it has no routes")
         routes_LTK = None if learned else self._fixed(ids_BS)
         if routes_LTK is None:
             real_BS = torch.ones_like(ids_BS, dtype=torch.bool)
@@ -94,7 +94,7 @@ class OpenedModel:
         return routes_LTK.view(len(routes_LTK), length, batch, -1).transpose(1, 2)
 
     def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> list[str]:
-        """What follows each prompt, as text; a single prompt counts as a list of one.
+        """Continue each prompt and return the new text; a single prompt counts as a list of one.
 
         options: ``temperature`` (0: the likeliest id each time), ``top_p``, ``seed``, ``use_cache``.
         Raises UserError for a prompt or an option that cannot be used.

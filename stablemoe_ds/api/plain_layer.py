@@ -1,4 +1,4 @@
-"""An MoE layer for a torch model of one's own: batch first, made from a few keywords, on one process or on several."""
+"""An MoE layer for any torch model: batch first, made from a few keywords, on one process or on several."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stablemoe_ds.routing.routes import TokenView
 from stablemoe_ds.tables.table import RoutingTable
 
 UNKNOWN = -1
-"""Expert of an id in a table that nobody has given yet."""
+"""Expert of an id before a table is given."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class MoEReport:
 
     loss: fp32 scalar to add to the model's own loss: each auxiliary loss times its weight, a mean over the real tokens
     of all processes. It carries gradient; 0 in evaluation and once routing is fixed.
-    losses: the same by name ("balance", "distill"), without weights and gradient.
-    expert_BSK: int64 [B, S, K], the experts of each token; -1 where none serves it.
-    served_N: int64 [N], this process's tokens by expert. dropped: int64 scalar, choices cut off by capacity.
-    agreement: fp32 scalar, share of real tokens that a freeze would send where they went now; None if unknown.
+    losses: the auxiliary losses by name ("balance", "distill"), without weights and gradient.
+    expert_BSK: int64 [B, S, K], the experts of each token; -1 where there is none.
+    served_N: int64 [N], this process's tokens by expert. dropped: int64 scalar, choices dropped by capacity.
+    agreement: fp32 scalar, share of real tokens whose expert would stay the same after a freeze; None if unknown.
     """
 
     loss: Tensor
@@ -52,9 +52,9 @@ class MoEReport:
 class MoELayer(nn.Module):
     """Routed experts on the residual stream: x + sum_k gate_k * expert_k(x) (StableMoE, Dai et al. 2022, eq. 7).
 
-    The residual connection and the experts' norms are part of the layer. At the start every expert adds nothing.
-    Under expert parallelism this process holds ``experts / expert_parallel`` of the experts, and so does its
-    ``state_dict``. Routers compute in fp32 whatever the model is cast to.
+    The residual connection and the experts' norms are part of the layer. Initially every expert adds nothing.
+    Under expert parallelism this process and its ``state_dict`` hold ``experts / expert_parallel`` of the experts.
+    Routers compute in fp32, even if the model is cast to another dtype.
     """
 
     table_VK: Tensor  # noqa: N815
@@ -75,10 +75,10 @@ class MoELayer(nn.Module):
         """``moe``: settings of the section ``moe`` (docs/configuration.md), such as ``experts=8, top_k=2``,
         ``router="switch"`` or ``capacity_factor=1.25``.
 
-        ffn_hidden_size: inner width of an expert. vocab_size: number of token ids, for a router that goes by them.
+        ffn_hidden_size: inner width of an expert. vocab_size: number of token ids, for a router that uses them.
         activation, norm, bias: of an expert, as in the section ``model``. groups: of :func:`join_processes`; None: this
-        process alone. seed: start values follow from it, the same under every layout; None: drawn by torch.
-        Raises UserError, one line for each setting that does not work.
+        process alone. seed: determines the initial values, the same under every layout; None: drawn by torch.
+        Raises UserError, with one line for each invalid setting.
         """
         super().__init__()
         model = {"activation": activation, "norm": norm, "bias": bias}
@@ -86,7 +86,7 @@ class MoELayer(nn.Module):
         needs_ids = run.moe.facts.distilled or run.moe.facts.fixed
         if needs_ids and vocab_size is None:
             raise UserError(
-                f"router '{run.moe.router}' goes by token ids, but vocab_size is missing: give the number of ids, or a "
+                f"router '{run.moe.router}' needs token ids, but vocab_size is missing: give the number of ids, or a "
                 "router that sees hidden states only, such as stablemoe_stage1, switch or topk"
             )
         ranks = 1 if groups is None else groups.expert
@@ -106,11 +106,11 @@ class MoELayer(nn.Module):
     def forward(
         self, hidden_BSD: Tensor, ids_BS: Tensor | None = None, real_BS: Tensor | None = None, seed: int = 0
     ) -> tuple[Tensor, MoEReport]:
-        """hidden [B, S, D] -> the stream [B, S, D] with what the experts add, and what was done.
+        """hidden [B, S, D] -> the stream [B, S, D] after the experts, and a report.
 
-        ids_BS: int64 [B, S], token ids, for a router that goes by them. real_BS: bool [B, S], False at padding, which
-        passes unchanged; None: all are real. seed: draws the tokens that exceed ``capacity_factor``; give every call of
-        training another one, the same on all processes.
+        ids_BS: int64 [B, S], token ids, for a router that uses them. real_BS: bool [B, S], False at padding, which
+        passes unchanged; None: all are real. seed: decides which tokens are dropped beyond ``capacity_factor``; use a
+        different one in every training step, the same on all processes.
         Collective under expert parallelism. Raises UserError if ids or a table are needed and missing.
         """
         ids_BS = self._ids(hidden_BSD, ids_BS)
@@ -144,7 +144,7 @@ class MoELayer(nn.Module):
         return table
 
     def follow(self, table: RoutingTable, layer: int = 0) -> None:
-        """Send each token id where ``table`` says from now on; ``layer``: which of the table's layers, from 0.
+        """Route each token id by ``table`` from now on; ``layer``: which of the table's layers, counted from 0.
 
         Raises UserError if the table is for another number of experts, choices or ids, or if this router sees no ids.
         """
@@ -161,9 +161,9 @@ class MoELayer(nn.Module):
         self._notice_table()
 
     def after_update(self, *reports: MoEReport) -> None:
-        """Learn what is not learned by gradient, once an update; ``reports``: of its calls of this layer.
+        """Update what is not learned by gradient; call it once per update with the ``reports`` of its calls.
 
-        Needed by ``router="topk"``, whose bias follows the load; others have nothing to do. Collective.
+        ``router="topk"`` needs it for its bias, ``"expert_choice"`` for its thresholds; others do nothing. Collective.
         """
         counts_N = self._over_ranks(torch.stack([report.served_N for report in reports]).sum(0).float())
         seen = [report.statistic_N for report in reports if report.statistic_N is not None]
@@ -174,11 +174,11 @@ class MoELayer(nn.Module):
     def _ids(self, hidden_BSD: Tensor, ids_BS: Tensor | None) -> Tensor:
         name = self.run.moe.router
         if self.run.moe.facts.fixed and not self.frozen:
-            raise UserError(f"router '{name}' follows a table from the first call on: give it one with follow(table)")
+            raise UserError(f"router '{name}' follows a table from the first call: give it one with follow(table)")
         if "table_VK" not in self._buffers:
             return hidden_BSD.new_zeros(hidden_BSD.shape[:2], dtype=torch.int64)
         if ids_BS is None:
-            raise UserError(f"router '{name}' goes by token ids: call the layer with hidden states and their ids")
+            raise UserError(f"router '{name}' needs token ids: call the layer with hidden states and their ids")
         return ids_BS
 
     def _report(self, done: LayerReport, real_BS: Tensor) -> MoEReport:

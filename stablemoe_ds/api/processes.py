@@ -1,4 +1,4 @@
-"""Several processes that train one torch model of somebody's own, with experts divided over them."""
+"""Several processes that train one torch model, with experts divided over them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
 
 
 def join_processes(expert_parallel: int = 1) -> Groups:
-    """The processes that a launcher (``torchrun``, ``mpirun``, SLURM) has started, as one group; alone without one.
+    """Connect the processes that ``torchrun``, ``mpirun`` or SLURM has started; without a launcher, this one alone.
 
-    expert_parallel: how many processes share one set of experts; it divides their number. ``torch.distributed`` may be
-    initialised already. What is returned is what :class:`MoELayer` takes as ``groups``; ``groups.world`` has ``rank``,
-    ``size`` and ``device``.
-    Raises RunError if the processes do not find each other, UserError if ``expert_parallel`` does not divide them.
+    expert_parallel: how many processes share one set of experts; a divisor of their number. ``torch.distributed`` may
+    already be initialised. Returns the ``groups`` for :class:`MoELayer`; ``groups.world`` has ``rank``, ``size`` and
+    ``device``.
+    Raises RunError if the processes do not find each other, UserError if ``expert_parallel`` is no divisor.
     """
     atexit.register(stop_world)  # without it gloo now and then aborts the interpreter
     return Groups(start_world(), tensor=1, expert=expert_parallel)
@@ -24,11 +24,12 @@ def join_processes(expert_parallel: int = 1) -> Groups:
 
 @torch.no_grad()
 def average_gradients(model: nn.Module, groups: Groups) -> None:
-    """Bring the gradients of all processes together: call it between ``backward`` and the optimizer's step.
+    """Average gradients over all processes. Call it between ``backward`` and the optimizer's step. Collective.
 
-    Afterwards each is the gradient of the mean of all processes' losses. An expert is held by some processes only, and
-    has gradients of all tokens that came to it already. Whatever else the model consists of has to start alike
-    everywhere (``torch.manual_seed``). In place of DistributedDataParallel, which would make experts equal. Collective.
+    Afterwards every gradient is that of the mean of all processes' losses. Experts exist on some processes only and
+    already have the gradients of all tokens sent to them. All other parameters must have the same initial values on
+    every process (``torch.manual_seed``). Use this instead of DistributedDataParallel, which would make all experts
+    equal.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad:

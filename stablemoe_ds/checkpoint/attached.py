@@ -72,8 +72,8 @@ def open_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> T
     named = checkpoint.run.data.tokenizer
     if not named:
         raise UserError(
-            f"the run of checkpoint {checkpoint.path} names no tokenizer: text cannot be read or written; name the one "
-            "that made its training text with --tokenizer"
+            f"the run of checkpoint {checkpoint.path} names no tokenizer, so text cannot be read or written; name "
+            "the one that made its training text with --tokenizer"
         )
     places = _places(checkpoint, named)
     found = [Tokenizer(path) for path in places if os.path.isfile(path)]
@@ -83,7 +83,7 @@ def open_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> T
     for tokenizer in found:
         check_tokenizer(checkpoint, tokenizer)
     raise UserError(
-        f"checkpoint {checkpoint.path} carries no tokenizer, and the one its run names is not there: looked for "
+        f"checkpoint {checkpoint.path} contains no tokenizer, and the one its run names was not found: looked for "
         f"{' and '.join(map(str, places))}; name it with --tokenizer"
     )
 
@@ -112,7 +112,7 @@ def token_counts_of(checkpoint: Checkpoint) -> NDArray[np.int64]:
         check_corpora(checkpoint, sources)
     except UserError as error:
         raise UserError(
-            f"checkpoint {checkpoint.path} carries no counts of its training text, and cannot count it: {error}"
+            f"checkpoint {checkpoint.path} contains no counts of its training text, which is missing: {error}"
         ) from error
     return token_counts(sources, None, checkpoint.vocab_size)
 

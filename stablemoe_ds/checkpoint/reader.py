@@ -145,7 +145,7 @@ class Checkpoint:
     def check_content(self, moments: bool = True) -> None:
         """Read every byte. Raises UserError if one is not what was written, naming the newest sound checkpoint.
 
-        moments: False leaves them out, for whoever needs only weights and table.
+        moments: False leaves them out, for callers that need only weights and table.
         """
         names = [name for name in self.files if moments or not name.startswith("moments-")]
         try:
@@ -220,7 +220,7 @@ def advice(damaged: Path) -> str:
         if path == damaged:
             continue
         try:
-            return f"the newest sound one beside it is {check_everything(path).path}"
+            return f"the newest intact one next to it is {check_everything(path).path}"
         except UserError:
             continue
     return f"no other checkpoint in {damaged.parent} is sound"

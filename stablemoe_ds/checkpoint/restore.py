@@ -45,16 +45,16 @@ def find_checkpoint(run_dir: str, model: StableMoEGPT, groups: Groups, config: C
             if not complaint:
                 return Found(checkpoint)
             if config.fallback and not refused:
-                return Found(checkpoint, f"{complaint}; going on from {path.name} instead")
+                return Found(checkpoint, f"{complaint}; continuing from {path.name} instead")
             raise UserError(
-                f"{complaint}; the newest sound one before it is {path}: to go on from it, move the other away"
+                f"{complaint}; the newest intact one before it is {path}: to continue from it, move the other away"
                 + ("" if refused else ", or set checkpoint.fallback=true")
             )
         if not complaint:
             complaint, refused = str(fault), not isinstance(fault, DamagedError)
     if complaint:
         raise UserError(
-            f"{complaint}; no other checkpoint in {run_dir} will do: begin anew in a new run_dir, or with "
+            f"{complaint}; no other checkpoint in {run_dir} is usable: start over in a new run_dir, or with "
             "checkpoint.resume=false"
         )
     return None
@@ -63,7 +63,7 @@ def find_checkpoint(run_dir: str, model: StableMoEGPT, groups: Groups, config: C
 def _examine(
     path: Path, model: StableMoEGPT, groups: Groups, hashes: bool
 ) -> tuple[Checkpoint | None, UserError | None]:
-    """Open a checkpoint and hold it against its manifest and the model; the first rank's complaint is everybody's."""
+    """Open a checkpoint and check it against its manifest and the model; all ranks report the first rank's error."""
     world, checkpoint, fault = groups.world, None, None
     try:
         checkpoint = Checkpoint.at(path)

@@ -1,7 +1,7 @@
 """A copy in host memory of what this rank writes into a checkpoint.
 
 A tensor is written by the rank that ZeRO has given its fp32 state to, so that most are copied and never sent. They
-are copied as Adam keeps them, neighbours at once, and told apart in the copy. Only tensors that lie across a border
+are copied as Adam keeps them, neighbours at once, and separated in the copy. Only tensors that lie across a border
 between two ranks, and the cut ones of tensor parallelism, are gathered; one at a time.
 """
 

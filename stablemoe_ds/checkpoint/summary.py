@@ -51,7 +51,7 @@ def show(path: str) -> Answer:
 
 
 def verify(path: str) -> Answer:
-    """Read every byte and hold it against the manifest. Raises UserError that names what is damaged."""
+    """Read every byte and check it against the manifest. Raises UserError that names what is damaged."""
     began = time.perf_counter()
     checkpoint = Checkpoint.open(path)
     checkpoint.check_content()

@@ -1,4 +1,4 @@
-"""``stablemoe checkpoint``: what is in one, whether it is sound, and how another model gets it."""
+"""``stablemoe checkpoint``: show, verify and convert."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, js
 
 
 def add_to(commands: Subparsers) -> None:
-    subs = add_group(commands, "checkpoint", "what is in a checkpoint, and whether it is sound", "show|verify|convert")
+    subs = add_group(commands, "checkpoint", "show, verify or convert a checkpoint", "show|verify|convert")
     for name, text, call in (
-        ("show", "what a checkpoint is: step, model, files", _checkpoint_show),
-        ("verify", "read every byte and hold it against the manifest", _checkpoint_verify),
+        ("show", "show the step, model and files of a checkpoint", _checkpoint_show),
+        ("verify", "read every byte and check it against the manifest", _checkpoint_verify),
         (
             "convert",
-            "begin a run from another model: dense to experts, more or fewer; or from a folder of transformers",
+            "start a run from another model: dense to experts, more or fewer experts, or a transformers folder",
             _checkpoint_convert,
         ),
     ):
         sub = add_command(subs, name, text, call)
-        text = "checkpoint or run directory" + ("; or a folder of transformers" if name == "convert" else "")
+        text = "checkpoint or run directory" + ("; or a transformers folder" if name == "convert" else "")
         sub.add_argument("checkpoint", help=text)
         if name == "convert":
-            words, text = ("RUN.yaml", "key=value"), "the run that is to begin from it, and settings laid over it"
+            words, text = ("RUN.yaml", "key=value"), "the run to start from it, and settings that override the run's"
             sub.add_argument("--to", required=True, nargs="+", metavar=words, help=text)
         json_argument(sub)
 

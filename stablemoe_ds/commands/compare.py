@@ -10,16 +10,14 @@ from stablemoe_ds.errors import UserError
 
 
 def add_to(commands: Subparsers) -> None:
-    compare = add_command(
-        commands, "compare", "train a suite of variants and seeds, and hold them against each other", _compare
-    )
+    compare = add_command(commands, "compare", "train a suite of variants and seeds, and compare them", _compare)
     compare.add_argument("suite", metavar="SUITE.yaml")
     compare.add_argument("--only", nargs="+", metavar="VARIANT", help="train these variants only")
     how = compare.add_mutually_exclusive_group()
-    how.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, sharing the cores (default 1)")
-    how.add_argument("--cluster", metavar="CLUSTER.yaml", help="train there, as `stablemoe launch` does")
-    how.add_argument("--report", action="store_true", help="train nothing: tables and pictures of what is finished")
-    compare.add_argument("--dry-run", action="store_true", help="print what would be run, one line a run")
+    how.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, sharing the cores (default 1)")
+    how.add_argument("--cluster", metavar="CLUSTER.yaml", help="train on this cluster, as `stablemoe launch` does")
+    how.add_argument("--report", action="store_true", help="only write tables and plots of the finished runs")
+    compare.add_argument("--dry-run", action="store_true", help="print one command per run and start nothing")
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def add_to(commands: Subparsers) -> None:
     config = add_group(commands, "config", "what a run will do and what it costs", "check|show")
     for name, text, call in (
-        ("check", "hold a run and the files it names against every rule and say what it costs", _config_check),
+        ("check", "check a run and the files it names against every rule, and print what it costs", _config_check),
         ("show", "every setting of a run, defaults included", _config_show),
     ):
         sub = add_command(config, name, text, call)

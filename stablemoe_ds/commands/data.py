@@ -19,13 +19,13 @@ def add_to(commands: Subparsers) -> None:
     tokenizer = add_command(data, "tokenizer", "learn a sentencepiece tokenizer from text files", _tokenizer)
     _reading_arguments(tokenizer)
     tokenizer.add_argument("--output", type=Path, required=True, help="the .model file to write")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, help="how many ids there shall be")
+    tokenizer.add_argument("--vocab-size", type=int, required=True, help="number of ids")
     tokenizer.add_argument("--kind", choices=("unigram", "bpe"), default="unigram", help="default unigram")
     tokenizer.add_argument("--no-byte-fallback", action="store_true", help="unknown characters become <unk>")
     prepare = add_command(data, "prepare", "text files to Megatron's .bin/.idx", _prepare)
     _reading_arguments(prepare)
     prepare.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file, or a tokenizer.json")
-    prepare.add_argument("--output", type=Path, required=True, help="path without ending")
+    prepare.add_argument("--output", type=Path, required=True, help="path without extension")
     prepare.add_argument(
         "--documents",
         choices=("file", "line", "wiki"),
@@ -36,7 +36,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both commands are told about the files they read."""
+    """Arguments of both commands about the files to read."""
     kinds = "plain text, JSON lines or Parquet; gzip, bzip2, xz or zstd inside"
     parser.add_argument("files", nargs="+", type=Path, help=kinds)
     parser.add_argument("--field", help="field of JSON lines or column of Parquet that holds the text (default: text)")
@@ -44,7 +44,7 @@ def _reading_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", "text", "jsonl"),
         default="auto",
-        help="auto (default): the first bytes of each file tell; text: take all for plain text; jsonl: for JSON lines",
+        help="auto (default): by the first bytes of each file; text: read all as plain text; jsonl: as JSON lines",
     )
     parser.add_argument(
         "--allow-damaged",

@@ -9,7 +9,9 @@ from stablemoe_ds.commands.parsing import Subparsers, add_command, json_argument
 
 def add_to(commands: Subparsers) -> None:
     doctor = add_command(commands, "doctor", "what this machine or a cluster has, and what would fail", _doctor)
-    doctor.add_argument("--cluster", metavar="CLUSTER.yaml", help="start a probe on every rank, as launch would a run")
+    doctor.add_argument(
+        "--cluster", metavar="CLUSTER.yaml", help="probe all nodes, started as launch would start a run"
+    )
     doctor.add_argument(
         "--wait", type=float, default=10.0, metavar="MINUTES", help="time the probe may be queued (default 10; slurm)"
     )

@@ -1,4 +1,4 @@
-"""``stablemoe export``: a checkpoint for everybody who has transformers."""
+"""``stablemoe export``: a checkpoint as a folder for transformers."""
 
 from __future__ import annotations
 

@@ -15,21 +15,23 @@ FOLLOW_SECONDS = 0.5
 
 
 def add_to(commands: Subparsers) -> None:
-    start = add_command(commands, "launch", "train runs on a cluster, or on this machine, and start them again", launch)
-    start.add_argument("runs", nargs="+", metavar="RUN.yaml | key=value", help="runs, then settings laid over each")
-    start.add_argument("--cluster", required=True, metavar="CLUSTER.yaml", help="where; launch/ holds examples")
+    start = add_command(commands, "launch", "train runs on a cluster or this machine; restart after faults", launch)
+    start.add_argument(
+        "runs", nargs="+", metavar="RUN.yaml | key=value", help="runs, then settings that override those of each run"
+    )
+    start.add_argument("--cluster", required=True, metavar="CLUSTER.yaml", help="cluster file; launch/ has examples")
     how = start.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="print what would be written and run, for a shell")
+    how.add_argument("--dry-run", action="store_true", help="print what would be written and run, as a shell script")
     how.add_argument("--submit", action="store_true", help="refuse a launcher without a queue; slurm submits anyway")
 
-    state = add_command(commands, "status", "what has become of what was launched", show_status)
+    state = add_command(commands, "status", "show the state of launched runs", show_status)
     state.add_argument("run", nargs="?", metavar="RUN_DIR | RUN.yaml", help="default: all under runs/")
     json_argument(state)
 
-    said = add_command(commands, "logs", "what a rank said", show_logs)
+    said = add_command(commands, "logs", "show the log of a rank", show_logs)
     said.add_argument("run", metavar="RUN_DIR | RUN.yaml")
-    said.add_argument("--rank", type=int, default=0, help="default: 0, the one that speaks")
-    said.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
+    said.add_argument("--rank", type=int, default=0, help="default: 0, which logs the progress")
+    said.add_argument("--follow", action="store_true", help="keep printing until Ctrl-C")
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -45,7 +47,7 @@ def launch(arguments: argparse.Namespace) -> int:
         raise UserError("launch: no RUN.yaml given, only settings")
     cluster = load_cluster(arguments.cluster)
     if arguments.submit and cluster.launcher != "slurm":
-        raise UserError(f"--submit: launcher {cluster.launcher} has no queue; leave --submit out to run it here")
+        raise UserError(f"--submit: launcher {cluster.launcher} has no queue; omit --submit to run it here")
     jobs = make_jobs([load_run(path, overrides) for path in files], cluster, look_around())
     if arguments.dry_run:
         answer("\n".join(job.as_shell() for job in jobs), end="")

@@ -37,7 +37,7 @@ def json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenizer_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that carries none; default: its own")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer for a checkpoint that contains none")
 
 
 def tell(facts: Any, text: str, as_json: bool) -> None:

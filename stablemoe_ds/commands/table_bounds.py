@@ -1,4 +1,4 @@
-"""``stablemoe table bounds``: how even a table of ids can be, and how even tables are on text they have not seen."""
+"""``stablemoe table bounds``: how balanced a table of ids can be, and how balanced tables are on unseen text."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ if TYPE_CHECKING:
 
 
 def add_to(table: Subparsers) -> None:
-    bounds = add_command(table, "bounds", "how even a table can be, and how even tables are on held-out text", _bounds)
-    bounds.add_argument("corpus", help="prepared corpus (path without ending) that tables are made from")
-    bounds.add_argument("--heldout", metavar="PREFIX", help="prepared corpus to judge by; default: its last tenth")
+    bounds = add_command(table, "bounds", "the best possible load of tables, and their load on held-out text", _bounds)
+    bounds.add_argument("corpus", help="prepared corpus (path without extension) to make tables from")
     bounds.add_argument(
-        "--table", nargs="+", default=[], metavar="T", help="judge these, too: table file, checkpoint or run directory"
+        "--heldout", metavar="PREFIX", help="prepared corpus to judge on; default: the last tenth of the corpus"
+    )
+    bounds.add_argument(
+        "--table", nargs="+", default=[], metavar="T", help="also judge these: table file, checkpoint or run directory"
     )
     bounds.add_argument("--experts", nargs="+", type=int, default=[16, 64, 256], metavar="N", help="default 16 64 256")
     bounds.add_argument("--top-k", nargs="+", type=int, default=[1], metavar="K", help="experts of an id (default 1)")
-    bounds.add_argument("--ranks", type=int, metavar="R", help="that experts are spread over (default 8, or fewer)")
+    bounds.add_argument("--ranks", type=int, metavar="R", help="ranks that share the experts (default 8, or fewer)")
     bounds.add_argument(
         "--capacity", nargs="+", type=float, default=[1.0, 1.25, 2.0], metavar="C", help="factors; default 1 1.25 2"
     )
     bounds.add_argument(
         "--batch-tokens", type=int, default=32768, metavar="T", help="tokens of one dispatch, for drops (default 32768)"
     )
-    bounds.add_argument("--cooccurrence", action="store_true", help="judge such tables as well, which takes minutes")
-    bounds.add_argument("--seed", type=int, default=0, help="of random choices (default 0)")
-    bounds.add_argument("--tokenizer", type=Path, help="to write ids as pieces")
-    bounds.add_argument("--plot", type=Path, metavar="FILE.png", help="draw load against bound")
+    bounds.add_argument(
+        "--cooccurrence", action="store_true", help="also judge cooccurrence tables, which takes minutes"
+    )
+    bounds.add_argument("--seed", type=int, default=0, help="seed of random choices (default 0)")
+    bounds.add_argument("--tokenizer", type=Path, help="tokenizer, to print ids as pieces")
+    bounds.add_argument("--plot", type=Path, metavar="FILE.png", help="plot load against bound")
     json_argument(bounds)
 
 

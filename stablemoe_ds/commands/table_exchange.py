@@ -18,7 +18,7 @@ FORMATS = ("deepseek-v4", "megatron", "npz")
 
 
 def add_to(table: Subparsers) -> None:
-    export = add_command(table, "export", "a table as other programs keep it", _export)
+    export = add_command(table, "export", "write a table for other programs", _export)
     export.add_argument("table", help="table file, checkpoint or run directory")
     export.add_argument("--output", type=Path, required=True, help="the file to write")
     export.add_argument(
@@ -31,7 +31,7 @@ def add_to(table: Subparsers) -> None:
     export.add_argument("--dtype", choices=("int64", "int32"), help="of a tid2eid's values (default int64)")
     json_argument(export)
 
-    given = add_command(table, "import", "a table of another program, in this package's format", _import)
+    given = add_command(table, "import", "read a table of another program", _import)
     given.add_argument("file", type=Path, help="safetensors with tid2eid, or npz")
     given.add_argument("--output", type=Path, required=True, help="the safetensors file to write")
     given.add_argument("--experts", type=int, help="N, if the file does not say; default: the largest named, plus one")

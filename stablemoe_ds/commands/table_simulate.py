@@ -21,18 +21,20 @@ from stablemoe_ds.errors import UserError
 
 
 def add_to(table: Subparsers) -> None:
-    text = "rows, bytes and waiting of every rank in every update of a run, from its data order and table alone"
+    text = "rows, bytes and waiting of every rank in every update of a run, computed from data order and table"
     simulate = add_command(table, "simulate", text, _simulate)
     run_arguments(simulate)
     simulate.add_argument(
         "--table", type=Path, metavar="T", help="table file to follow; default: the run's own, given or frozen"
     )
-    simulate.add_argument("--ranks", type=int, metavar="R", help="processes; default: the fewest the run can have")
-    simulate.add_argument("--nodes", type=int, default=1, metavar="M", help="that the ranks are on (default 1)")
+    simulate.add_argument(
+        "--ranks", type=int, metavar="R", help="processes; default: the smallest number that the run allows"
+    )
+    simulate.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes that the ranks are on (default 1)")
     simulate.add_argument(
         "--first", type=int, metavar="U", help="first update; default: the first that follows a table"
     )
-    simulate.add_argument("--updates", type=int, metavar="U", help="how many of them; default: to the end of the run")
+    simulate.add_argument("--updates", type=int, metavar="U", help="number of updates; default: to the end of the run")
     simulate.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write a line of JSON for each update")
     json_argument(simulate)
 

@@ -1,4 +1,4 @@
-"""``stablemoe table``: routing tables made, looked at and compared before anything is trained along them."""
+"""``stablemoe table``: make, inspect and compare routing tables."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from stablemoe_ds.tables.table import RoutingTable
 
 FROM_CORPUS = {
-    "random": "different experts at random for each id",
-    "even": "the commonest ids first, each to the emptiest expert",
-    "scattered": "ids of like use on different experts",
-    "cooccurrence": "ids with like neighbours together, under a load limit",
+    "random": "random experts for each id",
+    "even": "the most frequent ids first, each to the expert with the fewest tokens",
+    "scattered": "ids with similar neighbours on different experts",
+    "cooccurrence": "ids with similar neighbours together, under a load limit",
 }
 
 
@@ -33,34 +33,36 @@ def add_to(commands: Subparsers) -> None:
     for name, text in FROM_CORPUS.items():
         _add_corpus_builder(build, name, text)
     frozen = _add_builder(
-        build, "frozen", "what the distilled router of a checkpoint says, or its frozen table", _frozen
+        build, "frozen", "the frozen table of a checkpoint, or the choices of its distilled router", _frozen
     )
     frozen.add_argument("checkpoint", help="checkpoint or run directory")
     observed = _add_builder(
         build,
         "observed",
-        "where the router of a checkpoint sends each id most often, and how much the id explains",
+        "the experts to which a checkpoint's router sends each id most often",
         _observed,
     )
     observed.add_argument("checkpoint", help="checkpoint or run directory")
     _data_argument(observed, required=False, default="the run's training text")
     for sub in (frozen, observed):
-        sub.add_argument("--max-load", type=float, help="largest max/mean load; default: as it comes")
-    balanced = _add_builder(build, "balanced", "a table with as few tokens moved as a load limit needs", _balanced)
+        sub.add_argument("--max-load", type=float, help="largest max/mean load; default: no limit")
+    balanced = _add_builder(
+        build, "balanced", "another table, with as few tokens moved as a load limit requires", _balanced
+    )
     balanced.add_argument("table", help="table file, checkpoint or run directory")
     balanced.add_argument("--max-load", type=float, required=True, help="largest max/mean load")
     _data_argument(balanced, required=True)
-    resized = _add_builder(build, "resized", "a table on a multiple of its experts, or on a fraction", _resized)
+    resized = _add_builder(build, "resized", "another table, with a multiple or a fraction of its experts", _resized)
     resized.add_argument("table", help="table file, checkpoint or run directory")
-    resized.add_argument("--experts", type=int, required=True, help="how many there shall be")
+    resized.add_argument("--experts", type=int, required=True, help="number of experts of the new table")
 
-    show = add_command(table, "show", "a table: how it was made, load, cohesion, the pieces of each expert", _show)
+    show = add_command(table, "show", "show a table: how it was made, load, cohesion, the pieces of each expert", _show)
     show.add_argument("table", help="table file, checkpoint or run directory")
     _data_argument(show, required=False, default="the run's training text, for a checkpoint")
-    show.add_argument("--tokenizer", type=Path, help="to write ids as pieces; default: a checkpoint's own")
+    show.add_argument("--tokenizer", type=Path, help="tokenizer, to print ids as pieces; default: a checkpoint's own")
     show.add_argument("--top", type=int, default=12, help="pieces of each expert (default 12)")
     json_argument(show)
-    diff = add_command(table, "diff", "what two tables do differently, after the best matching of their experts", _diff)
+    diff = add_command(table, "diff", "compare two tables, after the best matching of their experts", _diff)
     for name in ("one", "other"):
         diff.add_argument(name, help="table file, checkpoint or run directory")
     _data_argument(diff, required=False, default="none: ids are compared, not tokens")
@@ -73,14 +75,18 @@ def add_to(commands: Subparsers) -> None:
 def _add_corpus_builder(build: Subparsers, name: str, text: str) -> None:
     sub = _add_builder(build, name, text, _from_corpus)
     sub.set_defaults(builder=name)
-    sub.add_argument("options", nargs="*", metavar="key=value", help="of the builder, e.g. dims=32 (docs/method.md)")
+    sub.add_argument(
+        "options", nargs="*", metavar="key=value", help="options of the builder, e.g. dims=32 (docs/method.md)"
+    )
     _data_argument(sub, required=True)
-    sub.add_argument("--experts", type=int, required=True, help="of each MoE layer")
-    sub.add_argument("--layers", type=int, nargs="+", required=True, metavar="BLOCK", help="as moe.layers has them")
+    sub.add_argument("--experts", type=int, required=True, help="experts of each MoE layer")
+    sub.add_argument(
+        "--layers", type=int, nargs="+", required=True, metavar="BLOCK", help="block numbers, as in moe.layers"
+    )
     sub.add_argument("--top-k", type=int, default=1, help="experts of an id (default 1)")
     sub.add_argument("--seed", type=int, default=0, help="the same seed makes the same table (default 0)")
-    sub.add_argument("--tokenizer", type=Path, help="refuse corpora that another one made")
-    sub.add_argument("--vocab-size", type=int, help="ids of the model, if it has more than the tokenizer")
+    sub.add_argument("--tokenizer", type=Path, help="tokenizer; corpora of another one are refused")
+    sub.add_argument("--vocab-size", type=int, help="number of ids of the model, if it has more than the tokenizer")
 
 
 def _add_builder(build: Subparsers, name: str, text: str, call: Any) -> argparse.ArgumentParser:
@@ -91,7 +97,7 @@ def _add_builder(build: Subparsers, name: str, text: str, call: Any) -> argparse
 
 
 def _data_argument(parser: argparse.ArgumentParser, required: bool, default: str = "") -> None:
-    text = "prepared corpora (paths without ending), in equal parts" + (f"; default: {default}" if default else "")
+    text = "prepared corpora (paths without extension), in equal parts" + (f"; default: {default}" if default else "")
     parser.add_argument("--data", nargs="+", required=required, default=[], metavar="PREFIX", help=text)
 
 

@@ -21,7 +21,7 @@ def launch_all(runs: Sequence[SuiteRun], path: str, dry_run: bool) -> int:
     """
     cluster = load_cluster(path)
     if cluster.run_dir is not None:
-        raise UserError(f"{path}: run_dir: got {cluster.run_dir}: a suite says itself where its runs go; leave it out")
+        raise UserError(f"{path}: run_dir: got {cluster.run_dir}: a suite decides where its runs go; leave it out")
     missing = [run for run in runs if state_of(run) != "finished"]
     if not missing:
         answer("all runs are finished: see --report")

@@ -32,7 +32,7 @@ class Outcome:
     figures: a number by the name of its column; None where there is nothing to measure.
     curves: (x, y) by name; x is tokens, but seconds for ``perplexity_time`` and a share of the run for ``fluctuation``.
     expert_bits: float64 [L * N], entropy of the ids each expert sees in the end; empty without experts.
-    table, gate: what fixes the routes, and what weighs the experts, in words; empty without experts.
+    table, gate: what fixes the routes, and what weighs the experts, as text; empty without experts.
     """
 
     label: str

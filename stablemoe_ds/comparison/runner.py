@@ -21,7 +21,7 @@ from stablemoe_ds.run_directory.lock import LAUNCH, writer_of
 
 Say = Callable[[str], None]
 LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", MEANT_SIZE, LAUNCH)
-LEFT_ALONE = "left alone, another process is training it"
+LEFT_ALONE = "skipped, another process is training it"
 
 
 @dataclass(frozen=True)

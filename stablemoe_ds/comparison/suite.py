@@ -26,13 +26,15 @@ Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$
 class SuiteConfig(Section):
     """Runs that differ in nothing but their variant and their seed."""
 
-    name: Label = Field(description="what the suite is called")
+    name: Label = Field(description="name of the suite")
     run: PathText = Field(description="YAML file of the run that all variants start from, relative to this file")
-    overrides: list[str] = Field(default_factory=list, description="key=value, laid over the run in every variant")
-    variants: dict[Label, list[str]] = Field(min_length=1, description="by label: key=value, laid over all of that")
-    seeds: list[Annotated[int, Ge(0)]] = Field(min_length=1, description="each variant runs once with each")
-    reference: Label = Field(description="label of the variant that the others are held against")
-    output: PathText | None = Field(None, description="where everything goes; null: runs/compare/<name>")
+    overrides: list[str] = Field(default_factory=list, description="key=value, applied to the run in every variant")
+    variants: dict[Label, list[str]] = Field(
+        min_length=1, description="by label: key=value, applied on top of the overrides"
+    )
+    seeds: list[Annotated[int, Ge(0)]] = Field(min_length=1, description="every variant runs once with each seed")
+    reference: Label = Field(description="label of the variant that the others are compared with")
+    output: PathText | None = Field(None, description="output folder; null: runs/compare/<name>")
 
     @model_validator(mode="after")
     def _coherent(self) -> SuiteConfig:
@@ -58,7 +60,7 @@ class SuiteRun:
         return Path(self.run.directory)
 
     def beside(self, ending: str) -> Path:
-        """A file beside the run directory: ``run.beside("log")``."""
+        """A file next to the run directory: ``run.beside("log")``."""
         return self.folder.with_name(f"{self.folder.name}.{ending}")
 
     @property

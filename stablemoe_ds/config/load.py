@@ -20,10 +20,10 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run and lay the overrides over it, in their order.
+    """Read a run and apply the overrides in order.
 
     overrides: ``key.sub=value``, the value as YAML: ``moe.layers=[2,4]``, ``stages.at_step=null``.
-    Raises UserError, one line for each thing that is wrong. Rules that join sections are in ``rules.check``.
+    Raises UserError, with one line for each error. Rules that involve several sections are in ``rules.check``.
     """
     return load_section(RunConfig, path, overrides, "'model:' and 'schedule:'")
 

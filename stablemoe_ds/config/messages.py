@@ -1,4 +1,4 @@
-"""Pydantic's findings in the words of somebody who edits a YAML file: one finding, one line."""
+"""Pydantic's findings as messages for a person who edits a YAML file: one line for each finding."""
 
 from __future__ import annotations
 

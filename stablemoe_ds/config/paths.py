@@ -1,4 +1,4 @@
-"""The one place where a path that somebody writes becomes one that can be opened."""
+"""The one place where a path written by a user becomes one that can be opened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ValidationInfo
 
 WRITTEN = {"paths": "written"}
-"""Context for a validation of what somebody writes. What a checkpoint has recorded is taken as it is."""
+"""Context for validating what a user writes. What a checkpoint has recorded is taken as it is."""
 
 _VARIABLE = re.compile(r"\$(\w+|\{)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -26,16 +26,16 @@ def expanded(path: str) -> str:
     shell, which only a shell replaces, or a URL.
     """
     if _URL.match(path):
-        raise ValueError("a URL is no path: copy it to a disk first")
+        raise ValueError("a URL is not a path: download it first")
     if found := _VARIABLE.search(path):
-        raise ValueError(f"{found[0].rstrip('{')}... is not replaced here, only in a shell: write it out, or use ~")
+        raise ValueError(f"{found[0].rstrip('{')}... is replaced only by a shell: write the path out, or use ~")
     return _home(_plain(path))
 
 
 def plain_name(name: str) -> str:
     """A name that a directory is called by: as :func:`expanded`, but ``~`` and variables have no meaning in it."""
     if name.startswith("~") or _VARIABLE.search(name):
-        raise ValueError("a directory is called by it, so it cannot begin with ~ or hold a variable")
+        raise ValueError("it names a directory, so it cannot begin with ~ or contain a variable")
     return _plain(name)
 
 
@@ -43,10 +43,10 @@ def _plain(path: str) -> str:
     if not path.strip():
         raise ValueError("it is empty; expected a path, or null")
     if path != path.strip():
-        raise ValueError(f"a blank at the start or end; nearest that works: {path.strip()}")
+        raise ValueError(f"a space at the start or end; nearest that works: {path.strip()}")
     odd = next((c for c in path if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or _TURNING.match(c)), None)
     if odd is not None:
-        raise ValueError(f"the character U+{ord(odd):04X} cannot be seen and has no place in a path: take it out")
+        raise ValueError(f"the character U+{ord(odd):04X} is invisible and not allowed in a path: remove it")
     return path
 
 
@@ -71,7 +71,7 @@ def expanded_within(tree: Any) -> Any:
 
 
 def if_written(check: Callable[[Any], Any]) -> AfterValidator:
-    """Apply ``check`` to what somebody writes, and not to what a checkpoint has recorded."""
+    """Apply ``check`` to what a user writes, and not to what a checkpoint has recorded."""
 
     def validator(value: Any, info: ValidationInfo) -> Any:
         return check(value) if info.context == WRITTEN else value

@@ -19,12 +19,15 @@ HEAD = """# Configuration
 
 <!-- Generated: python -m stablemoe_ds.config.reference > docs/configuration.md -->
 
-A run is one YAML file; `ds_configs/` holds some. Any key can be set on the command line as well, its value in YAML:
-`schedule.steps=100 moe.layers=[2,4] stages.at_step=null`. Unknown keys are refused, and so are YAML's aliases and
-repeated keys. `stablemoe config check RUN.yaml` holds a run against every rule, looks at the files it names and says
-what it costs. A file that `train` would refuse is an error; one that is not here is only named.
+A run is one YAML file; `ds_configs/` has examples. You can also set any key on the command line, with its value in
+YAML: `schedule.steps=100 moe.layers=[2,4] stages.at_step=null`. Unknown keys, repeated keys and YAML aliases are
+refused.
 
-Rules that join sections, each refused with the nearest setting that works, are in `stablemoe_ds/config/rules.py`.
+`stablemoe config check RUN.yaml` checks a run against every rule, looks at the files it names, and prints what it
+costs. A file that `train` would refuse is an error. A file that does not exist on this machine is only listed.
+
+The rules that involve several sections are in `stablemoe_ds/config/rules.py`. An error names the nearest setting that
+works.
 """
 NAMES = {int: "integer", float: "number", bool: "true or false", str: "text"}
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

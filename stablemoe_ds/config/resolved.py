@@ -23,7 +23,7 @@ class ResolvedRun:
 
 
 def resolve(run: RunConfig, world_size: int, tokenizer: tuple[int, int | None] | None) -> ResolvedRun:
-    """Hold a run against every rule and settle it.
+    """Check a run against every rule and resolve it.
 
     tokenizer: how many ids it has, and the one that ends a document; None where the run names no tokenizer.
     Raises UserError for a run that cannot work.

@@ -17,7 +17,7 @@ PROBES_PER_RUN = 50
 
 
 def check(run: RunConfig, world_size: int | None = None) -> None:
-    """Hold a run against every rule; those about the number of processes only if ``world_size`` is given.
+    """Check a run against every rule; those about the number of processes only if ``world_size`` is given.
 
     Raises UserError with one line for each breach.
     """
@@ -213,7 +213,7 @@ def _tensor(run: RunConfig) -> Iterator[str]:
 
 
 def _cut_vocabulary(run: RunConfig) -> Iterator[str]:
-    """The vocabulary is never padded unasked: rows nobody meant would join the softmax and the parameter count."""
+    """The vocabulary is never padded silently: extra rows would join the softmax and the parameter count."""
     size, tensor = run.model.vocab_size, run.parallel.tensor
     if size is not None and size % tensor:
         expected = f"expected a multiple of parallel.tensor {tensor}; ids the tokenizer lacks are allowed"

@@ -34,121 +34,132 @@ class ModelConfig(Section):
     heads: PositiveInt = Field(description="attention heads")
     kv_heads: PositiveInt | None = Field(None, description="key/value heads of grouped-query attention; null: heads")
     ffn_hidden_size: PositiveInt = Field(description="inner width of a block's feed-forward layer")
-    vocab_size: PositiveInt | None = Field(None, description="token ids; null: as many as the tokenizer has")
+    vocab_size: PositiveInt | None = Field(None, description="number of token ids; null: that of the tokenizer")
     positions: Literal["learned", "rope"] = Field("rope", description="learned absolute positions or rotary embedding")
     rope_base: PositiveInt = Field(10_000, description="base of the rotary frequencies")
     norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="normalisation, always before the sublayer")
     activation: Literal["relu", "gelu", "swiglu"] = Field("swiglu", description="feed-forward nonlinearity")
     bias: bool = Field(False, description="biases in attention and feed-forward layers")
-    tie_embeddings: bool = Field(True, description="output matrix is the input embedding")
+    tie_embeddings: bool = Field(True, description="use the input embedding as the output matrix")
     embedding: Literal["scaled", "plain"] = Field(
         "scaled",
-        description="scaled: N(0, 1/d) times sqrt(d), as StableMoE's authors have it, so that the router can tell "
-        "tokens apart from the first update; plain: N(0, init_std), Megatron's habit, which starves a raw router",
+        description="initial values of the embedding. scaled: N(0, 1/d) times sqrt(d), as in the authors' code, with "
+        "which the router can distinguish tokens from the first update; plain: N(0, init_std), as in Megatron, with "
+        "which a router on the raw stream learns badly",
     )
     init: Literal["megatron", "fairseq"] = Field(
         "megatron",
-        description="start values of the other weights. megatron: N(0, init_std), divided by sqrt(2 layers) where a "
-        "layer writes to the residual stream, biases 0; fairseq: those of StableMoE's authors (docs/method.md)",
+        description="initial values of the other weights. megatron: N(0, init_std), divided by sqrt(2 layers) for "
+        "layers that write to the residual stream, biases 0; fairseq: as in the authors' code (docs/method.md)",
     )
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the megatron start values")
-    norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance in a norm")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial values with megatron")
+    norm_epsilon: float = Field(1e-5, gt=0, description="epsilon added to the variance in a norm")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after attention and feed-forward layers")
 
 
 class DistilledConfig(Section):
     """The small router that sees token ids only (paper eq. 9-10)."""
 
-    kind: Literal["word", "bigram", "cnn", "transformer"] = Field("word", description="how features are made of ids")
+    kind: Literal["word", "bigram", "cnn", "transformer"] = Field(
+        "word", description="how features are computed from ids"
+    )
     dim: PositiveInt = Field(50, description="feature width; a transformer uses the model's hidden size instead")
     layers: PositiveInt = Field(1, description="layers of the transformer kind")
     bigram_start: Literal["zero", "itself"] = Field(
         "zero",
-        description="what the bigram kind averages the first token of a sequence (or document) with, which has none "
-        "before it: a vector of zeros, or itself as in the authors' code",
+        description="kind bigram: what the first token of a sequence (or document) is averaged with, since no token "
+        "precedes it: a vector of zeros, or itself as in the authors' code",
     )
     lr_scale: float = Field(
         1.0,
         gt=0,
         description="learning rate of this router relative to optimizer.lr (paper: 1). Its vectors start at N(0, 1) "
-        "and have to travel about that far, so a stage 1 of fewer than some thousand updates needs 10 and more",
+        "and have to move about that far, so a stage 1 of less than a few thousand updates needs 10 or more",
     )
 
 
 class MoEConfig(Section):
-    """Mixture-of-Experts layers: where they are, what an expert is, who routes."""
+    """Mixture-of-Experts layers: where they are, what an expert is, and how tokens are routed."""
 
     router: RouterName = Field(
         "stablemoe",
-        description="who decides which expert serves a token (docs/method.md); dense: no MoE layer at all; "
-        "dense_deeper, dense_wider: a dense layer of as many parameters as all experts, stacked or side by side",
+        description="how the expert of a token is chosen (docs/method.md); dense: no MoE layer at all; dense_deeper, "
+        "dense_wider: a dense layer with as many parameters as all experts, stacked or side by side",
     )
-    layers: list[PositiveInt] = Field(default_factory=list, description="block numbers, counted from 1")
+    layers: list[PositiveInt] = Field(default_factory=list, description="blocks with an MoE layer, counted from 1")
     placement: Literal["after", "replace"] = Field(
         "after",
-        description="after: an extra layer behind each named block (paper); replace: instead of its feed-forward layer",
+        description="after: an extra layer after each of these blocks (paper); replace: in place of its feed-forward "
+        "layer",
     )
-    experts: PositiveInt = Field(8, description="experts N of each MoE layer")
-    sublayers: PositiveInt = Field(1, description="residual feed-forward sublayers K stacked in one expert")
+    experts: PositiveInt = Field(8, description="number of experts N of each MoE layer")
+    sublayers: PositiveInt = Field(1, description="number of residual feed-forward sublayers K in each expert")
     ffn_hidden_size: PositiveInt | None = Field(
         None, description="inner width of an expert's sublayer; null: the model's"
     )
-    top_k: PositiveInt = Field(1, description="experts that serve a token; the paper has 1")
+    top_k: PositiveInt = Field(1, description="number of experts that serve a token; 1 in the paper")
     shared_experts: int = Field(0, ge=0, description="experts that serve every token, in addition to the routed ones")
     capacity_factor: float | None = Field(
         None,
         gt=0,
-        description="tokens an expert takes in training, as a multiple of the mean; null: every token is served",
+        description="tokens an expert serves at most in training, as a multiple of the mean; null: no limit",
     )
     balance_weight: float = Field(
         0.3,
         ge=0,
-        description="weight of the router's balance loss; not given: 0.3 for StableMoE (paper eq. 8), 0.01 for switch",
+        description="weight of the balance loss; if not given: 0.3 for StableMoE (paper eq. 8), 0.01 for switch",
     )
     balance_over: Literal["update", "micro_batch"] = Field(
         "update",
-        description="tokens whose experts the balance loss counts: all of an update, whatever its layout, for which "
-        "several micro-batches of stage 1 pass the stack up to the last MoE layer once more; or each micro-batch by "
-        "itself over all ranks, as the authors' code counts, which makes the loss depend on parallel.micro_batch and "
-        "the number of ranks",
+        description="tokens that the balance loss counts. update: all tokens of an update, which costs stage 1 an "
+        "extra forward pass up to the last MoE layer if an update has several micro-batches; micro_batch: each "
+        "micro-batch separately, over all ranks, as in the authors' code, so that the loss depends on "
+        "parallel.micro_batch and the number of ranks",
     )
     distill_weight: float = Field(
         0.3, ge=0, description="weight of the distillation loss (paper: 1, authors' code: 0.3)"
     )
     router_input: Literal["raw", "normalized"] = Field(
         "raw",
-        description="what the centroids meet: the residual stream as it is (paper) or at unit root mean square, which "
-        "bounds gates and gradients but not which expert is best",
+        description="input of the centroids. raw: the residual stream itself (paper); normalized: scaled to a root "
+        "mean square of 1, which limits gates and gradients but does not change which expert is best",
     )
     gate: GateName = Field(
         "own",
-        description="weight of what an expert adds to a token, from their affinity s (docs/method.md). own: the "
-        "router's, sigmoid(s) in the paper; doubled: 2 sigmoid(s), about 1 at the start; learned: 2 sigmoid(a s + b), "
-        "with a and b learned for each expert, the same at the start; one: 1 always",
+        description="weight of an expert's output, a function of its affinity s to the token (docs/method.md). own: "
+        "the router's own gate, sigmoid(s) in the paper; doubled: 2 sigmoid(s), about 1 at the start; learned: "
+        "2 sigmoid(a s + b), with a and b learned for each expert, also about 1 at the start; one: always 1",
     )
-    centroid_gain: float = Field(0.1, gt=0, description="norm of each centroid at the start")
-    equal_experts: bool = Field(False, description="start all experts of a layer alike, as the authors' code does")
-    distilled: DistilledConfig = Field(default_factory=DistilledConfig, description="the router of token ids")
+    centroid_gain: float = Field(0.1, gt=0, description="initial norm of each centroid")
+    equal_experts: bool = Field(
+        False, description="give all experts of a layer the same initial values, as in the authors' code"
+    )
+    distilled: DistilledConfig = Field(
+        default_factory=DistilledConfig, description="the distilled router, which sees token ids only"
+    )
     hash_table: Literal["random", "even"] = Field(
         "random",
-        description="table of router hash: each id at random, or the heaviest ids first, each to the emptiest expert",
+        description="table of router hash. random: a random expert for each id; even: the most frequent ids first, "
+        "each to the expert with the fewest tokens so far",
     )
     table: PathText | None = Field(
         None,
-        description="table of router table: a file of 'stablemoe table build', or routing_table.safetensors of a run, "
-        "for the run's tokenizer and the model's experts, top_k and number of MoE layers; or random, even, scattered "
-        "or cooccurrence, to build one from the training text when the run begins. A run that continues follows the "
-        "table in its checkpoint",
+        description="table of router table: a file from 'stablemoe table build', or routing_table.safetensors of a "
+        "run; it must match the run's tokenizer and the model's experts, top_k and number of MoE layers. Or random, "
+        "even, scattered or cooccurrence, to build one from the training text when the run begins. A run that "
+        "continues follows the table in its checkpoint",
     )
     table_options: dict[str, bool | int | float | str] = Field(
         default_factory=dict,
-        description="options of that builder, as 'stablemoe table build' takes them, e.g. {max_load: 1.2}",
+        description="options of the table builder, as for 'stablemoe table build', e.g. {max_load: 1.2}",
     )
     table_load: float = Field(
-        1.1, ge=1, description="router stablemoe_balanced: largest max/mean load of its table, where frequencies allow"
+        1.1,
+        ge=1,
+        description="router stablemoe_balanced: limit on the max/mean load of its table, as far as frequencies allow",
     )
     bias_step: float = Field(
-        0.001, gt=0, description="router topk: how far an update moves the bias of an over- or underloaded expert"
+        0.001, gt=0, description="router topk: change of the bias of an over- or underloaded expert in each update"
     )
 
     @property
@@ -222,9 +233,9 @@ class MoEConfig(Section):
         if self.top_k > self.experts:
             raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")
         if self.top_k > 1 and facts.one_expert:
-            raise ValueError(f"router '{self.router}' gives a token one expert, not top_k {self.top_k}: set top_k 1")
+            raise ValueError(f"router '{self.router}' gives each token one expert, not top_k {self.top_k}: set top_k 1")
         if facts.layer in ("deep", "wide") and self.shared_experts:
-            raise ValueError(f"router '{self.router}' has no experts, shared ones neither: set shared_experts 0")
+            raise ValueError(f"router '{self.router}' has no experts, so no shared ones either: set shared_experts 0")
         if facts.table_from == "scores and counts" and self.distilled.kind != "word":
             raise ValueError(f"a {self.distilled.kind} router has no table to balance: set distilled.kind word")
         return self
@@ -238,40 +249,42 @@ class MoEConfig(Section):
         if self.has_centroids and not self.gate_facts.affinity and not balanced:
             reason = "balance_weight is 0" if facts.balance_weight else "it has no balance loss"
             raise ValueError(
-                f"gate '{self.gate_name}' has no gradient and {reason}, so nothing teaches the centroids of router "
+                f"gate '{self.gate_name}' has no gradient and {reason}, so nothing trains the centroids of router "
                 f"'{self.router}'; nearest that works: gate doubled"
             )
         return self
 
 
 class Source(Section):
-    """One corpus of a blend, as ``stablemoe data prepare`` has written it: .bin, .idx, .json and .counts.npy."""
+    """One corpus of a blend, written by ``stablemoe data prepare``: .bin, .idx, .json and .counts.npy."""
 
-    path: PathText = Field(description="common path of these files, without the endings")
-    weight: float = Field(1.0, gt=0, description="share of this source in the blend, relative to the others")
+    path: PathText = Field(description="common path of these files, without extension")
+    weight: float = Field(1.0, gt=0, description="weight of this corpus in the blend, relative to the others")
 
 
 class DataConfig(Section):
     """Tokenizer, corpora and how they are cut into sequences.
 
-    Paths start in the directory a command is given in; ~ and ~user at the start of one are home directories.
+    Paths are relative to the current directory; ~ and ~user at the start of a path are home directories.
     """
 
     tokenizer: PathText | None = Field(
         None, description="sentencepiece .model file, or a tokenizer.json of Hugging Face"
     )
-    train: list[Source] = Field(default_factory=list, description="blend to train on: paths, or {path, weight}")
+    train: list[Source] = Field(default_factory=list, description="training corpora: paths, or {path, weight}")
     valid: list[Source] = Field(default_factory=list, description="validation corpora, read from end to end")
     test: list[Source] = Field(default_factory=list, description="test corpora, read from end to end")
-    sequence_length: PositiveInt = Field(1024, description="tokens of one training sequence")
+    sequence_length: PositiveInt = Field(1024, description="tokens in a training sequence")
     document_mask: Literal["none", "attention", "attention_and_positions"] = Field(
         "none",
-        description="none: a token attends to all that is before it in its sequence, other documents included; "
-        "attention: to its own document only, in training and evaluation; attention_and_positions: learned positions "
-        "start at each document, too (rotary ones are relative, so it makes no difference to them)",
+        description="none: a token attends to everything before it in its sequence, including other documents; "
+        "attention: only to its own document, in training and evaluation; attention_and_positions: learned positions "
+        "also start again at each document (this makes no difference to rotary ones, which are relative)",
     )
     eos_id: int | None = Field(None, ge=0, description="id that ends each document; null: the tokenizer's")
-    workers: int = Field(1, ge=0, description="processes that read ahead; 0: the training process reads itself")
+    workers: int = Field(
+        1, ge=0, description="processes that read data ahead; 0: the training process reads data itself"
+    )
 
     @field_validator("train", "valid", "test", mode="before")
     @classmethod
@@ -284,32 +297,32 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. One learning rate for everything that is trained."""
+    """AdamW. All parameters have the same learning rate, except those of moe.distilled (lr_scale)."""
 
     lr: float = Field(gt=0, description="peak learning rate")
     betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.98), description="Adam's decay rates")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(
-        0.01, ge=0, description="decoupled decay of matrices; never of biases, norms or the router"
+        0.01, ge=0, description="decoupled weight decay of matrices; never applied to biases, norms or the router"
     )
-    clip: float = Field(1.0, ge=0, description="bound on the global gradient norm; 0: none")
+    clip: float = Field(1.0, ge=0, description="limit on the global gradient norm; 0: none")
 
 
 class ScheduleConfig(Section):
-    """How long, how much a step, and the learning rate on the way."""
+    """Number and size of updates, and the learning rate schedule."""
 
-    steps: PositiveInt = Field(description="optimizer updates")
-    tokens_per_step: PositiveInt = Field(description="tokens of one update over all ranks and accumulation steps")
+    steps: PositiveInt = Field(description="number of optimizer updates")
+    tokens_per_step: PositiveInt = Field(description="tokens in an update, over all ranks and accumulation steps")
     warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
-    decay: Literal["linear", "cosine", "constant"] = Field("linear", description="what follows the warm-up")
+    decay: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after the warm-up")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end, relative to the peak")
 
 
 class PlateauConfig(Section):
     """Switch when agreement, churn and load have all levelled off."""
 
-    window: PositiveInt = Field(50, description="updates over which a change is measured")
-    tolerance: float = Field(0.01, gt=0, description="largest change of any of the three that still counts as level")
+    window: PositiveInt = Field(50, description="number of updates over which changes are measured")
+    tolerance: float = Field(0.01, gt=0, description="largest change of any of the three that counts as level")
     earliest: float = Field(0.05, ge=0, lt=1, description="no switch before this fraction of the run")
     latest: float = Field(0.5, gt=0, le=1, description="switch at this fraction of the run at the latest")
 
@@ -324,16 +337,18 @@ class StagesConfig(Section):
     """When stage 1 ends. Exactly one of the first three; ``never`` keeps stage 1 to the end."""
 
     at_step: int | None = Field(
-        None, ge=1, description="updates of stage 1 (the paper's S); stage 2 begins with the next"
+        None, ge=1, description="number of updates in stage 1 (the paper's S); stage 2 begins with the next one"
     )
     at_fraction: float | None = Field(None, gt=0, lt=1, description="the same, as a fraction of the run")
     plateau: PlateauConfig | None = Field(None, description="switch when routing has levelled off")
     never: bool = Field(False, description="stay in stage 1 (the paper's ablation)")
-    min_agreement: float = Field(0.5, ge=0, le=1, description="below this agreement of the two routers a switch warns")
+    min_agreement: float = Field(
+        0.5, ge=0, le=1, description="the switch warns if the agreement of the two routers is lower"
+    )
     max_load_excess: float = Field(
         2.0,
         ge=1,
-        description="a switch warns when the table's max/mean load exceeds what token frequencies force by this factor",
+        description="the switch warns if the table's max/mean load exceeds what token frequencies force by this factor",
     )
 
     @model_validator(mode="after")
@@ -342,117 +357,123 @@ class StagesConfig(Section):
         named += ["never"] if self.never else []
         if len(named) > 1:
             raise ValueError(
-                f"give one of at_step, at_fraction, plateau, never; this has {' and '.join(named)}; take one out, e.g. "
+                f"give one of at_step, at_fraction, plateau, never; this has {' and '.join(named)}; remove one, e.g. "
                 f"stages.{named[0]}=null"
             )
         return self
 
 
 class ParallelConfig(Section):
-    """How the run is laid over processes. The data-parallel degree follows: world size / tensor."""
+    """How the run is distributed over processes. The data-parallel degree is world size / tensor."""
 
     tensor: PositiveInt = Field(1, description="tensor-parallel degree")
     expert: PositiveInt = Field(1, description="expert-parallel degree; divides moe.experts and the world size")
     expert_placement: Literal["number", "load"] = Field(
         "number",
-        description="which experts a rank holds. number: consecutive ones; load: those that give every rank about the "
-        "same number of tokens, by the table that routes follow and the counts of the training text. Known where a run "
-        "follows a table from its first update; where it learns one, when it is continued after the switch",
+        description="which experts a rank holds. number: consecutive ones; load: chosen so that all ranks serve about "
+        "the same number of tokens, computed from the routing table and the counts of the training text. A run that "
+        "learns its table places experts by load once it is continued after the switch",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
-        description="ZeRO stage, what is sharded over data ranks: 0 nothing, 1 the optimizer's state, 2 gradients too, "
-        "3 weights too (fp32 only)",
+        description="ZeRO stage, i.e. what is sharded over data ranks: 0 nothing, 1 the optimizer state, 2 also the "
+        "gradients, 3 also the weights (fp32 only)",
     )
     micro_batch: PositiveInt | None = Field(
-        None, description="sequences a rank handles at once; null: the whole share of the rank in one go"
+        None, description="sequences in a micro-batch of a rank; null: the rank's whole share of an update"
     )
     dispatch_parts: PositiveInt = Field(
-        1, description="parts that the tokens of an MoE layer are cut into: one travels while experts serve another"
+        1,
+        description="parts into which the tokens of an MoE layer are split: one is sent while experts compute another",
     )
     recompute: bool = Field(False, description="recompute activations of each block in the backward pass")
     compile: bool = Field(
         False,
-        description="torch.compile the transformer blocks and, where a GPU serves all experts at once, the experts: "
-        "fuses what is between matrix products, after a minute of compiling; needs a C++ compiler. Dropout draws other "
-        "numbers; above parallel.tensor 1 a block is compiled in pieces, between its all-reduces",
+        description="torch.compile the transformer blocks and, on a GPU with grouped experts, the experts. It fuses "
+        "the operations between matrix products, takes about a minute at the start, and needs a C++ compiler. Dropout "
+        "draws different random numbers; with parallel.tensor above 1 a block is compiled in pieces, between "
+        "its all-reduces",
     )
-    timeout_minutes: float = Field(10.0, gt=0, description="how long a collective may wait before the run stops")
+    timeout_minutes: float = Field(10.0, gt=0, description="the run stops if a collective waits longer than this")
 
 
 class PrecisionConfig(Section):
-    """Arithmetic of the model. Router, gate, auxiliary losses and optimizer are fp32 always."""
+    """Arithmetic of the model. Router, gate, auxiliary losses and optimizer always use fp32."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="weights and activations")
     loss_scale: float = Field(0, ge=0, description="fp16 only; 0: dynamic")
 
 
 class CheckpointConfig(Section):
-    """When the run is saved and how much is kept."""
+    """When checkpoints are written, checked and deleted."""
 
-    every: int = Field(0, ge=0, description="updates between checkpoints; 0: at the end and on SIGTERM only")
-    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    every: int = Field(0, ge=0, description="updates between checkpoints; 0: only at the end and when asked to stop")
+    keep: PositiveInt = Field(2, description="number of newest checkpoints that are kept")
     resume: bool = Field(
         True,
         description="continue from the newest checkpoint in run_dir if there is one, even if settings have changed",
     )
     asynchronous: bool = Field(
         True,
-        description="train on while a thread writes; the update waits for the copy to host memory only, which takes "
-        "12 bytes a parameter, divided over the ranks",
+        description="write checkpoints in a thread while training continues; an update only waits for the copy to host "
+        "memory, which takes 12 bytes per parameter, divided over the ranks",
     )
     verify: Literal["size", "hash"] = Field(
         "hash",
-        description="what is held against the manifest before a checkpoint is used: file sizes, or the content, too; "
-        "ranks share the reading, which takes about a second for each 1.5 GB of a rank's share",
+        description="what is checked before a checkpoint is used. size: file sizes; hash: also the content, which "
+        "ranks read in shares, about a second for each 1.5 GB of a rank's share",
     )
     fallback: bool = Field(
         True,
-        description="if the newest checkpoint is damaged, go on from the newest sound one with a warning; "
-        "false: refuse, and name it",
+        description="if the newest checkpoint is damaged, warn and continue from the newest intact one; false: stop, "
+        "and name that one",
     )
 
 
 class FaultsConfig(Section):
-    """When numbers go wrong. An update whose loss or gradient is not finite is dropped by all ranks alike.
+    """Numerical faults. An update whose loss or gradient is not finite is dropped by all ranks.
 
-    At fp16 a gradient that overflows is no fault: DeepSpeed drops the update and lowers its loss scale.
+    In fp16 an overflowing gradient is not a fault: DeepSpeed drops the update and lowers its loss scale.
     """
 
     skip_limit: PositiveInt = Field(
-        3, description="updates dropped in a row after which the run goes back to its newest checkpoint, past that data"
+        3, description="after this many dropped updates in a row, go back to the newest checkpoint and skip that data"
     )
     rollback_limit: int = Field(
-        2, ge=0, description="times a run goes back to the same checkpoint before it ends with an error"
+        2, ge=0, description="how often a run may go back to the same checkpoint before it ends with an error"
     )
     spike_factor: float | None = Field(
-        None, gt=1, description="drop updates whose loss exceeds the median of recent ones by this factor; null: none"
+        None, gt=1, description="drop updates whose loss exceeds the median of recent ones by this factor; null: never"
     )
-    spike_window: PositiveInt = Field(50, description="kept updates that a spike is measured against")
+    spike_window: PositiveInt = Field(50, description="number of recent kept updates that a loss is compared with")
 
 
 class LoggingConfig(Section):
-    """What is told while the run goes on."""
+    """What is logged and measured during a run."""
 
-    every: PositiveInt = Field(10, description="updates between two log lines")
-    eval_every: int = Field(0, ge=0, description="updates between two validations; 0: at the switch and the end only")
+    every: PositiveInt = Field(10, description="updates between log lines")
+    eval_every: int = Field(0, ge=0, description="updates between validations; 0: only at the switch and at the end")
     eval_tokens: PositiveInt | None = Field(
-        None, description="validation tokens a time while training; null: all of them"
+        None, description="tokens in each validation during training; null: all of them"
     )
     probe_every: int = Field(
-        0, ge=0, description="updates between two records of the routing of the probe set; 0: 50 a run"
+        0, ge=0, description="updates between records of where the probe set is routed; 0: 50 records per run"
     )
-    probe_tokens: PositiveInt = Field(16_384, description="size of the fixed probe set")
+    probe_tokens: PositiveInt = Field(16_384, description="number of tokens in the fixed probe set")
     tensorboard: bool = Field(True, description="write TensorBoard events to run_dir/tensorboard")
-    wandb_project: str | None = Field(None, description="Weights & Biases project; needs the wandb extra")
+    wandb_project: str | None = Field(
+        None, description="Weights & Biases project; needs pip install 'stablemoe_ds[wandb]'"
+    )
 
 
 class RunConfig(Section):
     """A whole run. ``load.load_run`` makes one from YAML and ``key=value`` overrides."""
 
-    name: NameText = Field("run", description="what this run is called")
-    run_dir: PathText | None = Field(None, description="where it leaves everything; null: runs/<name>")
-    seed: int = Field(1234, ge=0, description="initialisation, data order and random victims follow from it")
+    name: NameText = Field("run", description="name of the run")
+    run_dir: PathText | None = Field(None, description="run directory, where all output goes; null: runs/<name>")
+    seed: int = Field(
+        1234, ge=0, description="determines initial values, data order, and which tokens a capacity limit drops"
+    )
     model: ModelConfig
     moe: MoEConfig = Field(default_factory=lambda: MoEConfig(router="dense"))
     data: DataConfig = Field(default_factory=DataConfig)
@@ -465,7 +486,7 @@ class RunConfig(Section):
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     deepspeed: Annotated[dict[str, Any], if_written(expanded_within)] = Field(
-        default_factory=dict, description="merged last into the derived DeepSpeed config"
+        default_factory=dict, description="keys merged into the derived DeepSpeed configuration at the end"
     )
 
     @property

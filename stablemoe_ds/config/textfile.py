@@ -1,4 +1,4 @@
-"""The one place that reads a text file somebody names: UTF-8, of a sane size, without characters that mislead."""
+"""The one place that reads a text file named by a user: UTF-8, of a sane size, without characters that mislead."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_json(path: str | Path, what: str, largest: int) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON that can be read: {printable(str(error))}; expected {what}") from error
+        raise UserError(f"{where}: invalid JSON: {printable(str(error))}; expected {what}") from error
     if not isinstance(found, dict):
         raise UserError(f"{where}: holds no JSON object; expected {what}")
     return found

@@ -65,7 +65,7 @@ def parse(text: str, where: str) -> Any:
         before = text[: error.position]
         line, column = before.count("\n"), len(before) - before.rfind("\n") - 1
         reason = f"the character U+{error.character:04X} is not allowed"
-    raise UserError(f"{where}:{line + 1}:{column + 1}: this is not YAML that can be read: {cut(reason, 200)}")
+    raise UserError(f"{where}:{line + 1}:{column + 1}: invalid YAML: {cut(reason, 200)}")
 
 
 def dump(tree: Any) -> str:

@@ -116,7 +116,7 @@ class PreparedInfo:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; prepare it again") from error
         if left or (tokens is None and digest.hexdigest() != self.sha256):
-            raise UserError(f"{path} is damaged: its ids are not those that were prepared; prepare it again")
+            raise UserError(f"{path} is damaged: its ids have changed since it was prepared; prepare it again")
 
     def save(self, path: Path) -> None:
         """Write the fields as JSON; the prefix is not among them, so that a corpus can be moved."""
@@ -156,7 +156,7 @@ class PreparedInfo:
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             if fields.pop("seal", None) not in (None, _seal(fields)):  # one written by hand may have none
-                raise ValueError("damaged, its seal is broken")
+                raise ValueError("it is damaged: its digest is wrong")
             return cls(prefix=prefix, **fields)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -56,7 +56,7 @@ class Flaws:
             setattr(self, name, getattr(self, name) + getattr(later, name))
 
     def unreadable(self) -> str:
-        """The unreadable characters in words."""
+        """Describes the unreadable characters."""
         parts = [
             f"{number:,} {what}"
             for number, what in (
@@ -73,7 +73,7 @@ class Flaws:
 class Judge:
     """Sees the flaws of each file and decides whether to go on.
 
-    allow_damaged: go on whatever there is, leaving out broken records, and tell at the end.
+    allow_damaged: go on whatever there is, leaving out broken records, and report it at the end.
     """
 
     allow_damaged: bool
@@ -86,14 +86,14 @@ class Judge:
             plain = ", or read it as plain text with --format text" if file.format == "jsonl" else ""
             raise UserError(
                 f"{file.path}: {flaws.broken:,} of {flaws.records:,} records have no text, first "
-                f"{_place(file, flaws)}, which {flaws.first[1]}; mend it, leave them out with --allow-damaged{plain}"
+                f"{_place(file, flaws)}, which {flaws.first[1]}; correct it, leave them out with --allow-damaged{plain}"
             )
         if flaws.share > MOST_UNREADABLE and not self.allow_damaged:
             encoded = flaws.invalid > flaws.control
             remedy = "convert it, e.g. with iconv -f LATIN1 -t UTF-8," if encoded else "name a file of text,"
             raise UserError(
-                f"{file.path} is not UTF-8 text: unreadable are {flaws.unreadable()}; {remedy} "
-                "or take it as it is with --allow-damaged"
+                f"{file.path} is not UTF-8 text (unreadable: {flaws.unreadable()}); {remedy} "
+                "or read it anyway with --allow-damaged"
             )
         self.total.add(flaws)
         self.worst = max(self.worst, (flaws.share, file.path), key=lambda pair: pair[0])

@@ -124,7 +124,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _eos(path: Path, named: str | None, special: list[str], vocabulary: dict[str, int]) -> str:
-    """The token that ends a document. Raises UserError if that cannot be told."""
+    """The token that ends a document. Raises UserError if that is unclear."""
     config = config_path(path)
     if named is not None:
         if named not in vocabulary:

@@ -21,7 +21,7 @@ State = Literal["sound", "missing", "unusable"]
 
 @dataclass(frozen=True)
 class NamedFile:
-    """One of them. key: the setting that names it. found: in words, and for an unusable one what to do about it.
+    """One of them. key: the setting that names it. found: as text, and for an unusable one what to do about it.
 
     A missing file is no error of the configuration, which may be meant for another machine, or come before its data.
     One that is there and that ``train`` would refuse is one.

@@ -28,7 +28,7 @@ def read_rows(path: Path, column: str, start: int, end: int) -> Iterator[tuple[i
 
     with _opened(path) as file:
         if file.metadata.num_row_groups < end:
-            raise UserError(f"{path} became shorter while it was read: start again when nobody writes to it")
+            raise UserError(f"{path} became shorter while it was read: try again when nothing writes to it")
         row = sum(file.metadata.row_group(group).num_rows for group in range(start))
         for batch in file.iter_batches(ROWS, list(range(start, end)), columns=[column]):
             texts = batch.column(0)

@@ -167,7 +167,7 @@ def _in_order(encode: Callable[[Span], Encoded], spans: list[Span], workers: int
                     waiting.extend((span, pool.submit(encode, span)) for span in islice(remaining, 1))
             except BrokenProcessPool as error:
                 raise UserError(
-                    "a process that encodes text was killed, probably for memory: use fewer workers"
+                    "a process that encodes text was killed, probably because memory ran out: use fewer workers"
                 ) from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -175,7 +175,7 @@ def _in_order(encode: Callable[[Span], Encoded], spans: list[Span], workers: int
 
 def _describe(prefix: Path, totals: Totals, dtype: str, tokenizer: Tokenizer) -> PreparedInfo:
     if totals.words == 0:
-        raise UserError(f"nothing to write to {prefix}: the text files are empty or hold white space only")
+        raise UserError(f"nothing to write to {prefix}: the text files are empty or hold only white space")
     return PreparedInfo(
         prefix=str(prefix),
         documents=totals.documents,

@@ -1,4 +1,4 @@
-"""What a file is that is not text, told from its first bytes."""
+"""What a file is that is not text, recognised by its first bytes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ A line of JSON and a row of Parquet are one document each, whatever is said here
 """
 TITLE = re.compile(rb" ?= (?!=).+ =\s*")
 LONGEST_LINE = 1 << 28
-"""Bytes; a longer line is no line of text, and would not fit in memory with all that is made of it."""
+"""Bytes; a longer line is hardly text, and would not fit in memory together with its ids."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def _read_line(content: BinaryIO, file: TextFile) -> bytes:
     line = content.readline(LONGEST_LINE)
     if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
         raise UserError(
-            f"text file {file.path} has a line of more than {LONGEST_LINE >> 20} MiB, which is too long to be encoded: "
-            "put line ends into it"
+            f"text file {file.path} has a line of more than {LONGEST_LINE >> 20} MiB, which is too long: "
+            "break it into lines"
         )
     return line
 
@@ -165,7 +165,7 @@ def _lines(content: BinaryIO, span: Span) -> Iterator[tuple[int, bytes]]:
             return
     if span.end is not None:
         raise UserError(
-            f"text file {span.file.path} became shorter while it was read: start again when nobody writes to it"
+            f"text file {span.file.path} became shorter while it was read: try again when nothing writes to it"
         )
 
 

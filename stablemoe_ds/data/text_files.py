@@ -60,7 +60,7 @@ def check_files(files: Sequence[Path | str]) -> list[Path]:
                 what = "is a pipe or a device, which cannot be read twice: write the text to a file"
             raise UserError(f"text file {path} {what}")
         if not os.access(path, os.R_OK):
-            raise UserError(f"text file {path} may not be read by this user")
+            raise UserError(f"text file {path} cannot be read by this user")
     return paths
 
 

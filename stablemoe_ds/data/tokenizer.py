@@ -134,7 +134,7 @@ def train_tokenizer(
     stride = max(1, -(-sum(map(text_size, paths)) // sample_bytes))
     lines = _training_lines(text, stride, Judge(reading.allow_damaged))
     if not lines:
-        raise UserError(f"no text to learn a tokenizer from: {_names(paths)} holds white space at most")
+        raise UserError(f"no text to learn a tokenizer from: {_names(paths)} holds only white space")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -188,7 +188,7 @@ def _lines_of(file: TextFile, flaws: Flaws) -> Iterator[str]:
 
 
 def _explain(error: RuntimeError, vocab_size: int, paths: Sequence[Path]) -> str:
-    """Sentencepiece's complaint in words that say what to do."""
+    """Sentencepiece's error as a message that says what to do."""
     text = str(error)
     where = _names(paths)
     if most := re.search(r"value <= (\d+)", text):

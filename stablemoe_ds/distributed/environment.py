@@ -8,7 +8,7 @@ import socket
 from stablemoe_ds.errors import CLUSTER_FAULT, RunError, UserError
 
 MEANT_SIZE = "STABLEMOE_WORLD_SIZE"
-"""Set by whoever knows how many processes there should be."""
+"""Set by launchers that know how many processes there should be."""
 _LAUNCHERS = (  # rank, world size, local rank; as torchrun and deepspeed, SLURM, Open MPI and MPICH name them
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
@@ -43,7 +43,7 @@ def started_by_mpi() -> bool:
 
 
 def check_world_size(size: int) -> None:
-    """Hold the processes seen against those the launcher meant to start, if it says so in STABLEMOE_WORLD_SIZE.
+    """Compare the number of processes with the one the launcher meant to start, if it says so in STABLEMOE_WORLD_SIZE.
 
     Where a launcher's variables do not arrive, every process takes itself for the only one, and all of them would
     train into the same directory. Raises UserError.
@@ -57,7 +57,7 @@ def check_world_size(size: int) -> None:
 
 
 def resolve(address: str) -> None:
-    """Raises RunError if the host on which the ranks should meet has no address: they would retry in silence."""
+    """Raises RunError if the host on which the ranks should meet has no address: they would retry silently."""
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What ends a run from outside or inside, told in one line by every rank: who noticed, where, why, what to do.
+"""What ends a run from outside or inside. Every rank reports it in one line: who noticed, where, why, what to do.
 
 Each rank that fails leaves ``<run_dir>/launch/fault-<rank>.txt``: the line, and the traceback under it. The others
 read there what it was that took a peer from them.
@@ -86,7 +86,7 @@ def _outlook(run_dir: str, code: int) -> str:
     if code == BAD_INPUT:
         return "fails in the same way"
     newest = newest_checkpoint(run_dir)
-    return f"goes on after {newest.name}" if newest else "begins anew, nothing is saved yet"
+    return f"goes on after {newest.name}" if newest else "starts over, as nothing is saved yet"
 
 
 def _leave_word(file: Path, line: str, error: Exception) -> str:

@@ -67,7 +67,7 @@ def start_world(timeout_minutes: float = 10.0) -> World:
     except (dist.DistError, RuntimeError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {patience.total_seconds():g} s"
         raise RunError(
-            f"rank {rank}: the {size} processes of this run did not all meet at {where} "
+            f"rank {rank}: the {size} processes of this run did not all connect to {where} "
             f"({str(error).splitlines()[0]}); did one fail to start, or is the port closed?",
             CLUSTER_FAULT,
         ) from error

@@ -9,11 +9,11 @@ import numpy as np
 
 from stablemoe_ds.errors import UserError
 
-# Okabe and Ito's palette, told apart under every common colour blindness.
+# Okabe and Ito's palette, distinguishable with every common colour blindness.
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 GREY, DARK_PURPLE, DARK_BLUE = "#555555", "#7A3F63", "#003B5C"
 MOST_NAMES = 6
-"""More layers than this are told apart by colour alone, from dark at the bottom of the stack to bright at the top."""
+"""With more layers than this, only colour distinguishes them: dark at the bottom of the stack, bright at the top."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,

@@ -40,7 +40,7 @@ def export(
     began = time.perf_counter()
     checkpoint, output = Checkpoint.open(source), Path(output)
     if output.exists():
-        raise UserError(f"{output} is there already: name a folder that does not exist yet")
+        raise UserError(f"{output} exists already: name a folder that does not exist yet")
     router = router_of(checkpoint)
     checkpoint.check_content(moments=False)
     tokenizer = _tokenizer(checkpoint, tokenizer_file)

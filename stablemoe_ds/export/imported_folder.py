@@ -35,7 +35,7 @@ def is_folder_of_transformers(path: str | Path) -> bool:
 
 def import_folder(folder: str | Path, target: RunConfig) -> tuple[Path, str]:
     """Write the first checkpoint of ``target``, which computes what the model in ``folder`` does; its path, and what
-    was done in words. Weights become fp32; a table that the folder has is followed from the first update on.
+    was done as text. Weights become fp32; a table that the folder has is followed from the first update on.
 
     Raises UserError if the folder is damaged or of a model that this package does not compute, with a line for each
     setting in which ``target`` describes another model, and if its run has checkpoints already.

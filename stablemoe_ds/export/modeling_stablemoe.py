@@ -309,7 +309,7 @@ class RoutedExperts(nn.Module):
         added_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         for expert in expert_TK.unique().tolist():
             if expert < 0:
-                raise ValueError("the routing table was not in the weights: a router.table holds -1")
+                raise ValueError("the weights contain no routing table: a router.table holds -1")
             token_R, choice_R = (expert_TK == expert).nonzero(as_tuple=True)
             rows_RD = self.routed[expert](x_TD[token_R]).float() * gate_TK[token_R, choice_R, None]
             added_TD.index_add_(0, token_R, rows_RD)

@@ -85,20 +85,20 @@ class DeepSpeedConfig(Section):
 class SlurmConfig(Section):
     """What the batch script asks SLURM for."""
 
-    partition: Text | None = Field(None, description="null: the cluster's default")
-    account: Text | None = Field(None, description="who pays; null: your default")
+    partition: Text | None = Field(None, description="partition to submit to; null: the default one")
+    account: Text | None = Field(None, description="account to charge; null: your default")
     qos: Text | None = Field(None, description="quality of service")
-    time: Text | None = Field(None, description="limit of one job, e.g. 24:00:00; null: the partition's")
-    signal_seconds: int = Field(300, ge=10, description="how long before the limit a run is told to save; SLURM may be "
-                                "up to 60 s early")  # fmt: skip
+    time: Text | None = Field(None, description="time limit of a job, e.g. 24:00:00; null: the partition's")
+    signal_seconds: int = Field(300, ge=10, description="seconds before the time limit at which a run is asked to "
+                                "save; SLURM may be up to 60 s early")  # fmt: skip
     constraint: Text | None = Field(None, description="features the nodes must have")
-    exclude: Text | None = Field(None, description="nodes to stay away from, e.g. node[07,12]")
+    exclude: Text | None = Field(None, description="nodes that must not be used, e.g. node[07,12]")
     chain: PositiveInt = Field(
-        1, description="jobs submitted at once, each after the one before; for queues that do not let jobs requeue"
+        1, description="jobs to submit at once, each waiting for the one before; for sites where jobs may not requeue"
     )
-    dependency: Literal["singleton", "afterany"] = Field("singleton", description="what ties the jobs of a chain")
+    dependency: Literal["singleton", "afterany"] = Field("singleton", description="how jobs of a chain wait")
     options: dict[Text, Text | int | bool] = Field(
-        default_factory=dict, description="any other flag of sbatch without its dashes: {exclusive: true, mem: 0}"
+        default_factory=dict, description="other options of sbatch without dashes, e.g. {exclusive: true, mem: 0}"
     )
 
     @model_validator(mode="after")
@@ -136,13 +136,15 @@ def seconds_of(time: str) -> int:
 class ContainerConfig(Section):
     """The image in which ranks run. The working directory is mounted in it."""
 
-    kind: Literal["docker", "apptainer", "pyxis"] = Field(description="what starts it; pyxis: srun --container-image")
+    kind: Literal["docker", "apptainer", "pyxis"] = Field(
+        description="container runtime; pyxis: srun --container-image"
+    )
     image: Annotated[Text, if_written(_image)] = Field(description="name, file or folder of the image")
     mounts: list[Annotated[Text, if_written(_mount)]] = Field(
         default_factory=list, description="further mounts, HOST:CONTAINER"
     )
     workdir: Annotated[Text, if_written(_in_container)] | None = Field(
-        None, description="where working_directory is in the container; null: same path"
+        None, description="path of working_directory in the container; null: the same path"
     )
 
     @field_validator("mounts")
@@ -155,49 +157,52 @@ class ContainerConfig(Section):
 
 
 class NetworkConfig(Section):
-    """Which wires are used. What is null is left to NCCL and gloo."""
+    """The network to use. NCCL and gloo choose for themselves where a value is null."""
 
     interface: Text | None = Field(
         None, description="network interface, e.g. eth0: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
     )
     infiniband_hca: Text | None = Field(None, description="InfiniBand adapters, e.g. mlx5: NCCL_IB_HCA")
     port: Port | None = Field(
-        None, description="where ranks meet; null: from the job id under SLURM, a free one on one machine, else 29500"
+        None, description="port for the ranks; null: from the job id under SLURM, a free one on one machine, else 29500"
     )
 
 
 class ClusterConfig(Section):
     """A cluster. ``load_cluster`` makes one from YAML."""
 
-    name: Text = Field("cluster", description="what this cluster is called")
-    launcher: Launcher = Field(description="what starts the ranks")
-    nodes: PositiveInt = Field(1, description="machines")
+    name: Text = Field("cluster", description="name of the cluster")
+    launcher: Launcher = Field(description="program that starts the ranks")
+    nodes: PositiveInt = Field(1, description="number of machines")
     min_nodes: PositiveInt | None = Field(
-        None, description="a restart may have as few as these (torchrun, slurm); null: always nodes"
+        None, description="smallest number of nodes after a restart (torchrun, slurm); null: same as nodes"
     )
-    processes_per_node: PositiveInt = Field(1, description="ranks of a machine: its GPUs, or processes on CPUs")
+    processes_per_node: PositiveInt = Field(1, description="ranks on each machine: its GPUs, or CPU processes")
     threads_per_process: PositiveInt = Field(1, description="OMP_NUM_THREADS, and SLURM's --cpus-per-task")
-    device: Literal["gpu", "cpu"] = Field("gpu", description="what the ranks compute on")
-    hosts: list[Host] = Field(default_factory=list, description="names of the machines; more than nodes: spare ones")
-    hostfile: Place | None = Field(None, description="instead of hosts: a file with 'NAME slots=N' lines")
+    device: Literal["gpu", "cpu"] = Field("gpu", description="device of the ranks")
+    hosts: list[Host] = Field(default_factory=list, description="names of the machines; those beyond nodes are spare")
+    hostfile: Place | None = Field(None, description="a file with 'NAME slots=N' lines, instead of hosts")
     working_directory: Place | None = Field(
-        None, description="folder that all nodes share, where ranks start; null: where launch is called"
+        None, description="shared folder in which ranks start; null: the directory in which launch is called"
     )
     python: Place | None = Field(
-        None, description="interpreter on the nodes; null: the one that runs launch, 'python' in a container"
+        None, description="Python on the nodes; null: the one that runs launch, or 'python' in a container"
     )
-    run_dir: Place | None = Field(None, description="folder for run directories; null: where each run says")
-    log_dir: Place | None = Field(None, description="folder for the ranks' logs; null: in the run directory")
-    restarts: int = Field(3, ge=0, description="give up after so many attempts in a row without a newer checkpoint; "
-                          "0: never start again")  # fmt: skip
+    run_dir: Place | None = Field(None, description="folder for run directories; null: run_dir of each run")
+    log_dir: Place | None = Field(None, description="folder for the logs of the ranks; null: in the run directory")
+    restarts: int = Field(3, ge=0, description="attempts in a row without a newer checkpoint after which the job is "
+                          "not restarted; 0: never restart")  # fmt: skip
     launcher_args: list[Text] = Field(
         default_factory=list, description="further arguments for deepspeed, torchrun, mpirun or srun"
     )
-    modules: list[Text] = Field(default_factory=list, description="module load ...; slurm only")
-    setup: list[Text] = Field(default_factory=list, description="lines of bash before the ranks start; slurm only")
-    environment: dict[Text, Text] = Field(default_factory=dict, description="variables of the ranks; no secrets")
+    modules: list[Text] = Field(default_factory=list, description="modules to load; slurm only")
+    setup: list[Text] = Field(default_factory=list, description="lines of bash to run before the ranks; slurm only")
+    environment: dict[Text, Text] = Field(
+        default_factory=dict, description="environment variables of the ranks; no secrets"
+    )
     forward: list[Text] = Field(
-        default_factory=list, description="names of variables passed on from where launch is called, e.g. HF_TOKEN"
+        default_factory=list,
+        description="names of variables to pass on from the shell that calls launch, e.g. HF_TOKEN",
     )
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     container: ContainerConfig | None = Field(None, description="run the ranks in a container")

@@ -12,11 +12,12 @@ HEAD = """# Cluster files
 
 <!-- Generated: python -m stablemoe_ds.launch.cluster_reference > docs/cluster.md -->
 
-A cluster is one YAML file; `launch/` holds one for each launcher and, in `launch/rendered/`, what it comes to.
-[operations.md](operations.md) says how they are used. Paths are relative to `working_directory`. Besides those
-of `environment` every rank gets the variables `OMP_NUM_THREADS`, `PYTHONUNBUFFERED`, `PYTHONFAULTHANDLER`,
-`TTY_COMPATIBLE`, `STABLEMOE_LAUNCH`, `STABLEMOE_WORLD_SIZE` (unless `min_nodes` is set), those of `network`, and on
-CPUs `DS_ACCELERATOR=cpu` and an empty `CUDA_VISIBLE_DEVICES`.
+A cluster is one YAML file. `launch/` has an example for each launcher, and `launch/rendered/` the scripts that result
+from them. [operations.md](operations.md) explains how to use them. Paths are relative to `working_directory`.
+
+Every rank gets the variables in `environment` and these: `OMP_NUM_THREADS`, `PYTHONUNBUFFERED`, `PYTHONFAULTHANDLER`,
+`TTY_COMPATIBLE`, `STABLEMOE_LAUNCH`, `STABLEMOE_WORLD_SIZE` (unless `min_nodes` is set), those that follow from
+`network`, and on CPUs `DS_ACCELERATOR=cpu` and an empty `CUDA_VISIBLE_DEVICES`.
 """
 
 

@@ -12,7 +12,7 @@ from stablemoe_ds.launch.mpi import hostfile, own_mpi_options
 
 PLAIN = re.compile(r"[\w@%+=:,./-]*")
 KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-"""Without it ssh does not notice that a node is gone, and the launcher waits for ever."""
+"""Without it ssh does not notice that a node is gone, and the launcher waits forever."""
 
 
 def deepspeed_job(order: Order) -> Job:
@@ -43,7 +43,7 @@ def deepspeed_job(order: Order) -> Job:
 def _runner_args(order: Order) -> Iterator[str]:
     cluster = order.cluster
     if cluster.deepspeed.runner == "openmpi":
-        if cluster.network.interface:  # DeepSpeed takes eth0 unless it is told
+        if cluster.network.interface:  # DeepSpeed takes eth0 by default
             yield from ("--mca", "btl_tcp_if_include", cluster.network.interface)
         yield from own_mpi_options(order)
         yield from (word for name in cluster.forward for word in ("-x", name))
@@ -51,7 +51,7 @@ def _runner_args(order: Order) -> Iterator[str]:
 
 
 def _exported(order: Order) -> dict[str, str]:
-    """What the nodes have to be told; under Open MPI also where the ranks meet."""
+    """Variables for the nodes; under Open MPI also the address at which the ranks connect."""
     found = dict(order.variables)
     if order.cluster.deepspeed.runner == "openmpi":
         found |= {"MASTER_ADDR": order.cluster.hosts[0], "MASTER_PORT": str(order.port)}

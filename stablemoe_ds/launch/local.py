@@ -1,4 +1,4 @@
-"""Ranks on one machine without a launcher of anybody else's.
+"""Ranks on one machine without another launcher.
 
     python -m stablemoe_ds.launch.local --processes 2 --port 29500 --logs DIR COMMAND ...
 

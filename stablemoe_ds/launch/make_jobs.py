@@ -46,7 +46,7 @@ def make_jobs(runs: Sequence[RunConfig], cluster: ClusterConfig, facts: Facts) -
         if not directory.isprintable():
             raise UserError(f"run directory {directory!r}: expected one line of printable text; rename the run")
         if directories.count(directory) > 1:
-            raise UserError(f"run directory {directory}: two runs would write there; give each a name of its own")
+            raise UserError(f"run directory {directory}: two runs would write there; give each its own name")
     if cluster.launcher == "slurm":
         return [slurm_job(orders)]
     return [ONE_BY_ONE[cluster.launcher](order) for order in orders]

@@ -12,7 +12,7 @@ prints one line with the reason and exits with 0 to start again, 1 to leave it. 
     130     interrupted from the keyboard                                  never
     other   killed by a signal, or a launcher's own code                   yes
 
-A launch in the foreground takes 0 for the end: whoever stopped the ranks, on another machine say, has meant it.
+A launch in the foreground takes 0 for the end: the ranks were stopped on purpose, perhaps on another machine.
 "Yes" ends after ``limit`` attempts in a row without a newer checkpoint. SIGUSR1 and SIGTERM are requests to stop:
 the run ends after the update it is at, saves and exits with 0. A run may go on with another number of
 processes, as long as its configuration allows that number. Attempts are kept in ``RUN_DIR/launch/attempts.jsonl``.

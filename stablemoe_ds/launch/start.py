@@ -20,7 +20,7 @@ def start(jobs: list[Job]) -> int:
     cluster = jobs[0].cluster
     for name in cluster.forward:
         if name not in os.environ:
-            raise UserError(f"forward: {name} is not set in this shell; export it, or take it off the cluster's list")
+            raise UserError(f"forward: {name} is not set in this shell; export it, or remove it from the cluster file")
     for job in jobs:
         job.write()
         for folder in job.folders:
@@ -36,7 +36,7 @@ def _submit(job: Job) -> int:
         for folder in job.folders:
             note_state(folder, state="refused", exit_code=error.returncode)
         said = f"{' '.join(job.command)} ended with {error.returncode}"
-        raise UserError(f"{said}: the queue did not take the job; what it says is above") from error
+        raise UserError(f"{said}: the queue did not accept the job; its message is above") from error
     for folder in job.folders:
         note_state(folder, state="submitted", job_ids=done.stdout.split())
     answer(done.stdout, end="")
@@ -44,7 +44,7 @@ def _submit(job: Job) -> int:
 
 
 def _run_all(jobs: list[Job]) -> int:
-    """One after the other, until somebody asks to stop; returns the last status that was not 0."""
+    """One after the other, until a stop is requested; returns the last status that was not 0."""
     worst = 0
     for job in jobs:
         supervisor = Supervisor(job)

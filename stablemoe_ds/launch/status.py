@@ -34,7 +34,7 @@ def run_directories(given: str | None) -> list[Path]:
     path = Path(given)
     folder = Path(load_run(path).directory) if path.is_file() else path
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such run directory; stablemoe launch or train makes it")
+        raise UserError(f"{folder}: there is no such run directory; stablemoe launch or train creates it")
     return [folder]
 
 

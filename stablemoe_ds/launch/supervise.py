@@ -44,7 +44,7 @@ class Supervisor:
 
     @property
     def stopped(self) -> bool:
-        """Whether somebody asked it to stop, or the ranks themselves, as the supervisor of another machine does."""
+        """Whether it, or the ranks themselves (by the supervisor of another machine), were asked to stop."""
         return self._requests > 0 or self._ranks_stopped
 
     def run(self) -> int:
@@ -59,10 +59,10 @@ class Supervisor:
         state = "stopped" if self.stopped else "failed" if code else "finished"
         note_state(self.folder, state=state, exit_code=code, attempt=attempt)
         if self.stopped:
-            _say("stopped on request; the same command goes on from the newest checkpoint")
+            _say("stopped on request; the same command continues from the newest checkpoint")
             return INTERRUPTED if code else FINISHED
         if code:
-            _say(f"ended with {code}; what each rank said is in {self.logs}")
+            _say(f"ended with {code}; the ranks' logs are in {self.logs}")
         return code
 
     def _attempt(self, attempt: int) -> int:
@@ -79,7 +79,7 @@ class Supervisor:
                 f"cannot start {self.job.command[0]}: {error.strerror}; is it installed and on PATH?"
             ) from error
         self._process = process
-        if self.stopped:  # a moment ago, when there was nobody to tell
+        if self.stopped:  # a moment ago, before the process existed
             process.send_signal(self.job.stop)
         note_state(self.folder, state="running", pid=process.pid, host=socket.gethostname(), attempt=attempt)
         with self._showing():

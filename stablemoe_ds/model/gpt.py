@@ -136,7 +136,7 @@ class StableMoEGPT(GPTModel):
         return torch.stack([report.served_N for report in routing.reports])
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """megatron-core's step from the stack's output to logits or losses, where somebody wants them."""
+        """megatron-core's step from the stack's output to logits or losses, if they are wanted."""
         if kwargs["extra_block_kwargs"]["routing"].ended:
             return hidden_states
         output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)

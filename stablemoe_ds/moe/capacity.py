@@ -12,7 +12,7 @@ from torch import Tensor
 def capacity_of(factor: float, routed: int, experts: int) -> int:
     """Tokens one expert takes: its mean share of ``routed`` (token, choice) pairs times ``factor``, rounded up.
 
-    At least 1: an expert that takes nothing learns nothing, and nobody would see it.
+    At least 1: an expert that takes nothing learns nothing, without any sign of it.
     """
     share = factor * routed / experts
     return max(1, math.ceil(share * (1 - 1e-12)))  # 0.1 * 30 is a little more than 3, and must not become 4

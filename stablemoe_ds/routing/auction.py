@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PATIENCE, LIMIT = 100, 10_000
-"""Rounds after which an epsilon that nobody asked for begins to grow, and after which the auction is given up."""
+"""Rounds after which a default epsilon begins to grow, and after which the auction gives up."""
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class BaseLayersRouter(CentroidRouter):
         seen_TN = scores_TN.detach()
         if self.training:
             chosen_TK = torch.zeros_like(tokens.real_T, dtype=torch.int64)
-            # A model that has diverged is told by its loss, on all ranks at once; an auction must not end one of them.
+            # A model that has diverged shows in its loss, on all ranks at once; an auction must not end one of them.
             finite_TN = seen_TN[tokens.real_T].nan_to_num(0.0, 0.0, 0.0)
             chosen_TK[tokens.real_T] = balanced_assignment(finite_TN)
             chosen_TK = chosen_TK[:, None]

@@ -105,10 +105,10 @@ class RouteMaker:
             return freeze(self.routers, moe.top_k, blocks, self.tokenizer)
 
     def departures(self, followed: RoutingTable | None) -> list[str]:
-        """What a run has to be told that goes on along ``followed`` while the file it names holds another table."""
+        """Warnings for a run that continues along ``followed`` while the file it names holds another table."""
         if followed is None:
             return []
-        goes_on = f"the run goes on along table {followed.sha256[:12]} of its checkpoint"
+        goes_on = f"the run continues along table {followed.sha256[:12]} of its checkpoint"
         try:
             given = self.given
         except UserError as error:

@@ -55,7 +55,7 @@ def flush(path: Path) -> None:
 
 
 def write_at_once(path: Path, text: str) -> None:
-    """Replace a file: whoever reads it finds the old text or the new one, after a power failure, too."""
+    """Replace a file: a reader finds either the old text or the new one, even after a power failure."""
     beside = path.with_name(path.name + ".part")
     beside.write_text(text)
     flush(beside)
@@ -182,7 +182,7 @@ def saved_in(folder: Path) -> list[Path]:
     try:
         latest = folder / read_text(folder / LATEST, "the name of a checkpoint", LARGEST_LIST).strip()
         if latest.parent != folder or latest.name == ".." or not latest.name.isprintable():
-            raise UserError(f"{folder / LATEST}: got {show(latest.name)}: expected the name of a folder beside it")
+            raise UserError(f"{folder / LATEST}: got {show(latest.name)}: expected the name of a folder next to it")
     except UserError:  # missing or damaged: the folders speak for themselves
         return [path for path in found if is_complete(path)]
     if not latest.exists() and _old_of(latest).exists():

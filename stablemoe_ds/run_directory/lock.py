@@ -99,7 +99,7 @@ def only_writer(run_dir: str | Path) -> Iterator[None]:
     try:
         file = _take(path)
     except OSError as error:
-        raise UserError(f"cannot write into run directory {run_dir}: {error.strerror}: {error.filename}") from error
+        raise UserError(f"cannot write to run directory {run_dir}: {error.strerror}: {error.filename}") from error
     try:
         yield
     finally:
@@ -112,7 +112,7 @@ def only_writer(run_dir: str | Path) -> Iterator[None]:
 
 
 def writer_of(run_dir: str | Path) -> Writer | None:
-    """Who writes into a run directory; None if nobody does.
+    """Who writes into a run directory; None if no process does.
 
     Not for the writer itself: its lock goes when it closes the file.
     """

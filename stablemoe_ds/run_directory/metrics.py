@@ -60,7 +60,7 @@ class MetricsLog:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{self.path}, line {number}: expected a JSON object with step and kind, got {line[:60]!r}; "
-                    "remove the line to go on without it"
+                    "remove the line to continue without it"
                 ) from error
         return lines
 

@@ -83,7 +83,7 @@ class RecordFolder:
         try:
             record = np.load(path)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"cannot read route record {path}: {error}; remove it to go on without it") from error
+            raise UserError(f"cannot read route record {path}: {error}; remove it to continue without it") from error
         if record.dtype != np.int16 or record.ndim != 2:
             raise UserError(
                 f"{path} is no route record: it holds {record.dtype} {list(record.shape)}, not int16 [L, P]"

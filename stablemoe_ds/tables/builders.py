@@ -1,4 +1,4 @@
-"""Tables that nobody learned, by name: from a corpus, from counts of its ids, or from nothing."""
+"""Tables that are not learned, by name: from a corpus, from counts of its ids, or from neither."""
 
 from __future__ import annotations
 

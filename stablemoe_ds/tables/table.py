@@ -29,9 +29,9 @@ class RoutingTable:
 
     expert_LVK: int32 [L, V, K], expert index in [0, experts) for MoE layer, token id and choice.
     experts: number of experts of each layer.
-    blocks: the L block numbers (counted from 1) the MoE layers stand at.
+    blocks: the L numbers of the blocks (counted from 1) with an MoE layer.
     tokenizer: sha256 of the tokenizer's model file, or "" if the ids were made without one.
-    made: how it was made, as JSON can hold it: builder, options, seed, corpus, version; empty if nobody said so.
+    made: how it was made, as JSON values: builder, options, seed, corpus, version; empty if unknown.
     """
 
     expert_LVK: NDArray[np.int32]  # noqa: N815
@@ -84,7 +84,7 @@ class RoutingTable:
         return hashlib.sha256(head + self.expert_LVK.astype("<i4").tobytes()).hexdigest()
 
     def check_ids(self, tokenizer: str, vocab_size: int, what: str) -> None:
-        """Raise UserError unless ``what`` has this table's ids: as many, and one tokenizer where both are known."""
+        """Raise UserError unless ``what`` has this table's ids: their number, and the tokenizer if both are known."""
         if self.tokenizer and tokenizer and self.tokenizer != tokenizer:
             raise UserError(
                 f"the routing table is of tokenizer {self.tokenizer[:12]}, {what} of {tokenizer[:12]}: ids mean "
@@ -106,7 +106,7 @@ class RoutingTable:
         return relative_load(served_LN)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; numbers in ``expert_LVK``, the rest in its metadata."""
+        """Write a safetensors file with the tensor ``expert_LVK``; everything else is in its metadata."""
         from safetensors.numpy import save_file
 
         metadata = {

@@ -70,7 +70,7 @@ def read_tid2eid(path: str | Path, experts: int | None = None) -> RoutingTable:
     """Read every ``tid2eid`` of a safetensors file; other tensors are not looked at.
 
     experts: N of the run that is to follow the table. The file may know better: if this package wrote it, or if a
-    ``config.json`` lies in the same folder. Where nobody says, N is the largest expert that is named, plus one.
+    ``config.json`` lies in the same folder. If neither does, N is the largest expert that occurs, plus one.
     Raises UserError, one line a problem, if tensors are no tables, or not of one V and K.
     """
     from safetensors import SafetensorError, safe_open
@@ -96,7 +96,7 @@ def read_tid2eid(path: str | Path, experts: int | None = None) -> RoutingTable:
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a routing table that can be read: {error}") from error
     if said and table.sha256 != said.get("sha256"):
-        raise UserError(f"routing table {path} is damaged, or was changed: its sha256 is not the one it says")
+        raise UserError(f"routing table {path} is damaged or was changed: its sha256 does not match")
     return table
 
 

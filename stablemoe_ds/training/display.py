@@ -52,7 +52,7 @@ class Display:
             self._progress.start()
 
     def advance(self, step: int) -> None:
-        """An update was made whose figures nobody has read."""
+        """An update was made and its figures were not read."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 

@@ -62,7 +62,7 @@ class Engine:
                 mpu=DeepSpeedMpu(),
                 dist_init_required=False,
             )
-        kept.clear()  # DeepSpeed keeps the function above for ever, and so what it refers to
+        kept.clear()  # DeepSpeed keeps the function above forever, and so what it refers to
         adopt(self.deepspeed)
         limit_waiting(groups.world.timeout)
 
@@ -112,7 +112,7 @@ class Engine:
         """Each micro-batch through ``model`` (this one, or DeepSpeed around it), and its loss to go backward from.
 
         counted: their :func:`tokens_of`. A loss that is not finite has gradients that are not: whatever drops an
-        update for its gradients drops it for its losses, on all ranks, and nobody has to read them for that.
+        update for its gradients drops it for its losses, on all ranks, and the losses need not be read for that.
         """
         groups, moe = self.groups, self.run.moe
         counts_LN = self._chosen(routed, routes, seed)

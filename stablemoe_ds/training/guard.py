@@ -57,7 +57,7 @@ class Guard:
         return f"the loss is {loss:.4g}, usual was {usual:.4g}" if loss > factor * usual else None
 
     def keep(self, loss: float | None) -> None:
-        """An update was made. loss: nats a token, None if nobody has read it."""
+        """An update was made. loss: nats per token, None if it was not read."""
         self.dropped = 0
         if loss is not None:
             self._losses.append(loss)
@@ -97,7 +97,7 @@ def find_fault(engine: Engine, routed: Sequence[RoutedBatch], routes: RouteSourc
     """Where the numbers of an update first were not finite: module or parameter, and rank. Collective.
 
     Runs the update once more, looking at every output and gradient, and changes nothing. Gradients are looked at
-    before they are reduced, so that the rank they come from can be told.
+    before they are reduced, so that the rank they come from is known.
     """
     device, spots = engine.groups.world.device, list[Spot]()
     routed = [micro.to(device) for micro in routed]

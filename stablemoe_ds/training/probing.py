@@ -63,7 +63,7 @@ class Probing(Callback):
             if records is not None and records.expert_HLP.shape[-1] != len(ids):
                 raise UserError(
                     f"{self._records.folder}: holds records of {records.expert_HLP.shape[-1]} tokens, now they would "
-                    f"be of {len(ids)}: set logging.probe_tokens as it was, or move that folder away"
+                    f"be of {len(ids)}: set logging.probe_tokens to the old value, or move that folder away"
                 )
             if self._reporter.main:
                 np.save(self._reporter.folder / PROBE_IDS, ids)
@@ -122,7 +122,7 @@ class Probing(Callback):
         return state, expert_LP
 
     def _joined(self, local: NDArray[Any]) -> NDArray[Any]:
-        """What all data ranks have of the probe, [..., P], in the order of its windows, whoever they were dealt to."""
+        """What all data ranks have of the probe, [..., P], in the order of its windows, whichever ranks had them."""
         ends = np.cumsum([int(batch.real.sum()) for batch in self._batches])
         ranks: list[Any] = [None] * self._groups.data_size
         dist.all_gather_object(ranks, np.split(local, ends[:-1], axis=-1), group=self._groups.data_group)

@@ -60,7 +60,7 @@ class Trainer:
     ) -> None:
         """Raises UserError for a configuration or data that cannot work, before anything is written.
 
-        stop: a request that may have come already. place: kept up to date for whoever wants to know where the run is.
+        stop: a request that may have come already. place: kept up to date with where the run is.
         """
         self.tokenizer = Tokenizer(run.data.tokenizer) if run.data.tokenizer else None
         known = (self.tokenizer.vocab_size, self.tokenizer.eos_id) if self.tokenizer else None
@@ -176,7 +176,7 @@ class Trainer:
         )
 
     def _keep_or_drop(self, batches: list[RoutedBatch], figures: UpdateFigures, seed: int) -> None:
-        """Step the optimizer, unless there is a reason not to, which is told."""
+        """Step the optimizer, or report the reason not to."""
         totals = figures.totals() if self.guard.watches_losses else None
         objection = self.guard.objection(totals) if totals else None
         if not self.engine.update(keep=objection is None) and objection is None:
@@ -297,7 +297,7 @@ class Trainer:
         )
         pairs = [(key, *show_both(now, was)) for key, now, was in differences(run, before)]
         if changed := [f"{key} {now} (was {was})" for key, now, was in pairs]:
-            self.reporter.say(f"with other settings than before: {', '.join(changed)}", "bold")
+            self.reporter.say(f"with different settings than before: {', '.join(changed)}", "bold")
         for line in self.resumption:
             self.reporter.say(line, "bold red" if line.startswith("WARNING") else "bold")
 

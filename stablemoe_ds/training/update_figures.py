@@ -1,4 +1,4 @@
-"""What one update saw: on the device until somebody reads it, then summed over all ranks."""
+"""The figures of one update: on the device until they are read, then summed over all ranks."""
 
 from __future__ import annotations
 

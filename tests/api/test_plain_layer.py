@@ -119,7 +119,7 @@ def test_a_fresh_layer_is_the_identity_and_follows_its_seed() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no vocabulary": ({"vocab_size": None}, "router 'stablemoe' goes by token ids, but vocab_size is missing"),
+    "no vocabulary": ({"vocab_size": None}, "router 'stablemoe' needs token ids, but vocab_size is missing"),
     "a name": ({"router": "swich"}, 'MoELayer: moe.router: got "swich": expected stablemoe'),
     "no such setting": ({"expert": 3}, "MoELayer: moe.expert: unknown key; did you mean moe.experts?"),
     "dense": ({"router": "dense_deeper"}, "moe.router: got 'dense_deeper', which has no experts"),
@@ -138,9 +138,9 @@ def test_what_does_not_work_is_refused_in_one_line(case: str) -> None:
 
 def test_calls_that_lack_something_are_refused() -> None:
     hidden, ids, _ = inputs()
-    with pytest.raises(UserError, match="goes by token ids: call the layer with hidden states and their ids"):
+    with pytest.raises(UserError, match="needs token ids: call the layer with hidden states and their ids"):
         make()(hidden)
-    with pytest.raises(UserError, match="'hash' follows a table from the first call on"):
+    with pytest.raises(UserError, match="'hash' follows a table from the first call"):
         make(router="hash")(hidden, ids)
     with pytest.raises(UserError, match="learns no table to freeze"):
         make(router="switch", vocab_size=None).freeze()

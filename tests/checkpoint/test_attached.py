@@ -166,10 +166,10 @@ def test_an_old_checkpoint_can_be_given_its_tokenizer(finished: RunConfig, data:
     edit(old, lambda manifest: manifest["run"]["data"].update(GONE))
     answer = command_here("routing", "report", str(old))
     assert (answer.code, len(answer.err.splitlines())) == (2, 1)
-    assert re.search(r"carries no tokenizer.*looked for \S+gone/tok\.model; name it with --tokenizer", answer.err)
+    assert re.search(r"contains no tokenizer.*looked for \S+gone/tok\.model; name it with --tokenizer", answer.err)
     answer = command_here("routing", "report", str(old), "--tokenizer", data.tokenizer)
     assert (answer.code, len(answer.err.splitlines())) == (2, 1)
-    assert re.search(r"carries no counts of its training text, .*no prepared corpus gone/train", answer.err)
+    assert re.search(r"contains no counts of its training text, .*no prepared corpus gone/train", answer.err)
     words = ("generate", str(old), "--prompt", "def ", "--tokens", "3")
     assert run_distributed(1, command_in, tmp_path, *words)[0].code == 2
     assert run_distributed(1, command_in, tmp_path, *words, "--tokenizer", data.tokenizer)[0].code == 0

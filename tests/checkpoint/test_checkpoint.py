@@ -86,7 +86,7 @@ def test_latest_names_a_missing_directory(finished: RunConfig, tmp_path: Path) -
     from stablemoe_ds.checkpoint.reader import Checkpoint
 
     copy = restarted(finished, tmp_path / "run", 77)
-    with pytest.raises(UserError, match=r"step-000077.*the newest sound one beside it is .*step-000012") as told:
+    with pytest.raises(UserError, match=r"step-000077.*the newest intact one next to it is .*step-000012") as told:
         Checkpoint.open(copy.directory)
     assert "\n" not in str(told.value)
 

@@ -67,9 +67,9 @@ def test_damage_is_named_and_the_newest_sound_one_taken_or_offered(
     assert searches[1][case] == [going_on, refusal], "all ranks find and say the same"
     named, _ = CASES[case]
     assert going_on.name == BEFORE
-    assert f"going on from {BEFORE}" in going_on.said
+    assert f"continuing from {BEFORE}" in going_on.said
     assert refusal.name is None
-    assert f"{BEFORE}: to go on from it" in refusal.said
+    assert f"{BEFORE}: to continue from it" in refusal.said
     for said in (going_on.said, refusal.said):
         assert NEWEST in said
         assert named in said
@@ -102,7 +102,7 @@ def test_evaluation_refuses_weights_that_have_changed(finished: RunConfig, tmp_p
     Flip(MOMENTS, 0.5)(checkpoint_of(run, STEPS))
     Checkpoint.open(run.directory).check_content(moments=False)
     Flip(WEIGHTS, 0.5)(checkpoint_of(run, STEPS))
-    with pytest.raises(UserError, match=f"weights-0000.*changed.*newest sound one beside it is .*{BEFORE}"):
+    with pytest.raises(UserError, match=f"weights-0000.*changed.*newest intact one next to it is .*{BEFORE}"):
         Checkpoint.open(run.directory).check_content(moments=False)
 
 

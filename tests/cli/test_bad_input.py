@@ -111,7 +111,7 @@ def test_text_without_a_word(content: bytes, data: TinyData, tmp_path: Path) -> 
     output = ("--output", str(tmp_path / "out"))
     complaint(command_here("data", "tokenizer", str(text), *output, "--vocab-size", "300"), r"empty\.txt")
     words = ("data", "prepare", str(text), *output, "--tokenizer", data.tokenizer)
-    complaint(command_here(*words), "the text files are empty or hold white space only")
+    complaint(command_here(*words), "the text files are empty or hold only white space")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt"]
 
 

@@ -150,7 +150,7 @@ def test_ctrl_c_saves_and_stops(data: TinyData, tmp_path: Path):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < until
             time.sleep(0.1)
-        assert "left alone, another process is training it" in compare(suite.file, "--only", "ours").out
+        assert "skipped, another process is training it" in compare(suite.file, "--only", "ours").out
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE / 4)
     assert process.returncode == 1, err

@@ -61,14 +61,17 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("moe.router=base moe.top_k=2", "router 'base' gives a token one expert, not top_k 2: set top_k 1"),
+        ("moe.router=base moe.top_k=2", "router 'base' gives each token one expert, not top_k 2: set top_k 1"),
         ("moe.router=base_fixed moe.top_k=2", "router 'base_fixed' gives a token one expert"),
         ("moe.router=stablemoe_balanced moe.top_k=2", "router 'stablemoe_balanced' gives a token one expert"),
         (
             "moe.router=stablemoe_balanced moe.distilled={kind: cnn}",
             "a cnn router has no table to balance: set distilled.kind word",
         ),
-        ("moe.router=dense_deeper moe.shared_experts=1", "router 'dense_deeper' has no experts, shared ones neither"),
+        (
+            "moe.router=dense_deeper moe.shared_experts=1",
+            "router 'dense_deeper' has no experts, so no shared ones either",
+        ),
         ("moe.router=dense_wider moe.layers=[]", "router 'dense_wider' needs moe.layers"),
         ("moe.router=dense", "router 'dense' has no MoE layer: leave moe.layers empty"),
         ("moe.table_load=0.9", "moe.table_load"),
@@ -82,12 +85,12 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
         ("moe.gate=softmax", "moe.gate"),
         (
             "moe.router=topk moe.gate=one",
-            "gate 'one' has no gradient and it has no balance loss, so nothing teaches the centroids of router 'topk'; "
+            "gate 'one' has no gradient and it has no balance loss, so nothing trains the centroids of router 'topk'; "
             "nearest that works: gate doubled",
         ),
-        ("moe.router=base_fixed moe.gate=one", "nothing teaches the centroids of router 'base_fixed'"),
-        ("moe.router=expert_choice moe.gate=one", "nothing teaches the centroids of router 'expert_choice'"),
-        ("moe.gate=one moe.balance_weight=0", "gate 'one' has no gradient and balance_weight is 0, so nothing teaches"),
+        ("moe.router=base_fixed moe.gate=one", "nothing trains the centroids of router 'base_fixed'"),
+        ("moe.router=expert_choice moe.gate=one", "nothing trains the centroids of router 'expert_choice'"),
+        ("moe.gate=one moe.balance_weight=0", "gate 'one' has no gradient and balance_weight is 0, so nothing trains"),
         ("moe.router=dense_wider moe.gate=doubled", "router 'dense_wider' has no experts to weigh: set gate own"),
     ],
 )

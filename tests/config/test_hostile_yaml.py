@@ -40,7 +40,7 @@ REFUSED = {
     "a merge key": ("model: {<<: {layers: 1}}\n", ":1:9: "),
     "an alias as a key": ("a: &a b\nmodel: {*a : 1}\n", ":2:9: "),
     "an alias of nothing": ("a: *b\n", ":1:4: "),
-    "a date": ("name: run\nrun_dir: 2020-01-01\n", ":2:10: this is not YAML that can be read: the date 2020-01-01"),
+    "a date": ("name: run\nrun_dir: 2020-01-01\n", ":2:10: invalid YAML: the date 2020-01-01"),
     "a moment": ("name: 2020-01-01 10:00:00\n", "put quotes around it"),
     "infinity": ("deepspeed: {a: [1, .inf]}\n", ":1:20: "),
     "less than all": ("seed: -.INF\n", ":1:7: "),
@@ -87,7 +87,7 @@ def test_what_yaml_1_1_takes_for_something_else_is_text(small: Path, value: str)
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "2020-01-01", "<<"])
 def test_what_yaml_1_2_takes_for_no_plain_value_is_refused(small: Path, value: str) -> None:
     message = refusal(small, small.read_bytes(), f"name={value}")
-    assert message.startswith(f"override name={value}:1:1: this is not YAML that can be read: ")
+    assert message.startswith(f"override name={value}:1:1: invalid YAML: ")
     assert load_run(small, [f"name='{value}'"]).name == value
 
 

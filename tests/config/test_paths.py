@@ -20,7 +20,7 @@ from tests.config.conftest import SMALL
 ODD = {
     "": "it is empty",
     " ": "it is empty",
-    " runs/a": "a blank at the start or end; nearest that works: runs/a",
+    " runs/a": "a space at the start or end; nearest that works: runs/a",
     "runs/a\t": "nearest that works: runs/a",
     "runs/a\nb": "the character U+000A",
     "runs/a\x1b[2J": "the character U+001B",
@@ -29,7 +29,7 @@ ODD = {
     "~nobody-of-this-name/runs": "there is no user 'nobody-of-this-name'; write it out, or ./~nobody-of-this-name",
     "$HOME/runs": "$HOME... is not replaced here",
     "runs/${USER}": "$... is not replaced here",
-    "s3://bucket/runs": "a URL is no path",
+    "s3://bucket/runs": "a URL is not a path",
 }
 
 

@@ -110,7 +110,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a description in Latin-1": ("train.json", lambda p: p.write_bytes(b'{"a": "\xe9"}'), "is not UTF-8 text"),
     "a description with a NUL": ("train.json", lambda p: p.write_bytes(b'{"a": "\0"}'), "U+0000"),
     "a description of another form": ("train.json", lambda p: p.write_text("[1]"), "holds no JSON object"),
-    "a deep description": ("train.json", lambda p: p.write_text("[" * 99_999), "not JSON that can be read"),
+    "a deep description": ("train.json", lambda p: p.write_text("[" * 99_999), "invalid JSON"),
     "a description without end": ("train.json", lambda p: os.truncate(p, 1 << 30), "larger than"),
     "a description that is a pipe": ("valid.json", pipe, "data.valid.0: "),
     "no description": ("valid.json", Path.unlink, "data.valid.0: no prepared corpus"),

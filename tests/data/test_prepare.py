@@ -92,7 +92,7 @@ def test_bytes_that_are_no_utf8_are_counted(
 @pytest.mark.parametrize("content", [b"", b"\n\n \t\n"])
 def test_empty_corpus(tokenizer: Tokenizer, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "text").write_bytes(content)
-    with pytest.raises(UserError, match="white space only"):
+    with pytest.raises(UserError, match="only white space"):
         prepare([tmp_path / "text"], tokenizer, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["text"]
 

@@ -88,4 +88,4 @@ def test_text_goes_in_and_text_comes_out(finished: RunConfig, folder: Path) -> N
 def test_a_refusal_is_one_line(finished: RunConfig, tmp_path: Path) -> None:
     answer = command("export", finished.directory, "--output", str(tmp_path))
     assert (answer.code, answer.out) == (2, "")
-    assert answer.err.strip().splitlines()[-1].startswith(f"stablemoe: error: {tmp_path} is there already")
+    assert answer.err.strip().splitlines()[-1].startswith(f"stablemoe: error: {tmp_path} exists already")

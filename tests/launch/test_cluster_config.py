@@ -30,7 +30,7 @@ def complaint(text: str, folder: Path) -> str:
         ("launcher: slurm\nslurm: {partion: gpu}", "slurm.partion: unknown key; did you mean slurm.partition?"),
         ("launcher: slurm\nnods: 2", "nods: unknown key; did you mean nodes?"),
         ("launcher: slurm\nnodes: 0", "nodes: got 0: expected more than 0"),
-        ("nodes: 2", "launcher: missing: what starts the ranks"),
+        ("nodes: 2", "launcher: missing: program that starts the ranks"),
         ("launcher: local\nnodes: 2", "nodes: got 2: launcher local is one machine; nearest that works: 1"),
         ("launcher: mpi\nnodes: 2", "needs their names: give hosts or hostfile"),
         ("launcher: mpi\nnodes: 3\nhosts: [a, b]", "nodes: got 3: there are 2 hosts; nearest that works: 2"),

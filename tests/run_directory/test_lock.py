@@ -196,6 +196,6 @@ def test_what_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write into run directory .*file/run: Not a directory"):  # noqa: SIM117
+    with pytest.raises(UserError, match=r"cannot write to run directory .*file/run: Not a directory"):  # noqa: SIM117
         with only_writer(tmp_path / "file" / "run"):
             pass

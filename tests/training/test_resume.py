@@ -71,7 +71,7 @@ def test_resume_is_bit_exact(case: str, data: TinyData, tmp_path: Path) -> None:
         resumed = restarted(whole, tmp_path / f"from-{point}", point)
         said = train_run(resumed, ranks)
         assert f"continuing after update {point}, in stage {1 if point < SWITCH else 2}" in said, said
-        assert "other settings" not in said
+        assert "different settings" not in said
         assert differing(tensors_of(checkpoint_of(resumed, STEPS)), end) == []
         assert history(resumed) == history(whole)
         assert probe_records(resumed) == probe_records(whole)
@@ -106,7 +106,7 @@ def test_resume_says_which_settings_have_changed(data: TinyData, tmp_path: Path)
     said = train_run(
         resumed.model_copy(update={"seed": 7, "schedule": whole.schedule.model_copy(update={"steps": 14})})
     )
-    assert f"with other settings than before: schedule.steps 14 (was {STEPS}), seed 7 (was {whole.seed})" in said
+    assert f"with different settings than before: schedule.steps 14 (was {STEPS}), seed 7 (was {whole.seed})" in said
     assert history(resumed, "valid")[-1]["step"] == 14, "the report of the shorter run does not end the longer one"
 
 

@@ -64,7 +64,7 @@ def test_a_run_that_continues_follows_the_table_of_its_checkpoint(
         RoutingTable(moved, table.experts, table.blocks, table.tokenizer).save(named)
     resumed = restarted(trained, tmp_path / "resumed", 6)
     said = train_run(resumed.model_copy(update={"moe": resumed.moe.model_copy(update={"table": str(named)})}))
-    goes_on = f"the run goes on along table {table.sha256[:12]} of its checkpoint"
+    goes_on = f"the run continues along table {table.sha256[:12]} of its checkpoint"
     assert (goes_on in " ".join(said.split())) is (file != "the same")
     assert history(resumed) == history(trained)
     assert differing(tensors_of(checkpoint_of(resumed, STEPS)), tensors_of(checkpoint_of(trained, STEPS))) == []

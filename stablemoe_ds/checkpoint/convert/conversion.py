@@ -31,7 +31,7 @@ from stablemoe_ds.tables.table import RoutingTable
 
 
 def convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
-    """Write the first checkpoint of ``target`` from ``source``; its path, and what was done in words.
+    """Write the first checkpoint of ``target`` from ``source``; its path, and a description of what was done.
 
     Raises UserError if the two models differ in more than their experts, if there is nothing to convert, or if the
     target's run has checkpoints already or is being trained. Holds the whole model's weights in memory.
@@ -52,8 +52,8 @@ def convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
         weights, table, what = _regrouped(source, weights, table, new.experts, target.seed)
     else:
         raise UserError(
-            f"checkpoint {source.path}: nothing to convert; a dense model can become a Mixture of Experts, and experts "
-            "more or fewer by a whole factor; any layout and precision loads a checkpoint as it is"
+            f"checkpoint {source.path}: nothing to convert; a dense model can become a Mixture of Experts, and "
+            "the number of experts can change by a whole factor; layout and precision need no conversion"
         )
     # Counts belong to a training text, which may be another one from now on.
     same_text = source.run.data.train == target.data.train

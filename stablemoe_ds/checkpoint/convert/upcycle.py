@@ -73,7 +73,7 @@ def neutral_gate(moe: MoEConfig) -> float:
     """
     if moe.facts.experts_choose:
         raise UserError(
-            f"moe.router: got '{moe.router}': it serves some tokens often and others never, so that experts cannot "
+            f"moe.router: got '{moe.router}': it serves some tokens several times and others never, so experts cannot "
             "take the place of a feed-forward layer; nearest that works: topk, or moe.placement after"
         )
     return moe.gate_facts.neutral(moe.top_k, moe.experts)

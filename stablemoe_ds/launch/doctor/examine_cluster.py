@@ -37,7 +37,7 @@ def examine_cluster(
     """Probe all nodes; takes half a minute if all is well, and at most ``seconds`` once the probes are started.
 
     queue_minutes: how long a job may wait in SLURM's queue. What probes leave is kept in ``doctor/``, next to the runs.
-    Raises UserError if the launcher cannot be told what the cluster file says.
+    Raises UserError if the launcher does not support what the cluster file says.
     """
     job = probe_job(_for_a_probe(cluster), look_around())
     folder, logs = job.folders[0], Path(job.directory, job.orders[0].logs)
@@ -45,7 +45,7 @@ def examine_cluster(
         job.write()
     except OSError as error:
         found = f"cannot write {error.filename}: {error.strerror}"
-        return [Finding("run directory", "fail", found, "set run_dir, or working_directory, to a folder of yours")]
+        return [Finding("run directory", "fail", found, "set run_dir or working_directory to a writable folder")]
     _tell(f"probing {cluster.world_size} ranks; logs in {folder}")
     hosts, output = cluster.hosts[: cluster.nodes], folder / "launcher.log"
     if cluster.launcher != "slurm":

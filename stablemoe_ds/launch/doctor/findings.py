@@ -1,4 +1,4 @@
-"""What a look at the machine finds, and how it is told."""
+"""Findings of the doctor, and how they are printed."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def torch_build() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Finding("torch", "fail", f"{found}, does not import: {error}", "install it anew: make install")
+        yield Finding("torch", "fail", f"{found}, does not import: {error}", "reinstall it: make install")
         return
     built, driver = torch.version.cuda, Path("/proc/driver/nvidia/version").exists()
     described = f"{found}, {f'for CUDA {built}' if built else 'for CPU'}"

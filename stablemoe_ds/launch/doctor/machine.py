@@ -19,7 +19,7 @@ def gpus() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError):
-        return  # told above
+        return  # reported above
     if not torch.cuda.is_available():
         yield Finding("gpu", "ok", "none: runs go to the CPU, over gloo")
         return
@@ -36,7 +36,7 @@ def cores_and_memory() -> Iterator[Finding]:
     free = memory_available()
     found = f"{cores} cores, {free / GIB:.1f} GiB of memory available"
     if free < 3 * GIB:
-        yield Finding("cpu", "warn", found, "the demo's two processes want about 3 GiB: end something else first")
+        yield Finding("cpu", "warn", found, "the demo's two processes need about 3 GiB: end something else first")
     else:
         yield Finding("cpu", "ok", found)
 
@@ -83,7 +83,7 @@ def disk(folder: Path | None = None) -> Iterator[Finding]:
 
 
 def stale_locks() -> Iterator[Finding]:
-    """A build of a torch extension that was killed leaves a lock, and anything that wants it next waits for ever."""
+    """A build of a torch extension that was killed leaves a lock, and the next program that needs it waits forever."""
     default = Path.home() / ".cache" / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
     locks = sorted(str(path) for path in root.glob("**/lock"))

@@ -24,7 +24,7 @@ PINGS = 5
 
 @dataclass(frozen=True)
 class Speed:
-    """A collective's. gb_per_second: bus bandwidth of a rank as nccl-tests define it, to be held against a wire's."""
+    """A collective's. gb_per_second: bus bandwidth of a rank as nccl-tests define it, comparable to a network's."""
 
     collective: str
     backend: str

@@ -52,7 +52,7 @@ def probe(folder: Path, patience: float = PATIENCE_SECONDS) -> Report:
 
 
 def _meet(report: Report, folder: Path, patience: float) -> None:
-    """Find the others, hear them, measure with them; what goes wrong once they are found is told to them as well.
+    """Find the others, hear them, measure with them; once they are found, errors are reported to them as well.
 
     Raises RunError if they cannot be found, RuntimeError if rank 0 goes away.
     """

@@ -27,7 +27,7 @@ PATTERN = "report-*.json"
 class Report:
     """One rank's. A rank that is killed or hangs leaves the one it wrote last.
 
-    identity: differs for every process. folder: name of the one it writes to. size: ranks, as it has been told.
+    identity: differs for every process. folder: name of the one it writes to. size: number of ranks that it sees.
     gpus: how many it can use. findings: what is to be said of its host, by the first rank of it. stage: how far it
     came. problem: why not further, in one line. unwritable: why it could not write in the folder. unseen: hosts whose
     reports it does not find there. clock: seconds it is ahead of rank 0's. speeds: the group's, measured by rank 0.

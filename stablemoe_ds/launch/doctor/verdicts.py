@@ -24,7 +24,7 @@ REMEDIES: dict[Stage, str] = {
     "looking": "its log says more; a slow network disk? run it again",
     "meeting": "start what is missing; is network.port open on the first node, and do all nodes know its name?",
     "joining": "all ports between the nodes have to be open; name the interface that joins them: network.interface",
-    "measuring": "does the network drop large packets (MTU)? NCCL_DEBUG=INFO under environment tells",
+    "measuring": "does the network drop large packets (MTU)? NCCL_DEBUG=INFO in environment shows more",
 }
 
 
@@ -63,11 +63,11 @@ def launcher(probed: Probed) -> Iterator[Finding]:
 
 
 def ranks(probed: Probed) -> Iterator[Finding]:
-    """Whether every rank has reported, and has been told the same number of ranks."""
+    """Whether every rank has reported, and sees the same number of ranks."""
     cluster, reports = probed.cluster, probed.reports
     if miscounted := [report for report in reports if report.size != cluster.world_size]:
         found = f"{_names(miscounted)}: a rank counts {miscounted[0].size} ranks of {cluster.world_size}"
-        yield Finding("ranks", "fail", found, "ranks are not told their number: another MPI, or a container that "
+        yield Finding("ranks", "fail", found, "ranks do not learn their number: another MPI, or a container that "
                       "drops variables?")  # fmt: skip
         return
     nodes = list(_silent(probed)) if reports else [("all nodes", list(range(cluster.world_size)))]
@@ -107,7 +107,7 @@ def interface(probed: Probed) -> Iterator[Finding]:
 
 
 def meeting(probed: Probed) -> Iterator[Finding]:
-    """How far the ranks got with each other, those apart that were told another number of ranks."""
+    """How far the ranks got with each other, except those that see another number of ranks."""
     counted = [report for report in probed.reports if report.size == probed.cluster.world_size]
     stopped = [report for report in counted if report.stage != "done"]
     told = _grouped(((report.stage, report.problem), report.host) for report in stopped)
@@ -115,7 +115,7 @@ def meeting(probed: Probed) -> Iterator[Finding]:
         found = problem or f"ended while {DOING[stage]}"
         yield Finding("meeting", "fail", f"{', '.join(hosts)}: {found}", REMEDIES[stage])
     if counted and not stopped:
-        yield Finding("meeting", "ok", "all ranks have reached the meeting point, and each other")
+        yield Finding("meeting", "ok", "all ranks have connected to the first node and to each other")
 
 
 def run_directory(probed: Probed) -> Iterator[Finding]:
@@ -166,7 +166,7 @@ def bandwidth(probed: Probed) -> Iterator[Finding]:
         backend, best = mine[0]["backend"], max(speed["gb_per_second"] for speed in mine)
         found = f"{each} a rank; {backend}, {len(probed.reports)} ranks on {_nodes(probed)}"
         slow = len(probed.first) > 1 and best < SLOW[backend]
-        remedy = "network.interface, network.infiniband_hca: is it the fast network? NCCL_DEBUG=INFO tells"
+        remedy = "network.interface, network.infiniband_hca: is it the fast network? NCCL_DEBUG=INFO shows it"
         yield Finding(collective, "warn" if slow else "ok", found, remedy if slow else "")
 
 
@@ -180,7 +180,7 @@ def by_itself(probed: Probed) -> Iterator[Finding]:
             yield Finding(name, finding.verdict, f"{report.host}: {finding.found}", finding.remedy)
         report, finding = mine[0]
         if not bad and name not in report.versions:
-            others = f"; well on {len(mine) - 1} more" if len(mine) > 1 else ""
+            others = f"; also fine on {len(mine) - 1} more" if len(mine) > 1 else ""
             yield Finding(name, "ok", f"{report.host}: {finding.found}{others}")
 
 
@@ -216,7 +216,7 @@ def _reach(probed: Probed) -> str:
     """What to try where nothing has been heard."""
     how = {
         "torchrun": "was the command given on every machine? ",
-        "slurm": "sinfo -R tells which nodes are down; ",
+        "slurm": "sinfo -R shows which nodes are down; ",
         "deepspeed": "does ssh let you in without a question? ",
         "mpi": "does ssh let you in without a question? ",
     }
