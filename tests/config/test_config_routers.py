@@ -62,8 +62,8 @@ def test_a_run_reads_back_as_it_was_written(make: Make, tmp_path: Path) -> None:
     ("given", "said"),
     [
         ("moe.router=base moe.top_k=2", "router 'base' gives each token one expert, not top_k 2: set top_k 1"),
-        ("moe.router=base_fixed moe.top_k=2", "router 'base_fixed' gives a token one expert"),
-        ("moe.router=stablemoe_balanced moe.top_k=2", "router 'stablemoe_balanced' gives a token one expert"),
+        ("moe.router=base_fixed moe.top_k=2", "router 'base_fixed' gives each token one expert"),
+        ("moe.router=stablemoe_balanced moe.top_k=2", "router 'stablemoe_balanced' gives each token one expert"),
         (
             "moe.router=stablemoe_balanced moe.distilled={kind: cnn}",
             "a cnn router has no table to balance: set distilled.kind word",
