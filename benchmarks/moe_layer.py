@@ -114,11 +114,12 @@ class Stage(nn.Module):
         """expert_TK: the routes of stage 2."""
         super().__init__()
         self.ours, self.tokens = ours, tokens
-        self.fixed_LTK = None if expert_TK is None else expert_TK[None]
-        self.plans = None if expert_TK is None else [plan_dispatch(expert_TK, ours.layer.num_experts, None)]
+        at = ours.layer.block
+        self.known = {} if expert_TK is None else {at: expert_TK}
+        self.plans = {} if expert_TK is None else {at: plan_dispatch(expert_TK, ours.layer.num_experts, None)}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out, report = self.ours.layer(hidden, RoutingPass(self.tokens, self.fixed_LTK, plans=self.plans))
+        out, report = self.ours.layer(hidden, RoutingPass(self.tokens, self.known, plans=self.plans))
         for loss in report.loss_sums.values():
             out = out + (loss / hidden.shape[0]).to(out.dtype)
         return out
@@ -161,9 +162,8 @@ def contestants(shape: Shape, device: torch.device, compiled: bool) -> dict[str,
 
 def checked(stage: Stage, shape: Shape, device: torch.device) -> Stage:
     """A stage whose outputs were held against each token's expert computed by itself. Raises AssertionError."""
-    hidden, fixed_LTK = sample(shape, device), stage.fixed_LTK
-    assert fixed_LTK is not None
-    stage.ours.check(hidden, fixed_LTK[0, :, 0], stage.to(device)(hidden))
+    hidden, expert_TK = sample(shape, device), stage.known[stage.ours.layer.block]
+    stage.ours.check(hidden, expert_TK[:, 0], stage.to(device)(hidden))
     return stage
 
 

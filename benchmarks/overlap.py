@@ -59,10 +59,10 @@ def contestants(groups: Groups, tokens: int, width: int) -> dict[str, Callable[[
 
     def way(parts: int, waiting: bool) -> Callable[[], float]:
         layer = build(groups, width, dtype, parts)
-        plans = [plan_dispatch(expert_TK, EXPERTS, layer.expert_group, parts)]
+        plans = {layer.block: plan_dispatch(expert_TK, EXPERTS, layer.expert_group, parts)}
 
         def go() -> torch.Tensor:
-            out, _ = layer(hidden, RoutingPass(view, expert_TK[None], plans=plans))
+            out, _ = layer(hidden, RoutingPass(view, {layer.block: expert_TK}, plans=plans))
             out.sum().backward()
             return out.detach()
 

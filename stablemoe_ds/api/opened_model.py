@@ -21,7 +21,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.evaluation.trained_model import TrainedModel
-from stablemoe_ds.routing.source import LEARNED, RouteSource
+from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.tables.table import RoutingTable
 
 Text = str | Sequence[int] | Tensor
@@ -72,7 +72,7 @@ class OpenedModel:
     def logits(self, text: Text, learned: bool = False) -> Tensor:
         """fp32 [B, S, V]: logits of the next id after each id of a text, or of B rows of ids of equal length."""
         ids_BS = self._ids(text)
-        routes = LEARNED if learned else self._fixed
+        routes = self.trained.learned if learned else self._fixed
         with inference(self.trained.model):
             return self.trained.model.logits(ids_BS, routes(ids_BS))
 
@@ -84,14 +84,14 @@ class OpenedModel:
         ids_BS = self._ids(text)
         if not self.trained.model.moe_layers:
             raise UserError(f"checkpoint {self.trained.checkpoint.path} is a dense model: it has no routes")
-        routes_LTK = None if learned else self._fixed(ids_BS)
-        if routes_LTK is None:
+        known = (self.trained.learned if learned else self._fixed)(ids_BS)
+        if len(known) < len(self.trained.model.moe_layers):
             real_BS = torch.ones_like(ids_BS, dtype=torch.bool)
             with inference(self.trained.model):
-                done = self.trained.model(Batch(ids_BS, ids_BS, real_BS, real_BS)).layers
-            routes_LTK = torch.stack([layer.expert_TK for layer in done])
+                done = self.trained.model(Batch(ids_BS, ids_BS, real_BS, real_BS), known).layers
+            known = {layer.block: layer.expert_TK for layer in done}
         batch, length = ids_BS.shape
-        return routes_LTK.view(len(routes_LTK), length, batch, -1).transpose(1, 2)
+        return torch.stack([e_TK.view(length, batch, -1).transpose(0, 1) for e_TK in known.values()])
 
     def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> list[str]:
         """Continue each prompt and return the new text; a single prompt counts as a list of one.

@@ -116,8 +116,8 @@ class MoELayer(nn.Module):
         ids_BS = self._ids(hidden_BSD, ids_BS)
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if real_BS is None else real_BS
         tokens = TokenView(ids_BS, real_BS.transpose(0, 1).flatten())
-        fixed_LTK = self.table_VK[ids_BS.transpose(0, 1).flatten()].long()[None] if self.frozen else None
-        hidden_SBD, done = self.layer(hidden_BSD.transpose(0, 1), RoutingPass(tokens, fixed_LTK, seed))
+        known = {1: self.table_VK[ids_BS.transpose(0, 1).flatten()].long()} if self.frozen else {}
+        hidden_SBD, done = self.layer(hidden_BSD.transpose(0, 1), RoutingPass(tokens, known, seed))
         return hidden_SBD.transpose(0, 1), self._report(done, real_BS)
 
     def freeze(self, token_counts: NDArray[np.int64] | None = None) -> RoutingTable:

@@ -197,7 +197,10 @@ class Checkpoint:
         return self._open[file], name
 
     def table(self) -> RoutingTable | None:
-        """The frozen routing table; None in stage 1 or if the distilled router is no table."""
+        """The routing table of the layers that follow one: in stage 1 some or none, in stage 2 all.
+
+        None if no layer does, or if the distilled router is no table.
+        """
         return RoutingTable.read(self.path / TABLE) if TABLE in self.files else None
 
 

@@ -30,6 +30,7 @@ def show(path: str) -> Answer:
         "router": moe.router,
         "gate": moe.gate_name if moe.facts.routed else None,
         "moe_layers": len(moe.layers),
+        "table_layers": moe.table_layers,
         "experts": moe.experts if moe.layers else 0,
         "parameters": sum(prod(checkpoint.shape(tensor)) for tensor in checkpoint.tensors),
         "tensors": len(checkpoint.tensors),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stablemoe_ds.commands import table_bounds, table_exchange, table_simulate
+from stablemoe_ds.commands import table_bounds, table_distil, table_exchange, table_simulate
 from stablemoe_ds.commands.named_tables import open_table, write_table
 from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, settle_libraries, tell
 from stablemoe_ds.errors import UserError
@@ -27,7 +27,7 @@ FROM_CORPUS = {
 
 
 def add_to(commands: Subparsers) -> None:
-    members = "build|show|diff|bounds|export|import|simulate"
+    members = "build|show|diff|bounds|distil|export|import|simulate"
     table = add_group(commands, "table", "routing tables: which experts serve which id", members)
     build = add_group(table, "build", "make a table from a corpus, a checkpoint or another table", "HOW")
     for name, text in FROM_CORPUS.items():
@@ -68,6 +68,7 @@ def add_to(commands: Subparsers) -> None:
     _data_argument(diff, required=False, default="none: ids are compared, not tokens")
     json_argument(diff)
     table_bounds.add_to(table)
+    table_distil.add_to(table)
     table_exchange.add_to(table)
     table_simulate.add_to(table)
 

@@ -89,9 +89,11 @@ def _table(run: RunConfig) -> str:
     moe = run.moe
     if moe.facts.fixed:
         return moe.hash_table if moe.facts.table_from == "counts" else str(moe.table)
+    from_start = f"{moe.table} at blocks {', '.join(map(str, moe.table_layers))}" if moe.table_layers else ""
+    learned = "distilled, balanced" if moe.facts.needs_counts else "distilled"
     if not two_stages(run):
-        return "none" if moe.facts.routed else ""
-    return "distilled, balanced" if moe.facts.needs_counts else "distilled"
+        learned = "none" if moe.facts.routed and not from_start else ""
+    return ", ".join(filter(None, [from_start, learned]))
 
 
 def _routing(
@@ -114,6 +116,7 @@ def _routing(
         name: _by_tokens(zip(records.steps, series, strict=True), run.schedule.tokens_per_step)
         for name, series in series_H.items()
     }
+    records = records.of_layers(run.moe.restless_rows)
     moved = churn(records)
     curves["churn"] = _by_tokens(zip(records.steps[1:], moved, strict=True), run.schedule.tokens_per_step)
     figures["churn"] = float(moved[-1]) if len(moved) else None

@@ -73,6 +73,8 @@ def parameters(run: RunConfig) -> Counts:
     one_expert = moe.sublayers * (_ffn(m, expert_ffn) + _norm(m))
     width, depth = shared_stack(run)
     routed = layers if moe.facts.routed else 0
+    learned, followed = len(moe.learned_layers), len(moe.fixed_layers)
+    with_centroids = learned * moe.facts.routed + followed * moe.gate_facts.affinity
     embedding, positions = vocab * d, run.data.sequence_length * d if m.positions == "learned" else 0
     return Counts(
         embedding=embedding,
@@ -83,8 +85,8 @@ def parameters(run: RunConfig) -> Counts:
         norms=(m.layers + dense_ffns + 1) * _norm(m),
         shared_experts=layers * depth * (_ffn(m, width) + _norm(m)),
         expert=routed * moe.experts * one_expert,
-        router=layers * moe.experts * ((d if moe.has_centroids else 0) + moe.gate_facts.numbers),
-        distilled=layers * _distilled(run, vocab) if moe.facts.distilled else 0,
+        router=moe.experts * (with_centroids * d + layers * moe.gate_facts.numbers),
+        distilled=learned * _distilled(run, vocab) if moe.facts.distilled else 0,
         served=routed * moe.top_k * one_expert,
     )
 

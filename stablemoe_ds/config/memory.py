@@ -61,8 +61,9 @@ def largest_module(run: RunConfig) -> int:
     found = max(-(-part // tensor) for part in cut)
     if not layers:
         return found
-    whole = counts.shared_experts + counts.router + counts.distilled
-    return max(found, (counts.expert // run.parallel.expert + whole) // layers)
+    whole = counts.shared_experts + counts.router
+    distilled = counts.distilled // max(1, len(run.moe.learned_layers))
+    return max(found, (counts.expert // run.parallel.expert + whole) // layers + distilled)
 
 
 def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from stablemoe_ds.config.gate_facts import GATES, GateFacts, GateName
 from stablemoe_ds.config.paths import NameText, PathText, expanded_within, if_written
@@ -87,6 +87,11 @@ class MoEConfig(Section):
         "dense_wider: a dense layer with as many parameters as all experts, stacked or side by side",
     )
     layers: list[PositiveInt] = Field(default_factory=list, description="blocks with an MoE layer, counted from 1")
+    table_layers: list[PositiveInt] = Field(
+        default_factory=list,
+        description="those of layers in which a table (moe.table) chooses the experts from the first update on, as in "
+        "the first layers of DeepSeek-V4; the router learns to choose in the others. Gates are the router's in both",
+    )
     placement: Literal["after", "replace"] = Field(
         "after",
         description="after: an extra layer after each of these blocks (paper); replace: in place of its feed-forward "
@@ -144,10 +149,10 @@ class MoEConfig(Section):
     )
     table: PathText | None = Field(
         None,
-        description="table of router table: a file from 'stablemoe table build', or routing_table.safetensors of a "
-        "run; it must match the run's tokenizer and the model's experts, top_k and number of MoE layers. Or random, "
-        "even, scattered or cooccurrence, to build one from the training text when the run begins. A run that "
-        "continues follows the table in its checkpoint",
+        description="table of router table and of table_layers: a file from 'stablemoe table build', or "
+        "routing_table.safetensors of a run; it must match the run's tokenizer, the model's experts and top_k, and the "
+        "number of layers that follow it. Or random, even, scattered or cooccurrence, to build one from the training "
+        "text when the run begins. A run that continues follows the table in its checkpoint",
     )
     table_options: dict[str, bool | int | float | str] = Field(
         default_factory=dict,
@@ -168,14 +173,34 @@ class MoEConfig(Section):
         return ROUTERS[self.router]
 
     @property
+    def fixed_layers(self) -> list[int]:
+        """Blocks whose MoE layer follows a table from the first update on."""
+        return self.layers if self.facts.fixed else self.table_layers
+
+    @property
+    def learned_layers(self) -> list[int]:
+        """Blocks whose MoE layer learns to choose, to the end or until the switch."""
+        return [block for block in self.layers if block not in self.fixed_layers]
+
+    @property
+    def restless_rows(self) -> list[int]:
+        """MoE layers, counted from 0, in which fluctuation is looked for: those that learn; all where none does."""
+        return [row for row, block in enumerate(self.layers) if block in (self.learned_layers or self.layers)]
+
+    @property
+    def needs_table(self) -> bool:
+        """``table`` says what some layers follow."""
+        return self.facts.table_from == "file" or bool(self.table_layers)
+
+    @property
     def table_builder(self) -> str | None:
         """The builder that ``table`` names, if it names none of a file."""
-        return self.table if self.facts.table_from == "file" and self.table in OPTIONS else None
+        return self.table if self.needs_table and self.table in OPTIONS else None
 
     @property
     def table_file(self) -> str | None:
         """The file that ``table`` names, if it names no builder."""
-        return self.table if self.facts.table_from == "file" and self.table_builder is None else None
+        return self.table if self.needs_table and self.table_builder is None else None
 
     @property
     def gate_name(self) -> str:
@@ -202,11 +227,13 @@ class MoEConfig(Section):
                 return {**section, "balance_weight": facts.balance_weight}
         return section
 
-    @field_validator("layers")
+    @field_validator("layers", "table_layers")
     @classmethod
-    def _ascending(cls, layers: list[int]) -> list[int]:
+    def _ascending(cls, layers: list[int], field: ValidationInfo) -> list[int]:
         if layers != sorted(set(layers)):
-            raise ValueError(f"layers must ascend without repeats; nearest that works: {sorted(set(layers))}")
+            raise ValueError(
+                f"{field.field_name} must ascend without repeats; nearest that works: {sorted(set(layers))}"
+            )
         return layers
 
     @model_validator(mode="after")
@@ -216,10 +243,11 @@ class MoEConfig(Section):
             raise ValueError(f"router '{self.router}' has no MoE layer: leave moe.layers empty, or name another router")
         if facts.layer != "none" and not self.layers:
             raise ValueError(f"router '{self.router}' needs moe.layers, e.g. [6]; or set router: dense")
-        if facts.table_from == "file" and self.table is None:
+        if self.needs_table and self.table is None:
+            who = "moe.table_layers" if self.table_layers else f"router '{self.router}'"
             raise ValueError(
-                f"router '{self.router}' needs moe.table: the file of a table, which 'stablemoe table build' makes, or "
-                f"how to build one: {', '.join(OPTIONS)}"
+                f"{who} needs moe.table: the file of a table, which 'stablemoe table build' makes, or how to build "
+                f"one: {', '.join(OPTIONS)}"
             )
         if self.table_builder is not None:
             try:
@@ -238,6 +266,31 @@ class MoEConfig(Section):
             raise ValueError(f"router '{self.router}' has no experts, so no shared ones either: set shared_experts 0")
         if facts.table_from == "scores and counts" and self.distilled.kind != "word":
             raise ValueError(f"a {self.distilled.kind} router has no table to balance: set distilled.kind word")
+        return self
+
+    @model_validator(mode="after")
+    def _some_layers_learn(self) -> MoEConfig:
+        follow, facts = self.table_layers, self.facts
+        if not follow:
+            return self
+        if not facts.routed or facts.fixed:
+            what = "follows a table in every layer" if facts.fixed else "has no layer that could follow a table"
+            raise ValueError(f"router '{self.router}' {what}: leave table_layers empty, or name a router that learns")
+        if not set(follow) <= set(self.layers):
+            among = [block for block in follow if block in self.layers]
+            raise ValueError(
+                f"table_layers {follow} are not all among layers {self.layers}; nearest that works: {among}"
+            )
+        if not self.learned_layers:
+            raise ValueError(
+                f"table_layers name every layer, so router '{self.router}' has none to learn in: set router table, or "
+                f"take one out, e.g. {follow[:-1]}"
+            )
+        if facts.distilled and self.distilled.kind != "word":
+            raise ValueError(
+                f"{self.distilled.kind} routers never become a table, which a switch would have to join to that of "
+                "table_layers: set distilled.kind word, or a router without a switch"
+            )
         return self
 
     @model_validator(mode="after")

@@ -69,7 +69,7 @@ def _table(run: RunConfig, path: str, tokenizer: Tokenizer | None) -> NamedFile:
             path,
             experts=run.moe.experts,
             top_k=run.moe.top_k,
-            blocks=tuple(run.moe.layers),
+            blocks=tuple(run.moe.fixed_layers),
             vocab_size=run.model.vocab_size or (tokenizer.vocab_size if tokenizer else None),
             tokenizer=None if unknown else tokenizer.fingerprint if tokenizer else "",
         )

@@ -91,11 +91,10 @@ class Reader:
         Raises UserError if a score is NaN or infinite.
         """
         sequences, length = ids_BS.shape
-        known = self.cache.sequence_len_offset if self.cache is not None else 0
+        read = self.cache.sequence_len_offset if self.cache is not None else 0
         # A frozen router may look back, so routes come from the whole history; then those of what is new are kept.
-        routes_LTK = self.routes(ids_BS)
-        new_LTK = None if routes_LTK is None else routes_LTK[:, known * sequences :]
-        logits_BV = self.model.logits(ids_BS[:, known:], new_LTK, self.cache)[:, -1]
+        new = {block: expert_TK[read * sequences :] for block, expert_TK in self.routes(ids_BS).items()}
+        logits_BV = self.model.logits(ids_BS[:, read:], new, self.cache)[:, -1]
         if self.cache is not None:
             self.cache.sequence_len_offset = length
         if not torch.isfinite(logits_BV).all():

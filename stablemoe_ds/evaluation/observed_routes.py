@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,15 +15,16 @@ from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.loader import EvalLoader
-from stablemoe_ds.data.run_data import eval_set
+from stablemoe_ds.data.run_data import EvalSet, eval_set
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.evaluation.on_checkpoint import loaded
+from stablemoe_ds.evaluation.trained_model import TrainedModel
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.progress_bar import progress_bar
 from stablemoe_ds.routing.fixed import TableRouting, freeze, freeze_balanced
 from stablemoe_ds.routing.routes import SumOverRanks
-from stablemoe_ds.routing.source import LEARNED, RouteSource
+from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.tables.builders import how_made
 from stablemoe_ds.tables.observed import explained, observed_table
 from stablemoe_ds.tables.table import RoutingTable
@@ -69,16 +70,24 @@ def observe(path: str, corpora: list[str], max_load: float | None) -> tuple[Rout
     sources = named or find_corpora(checkpoint, checkpoint.run.data.train)
     check_corpora(checkpoint, sources)
     with loaded(checkpoint) as trained:
-        groups, routes = trained.groups, trained.routes if progress.stage == 2 else LEARNED
-        data = eval_set(
-            sources, trained.run.data.sequence_length, batch_plan(trained.run, groups.world.size).micro_batch, groups
-        )
-        batches = _shown(data.loader)
-        served_LVN = count_routes(trained.model, batches, routes, groups.sum_over_data_ranks, groups.world.device)
+        served_LVN = served_by_id(trained, text_of(trained, sources))
     expert_LVK = observed_table(served_LVN, moe.top_k, max_load)
     shares = explained(served_LVN, expert_LVK)
     made = how_made("observed", options={"max_load": max_load}, router=moe.router, step=progress.step, explained=shares)
     return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), checkpoint.tokenizer, made), shares
+
+
+def text_of(trained: TrainedModel, sources: Sequence[Source]) -> EvalSet:
+    """Prepared corpora in batches of this model."""
+    groups, length = trained.groups, trained.run.data.sequence_length
+    return eval_set(sources, length, batch_plan(trained.run, groups.world.size).micro_batch, groups)
+
+
+def served_by_id(trained: TrainedModel, text: EvalSet) -> NDArray[np.int64]:
+    """:func:`count_routes` of a model as it was trained, with a progress bar."""
+    groups = trained.groups
+    batches, routes = _shown(text.loader), trained.trained_with
+    return count_routes(trained.model, batches, routes, groups.sum_over_data_ranks, groups.world.device)
 
 
 def _shown(loader: EvalLoader) -> Iterator[Batch]:
@@ -96,7 +105,7 @@ def frozen(path: str, max_load: float | None) -> RoutingTable:
     """
     checkpoint = Checkpoint.open(path)
     table, moe = checkpoint.table(), checkpoint.run.moe
-    if table is not None and max_load is None:
+    if table is not None and max_load is None and checkpoint.progress.stage == 2:
         return table
     if moe.top_k > 1 and max_load is not None:
         raise UserError(
@@ -112,9 +121,11 @@ def frozen(path: str, max_load: float | None) -> RoutingTable:
                 f"checkpoint {checkpoint.path} has no distilled router of ids alone (moe.router {moe.router}): "
                 "'stablemoe table build observed' makes a table of any router"
             )
-        blocks, tokenizer = tuple(moe.layers), checkpoint.tokenizer
+        blocks, tokenizer = tuple(moe.learned_layers), checkpoint.tokenizer
         if max_load is not None:
-            return freeze_balanced(routers, blocks, token_counts_of(checkpoint), max_load, tokenizer).table
-        routing = freeze(routers, moe.top_k, blocks, tokenizer)
-        assert isinstance(routing, TableRouting)
-        return routing.table
+            learned = freeze_balanced(routers, blocks, token_counts_of(checkpoint), max_load, tokenizer).table
+        else:
+            routing = freeze(routers, moe.top_k, blocks, tokenizer)
+            assert isinstance(routing, TableRouting)
+            learned = routing.table
+    return learned if table is None or not moe.table_layers else learned.joined_to(table.only(moe.table_layers))

@@ -9,6 +9,7 @@ from typing import Any
 from stablemoe_ds.checkpoint.attached import check_corpora, find_corpora, open_tokenizer
 from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.config.batch_plan import batch_plan
+from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.run_data import eval_set
 from stablemoe_ds.data.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.evaluation.perplexity import Evaluation, evaluate, word_perplexity
 from stablemoe_ds.evaluation.trained_model import TrainedModel
-from stablemoe_ds.routing.source import LEARNED, RouteSource
+from stablemoe_ds.routing.source import RouteSource
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], 
 
         routes, progress = trained.routes, trained.checkpoint.progress
         fixed = measure(routes)
-        learned = measure(LEARNED) if progress.stage == 1 and routes.fixed else None
+        learned = measure(trained.learned) if progress.stage == 1 and two_stages(trained.run) else None
     shown = learned or fixed
     facts: dict[str, Any] = {
         "checkpoint": str(trained.checkpoint.path),

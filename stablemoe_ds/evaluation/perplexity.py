@@ -24,7 +24,7 @@ class Evaluation:
 
     loss: nats per token. tokens: how many predictions it is the mean of.
     agreement: share of real tokens, over all MoE layers, that the distilled router sends where the learned one
-    does; None if routing was fixed, or there is no MoE layer.
+    does, of those that have both; None if none of them decided.
     served_LN: real tokens (times K) by MoE layer and expert.
     """
 
@@ -61,7 +61,7 @@ def evaluate(
     """Mean loss, load and agreement of a model.
 
     batches: this rank's share; all ranks must bring the same number, as MoE layers exchange tokens in each.
-    routes: what decides the experts.
+    routes: what decides the experts where routers do not.
     sum_over_ranks: adds a float64 tensor up over the data-parallel ranks.
     Raises UserError if no rank has a scored token.
     """
@@ -77,7 +77,7 @@ def evaluate(
     return Evaluation(
         loss=totals.number("loss") / scored,
         tokens=scored,
-        agreement=totals.number("agreed") / compared if compared and not routes.fixed else None,
+        agreement=totals.number("agreed") / compared if compared else None,
         served_LN=tuple(tuple(int(n) for n in row) for row in totals.rows("served_LN")),
     )
 

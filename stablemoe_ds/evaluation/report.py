@@ -35,7 +35,8 @@ def routing_report(
     """Everything the project says about one run.
 
     steps, tokens_per_step: updates of the whole run, tokens of each. metrics: lines of its ``metrics.jsonl``.
-    records: of its probe tokens. uses: which ids each expert serves, one an MoE layer. piece: an id in readable form.
+    records: of its probe tokens, in layers that can fluctuate. uses: which ids each expert serves, one an MoE layer.
+    piece: an id in readable form.
     """
     switch = _last(metrics, "switch")
     since = switch["step"] if switch else None

@@ -31,24 +31,21 @@ def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dic
     table, switched_at = checkpoint.table(), checkpoint.progress.switched_at
     if not metrics and table is not None and switched_at:
         metrics = [{"kind": "switch", "step": switched_at, "table_sha256": table.sha256}]  # the checkpoint knows this
-    uses: list[IdUse] = []
-    if table is not None:
-        counts = token_counts_of(checkpoint)
-        uses = [use_of_table(table, layer, counts) for layer in range(len(table.blocks))]
-    elif folder is not None and records is not None and (folder / PROBE_IDS).exists():
+    uses: dict[int, IdUse] = {}
+    if folder is not None and records is not None and (folder / PROBE_IDS).exists():
         ids = np.load(folder / PROBE_IDS)
-        final_LP = records.expert_HLP[-1]
-        uses = [
-            use_of_pairs(ids, experts, run.moe.experts, block)
-            for block, experts in zip(run.moe.layers, final_LP, strict=True)
-        ]
+        for block, experts_P in zip(run.moe.layers, records.expert_HLP[-1], strict=True):
+            uses[block] = use_of_pairs(ids, experts_P, run.moe.experts, block)
+    if table is not None:  # it knows more: where every id of the training text goes
+        counts = token_counts_of(checkpoint)
+        uses |= {block: use_of_table(table, layer, counts) for layer, block in enumerate(table.blocks)}
     return routing_report(
         name=run.name,
         steps=run.schedule.steps,
         tokens_per_step=run.schedule.tokens_per_step,
         metrics=metrics,
-        records=records,
-        uses=uses,
+        records=records.of_layers(run.moe.restless_rows) if records else None,
+        uses=[uses[block] for block in sorted(uses)],
         piece=tokenizer.piece,
     )
 

@@ -30,13 +30,27 @@ class TrainedModel:
     def routes(self) -> RouteSource:
         """Routes by ids: the frozen ones in stage 2, what a switch would freeze now in stage 1.
 
-        The learned routers of a dense model, and of a run whose routing is never fixed: there they are the model.
+        The learned routers of a dense model, and of a run whose routing is never fixed: there they are the model, but
+        for layers that follow a table from the first update.
         """
-        stage, table = self.checkpoint.progress.stage, self.checkpoint.table()
+        stage, table, maker = self.checkpoint.progress.stage, self.checkpoint.table(), self._maker
+        return maker.frozen(table) if stage == 1 and maker.can_freeze else maker.restored(stage, table)
+
+    @property
+    def learned(self) -> RouteSource:
+        """Routes as in stage 1: routers decide wherever a layer has learned to."""
+        return self._maker.restored(1, self.checkpoint.table())
+
+    @property
+    def trained_with(self) -> RouteSource:
+        """Routes as in the update before the checkpoint."""
+        return self.learned if self.checkpoint.progress.stage == 1 else self.routes
+
+    @property
+    def _maker(self) -> RouteMaker:
         device, tokenizer = self.groups.world.device, self.checkpoint.tokenizer
         counts = partial(token_counts_of, self.checkpoint)  # read where a table is made of them
-        maker = RouteMaker(self.run, self.model.distilled_routers, counts, tokenizer, device)
-        return maker.frozen() if stage == 1 and maker.can_freeze else maker.restored(stage, table)
+        return RouteMaker(self.run, self.model.distilled_routers, counts, tokenizer, device)
 
 
 def for_world(run: RunConfig, world_size: int) -> RunConfig:

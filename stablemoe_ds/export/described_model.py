@@ -39,6 +39,7 @@ WORDS = {
     "stack_intermediate_size": "moe.router (width of its dense stack)",
     "stack_sublayers": "moe.router (sublayers of its dense stack)",
     "router_input": "moe.router_input",
+    "table_blocks": "moe.table_layers",
     "gate": "moe.gate",
     "network_width": "moe.distilled.dim",
     "network_layers": "moe.distilled.layers",
@@ -135,7 +136,8 @@ def in_words(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["positions"] == "learned":
         words["data.sequence_length"] = settings["max_position_embeddings"]
         words.pop("model.rope_base")
-    words["moe.layers"] = [block + 1 for block in settings.get("moe_blocks", [])]
+    for key, name in (("moe.layers", "moe_blocks"), ("moe.table_layers", "table_blocks")):
+        words[key] = [block + 1 for block in settings.get(name, [])]
     if not words["moe.layers"]:
         words.pop("moe.placement", None)
     unused = [key for key in words if key.startswith("moe.") and words[key] in (0, None)]

@@ -21,15 +21,18 @@ BY_ID = ("table", *NETWORKS)
 def router_of(checkpoint: Checkpoint) -> str | None:
     """What exported routers choose by, as ``StableMoEConfig.router`` has it; None for a dense model.
 
+    Where some layers follow a table and others learn, it is what those choose by.
+
     A checkpoint of stage 1 is exported with its learned routers, which are what it was trained with.
     Raises UserError for routers that the modeling file does not have.
     """
     moe, stage = checkpoint.run.moe, checkpoint.progress.stage
     if not moe.facts.routed:
         return None
-    if checkpoint.table() is not None:
+    table = checkpoint.table()
+    if table is not None and len(table.blocks) == len(moe.layers):
         return "table"
-    if moe.facts.fixed:
+    if moe.fixed_layers and table is None:
         raise UserError(
             f"checkpoint {checkpoint.path} holds no routing table yet: train it, and export the next checkpoint"
         )
@@ -77,6 +80,8 @@ def model_settings(run: RunConfig, vocab_size: int, router: str | None) -> dict[
             "network_start": moe.distilled.bigram_start,
             "network_document_end": None if run.data.document_mask == "none" else run.data.eos_id,
         }
+    if moe.table_layers and router != "table":
+        settings["table_blocks"] = [block - 1 for block in moe.table_layers]
     return settings | {
         "routed_experts": moe.experts,
         "experts_per_token": moe.top_k,

@@ -56,7 +56,8 @@ def import_folder(folder: str | Path, target: RunConfig) -> tuple[Path, str]:
     except ValueError as error:
         raise UserError(f"{folder} has tensor {error}, which belongs to another model") from error
     weights = _completed(folder, weights, target, vocab)
-    table = _table(found, target.moe, tokenizer.fingerprint if tokenizer else "")
+    followed = [block + 1 for block in settings.get("table_blocks") or settings.get("moe_blocks", [])]
+    table = _table(found, target.moe, followed, tokenizer.fingerprint if tokenizer else "")
     written = write_first_checkpoint(
         target,
         weights,
@@ -157,12 +158,12 @@ def _completed(folder: Path, weights: dict[str, Tensor], run: RunConfig, vocab: 
     return start | weights
 
 
-def _table(found: dict[str, Tensor], moe: MoEConfig, tokenizer: str) -> RoutingTable | None:
+def _table(found: dict[str, Tensor], moe: MoEConfig, blocks: list[int], tokenizer: str) -> RoutingTable | None:
     layers = {int(re.findall(r"\d+", name)[0]): tensor for name, tensor in found.items() if TABLE.fullmatch(name)}
     if not layers:
         return None
     expert_LVK = np.stack([layers[block].numpy() for block in sorted(layers)]).astype(np.int32)
     try:
-        return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), tokenizer)
+        return RoutingTable(expert_LVK, moe.experts, tuple(blocks), tokenizer)
     except ValueError as error:
         raise UserError(f"the routing tables of the folder are damaged: {error}") from error

@@ -108,7 +108,9 @@ def _routing(checkpoint: Checkpoint, table: RoutingTable | None) -> list[tuple[s
     if table is None:
         network = f"by a frozen {moe.distilled.kind} network of token ids"
         return [*rows, ("routing", network if checkpoint.progress.stage == 2 else "learned, from hidden states")]
-    rows.append(("routing table", f"by token id; sha256 `{table.sha256}`"))
+    partial = f" at blocks {', '.join(map(str, table.blocks))}, learned in the others"
+    what = "by token id" + (partial if len(table.blocks) < len(moe.layers) else "")
+    rows.append(("routing table", f"{what}; sha256 `{table.sha256}`"))
     if table.made.get("builder"):
         rows.append(("table made by", str(table.made["builder"])))
     if TOKEN_COUNTS in checkpoint.files:

@@ -44,6 +44,7 @@ class StableMoEConfig(PreTrainedConfig):
     router: "table"; "bigram", "cnn", "transformer"; or what the best experts are best at: "affinity", "softmax",
     "biased_sigmoid". network_*: of a bigram, cnn or transformer: its width, layers and heads, what stands before a
     first token ("zero" or "itself"), and the id that ends a document (None: a row is one document, whatever its ids).
+    table_blocks: blocks (from 0) that follow a table whatever router says.
     router_input: "raw", or "normalized" to unit root mean square. gate: factor on what an expert adds.
     """
 
@@ -83,6 +84,7 @@ class StableMoEConfig(PreTrainedConfig):
         network_heads: int = 1,
         network_start: str = "zero",
         network_document_end: int | None = None,
+        table_blocks: list[int] | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
         initializer_range: float = 0.02,
@@ -103,6 +105,7 @@ class StableMoEConfig(PreTrainedConfig):
         self.router, self.router_input, self.gate = router, router_input, gate
         self.network_width, self.network_layers, self.network_heads = network_width, network_layers, network_heads
         self.network_start, self.network_document_end = network_start, network_document_end
+        self.table_blocks = table_blocks or []
         self.use_cache, self.initializer_range = use_cache, initializer_range
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
@@ -226,25 +229,25 @@ class Router(nn.Module):
     table: Tensor
     bias: Tensor
 
-    def __init__(self, config: StableMoEConfig) -> None:
+    def __init__(self, config: StableMoEConfig, kind: str) -> None:
+        """kind: as ``router`` in the configuration."""
         super().__init__()
-        self.config = config
-        experts, by_id = config.routed_experts, config.router in BY_ID
-        if config.router in NETWORKS:
+        self.config, self.kind, experts = config, kind, config.routed_experts
+        if kind in NETWORKS:
             self.network = IdNetwork(config)
-        if config.router == "table":
+        if kind == "table":
             table_VK = torch.full((config.vocab_size, config.experts_per_token), -1, dtype=torch.int32)
             self.register_buffer("table", table_VK)
-        if not by_id or config.gate != "one":
+        if kind not in BY_ID or config.gate != "one":
             self.centroids = nn.Parameter(torch.zeros(experts, config.hidden_size))
-        if config.router == "biased_sigmoid":
+        if kind == "biased_sigmoid":
             self.register_buffer("bias", torch.zeros(experts))
         if config.gate == "learned":
             self.gate_scale, self.gate_bias = nn.Parameter(torch.ones(experts)), nn.Parameter(torch.zeros(experts))
 
     def forward(self, x_TD: Tensor, seen: SeenIds | None) -> tuple[Tensor, Tensor]:
         """Residual stream and token ids -> experts int64 [T, K], gates fp32 [T, K]."""
-        expert_TK = self._by_id(seen, len(x_TD)) if seen is not None and self.config.router in BY_ID else None
+        expert_TK = self._by_id(seen, len(x_TD)) if seen is not None and self.kind in BY_ID else None
         if expert_TK is not None and self.config.gate == "one":
             return expert_TK, torch.ones(expert_TK.shape, device=x_TD.device)
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -258,16 +261,16 @@ class Router(nn.Module):
 
     def _by_id(self, seen: SeenIds, tokens: int) -> Tensor:
         """int64 [T, K], of the last T tokens."""
-        if self.config.router == "table":
+        if self.kind == "table":
             return self.table[seen.ids_BH.flatten()].long()
         new = tokens // len(seen.ids_BH)
         return self._best(self.network(seen)[:, -new:].flatten(0, 1))
 
     def _best(self, scores_TN: Tensor) -> Tensor:
         """int64 [T, K]; of equals the lowest."""
-        if self.config.router == "softmax":
+        if self.kind == "softmax":
             scores_TN = scores_TN.softmax(-1)
-        elif self.config.router == "biased_sigmoid":
+        elif self.kind == "biased_sigmoid":
             scores_TN = scores_TN.sigmoid() + self.bias.float()
         best = scores_TN.sort(dim=-1, descending=True, stable=True)
         return best.indices[:, : self.config.experts_per_token]
@@ -278,7 +281,7 @@ class Router(nn.Module):
         if kind == "one":
             return torch.ones_like(affinity_TK)
         if kind == "softmax":
-            return scores_TN.softmax(-1).gather(1, expert_TK)
+            return scores_TN.softmax(-1).gather(1, expert_TK.clamp_min(0))
         if kind == "learned":
             scale_N, bias_N = self.gate_scale.float(), self.gate_bias.float()
             return 2 * torch.sigmoid(scale_N[expert_TK] * affinity_TK + bias_N[expert_TK])
@@ -291,9 +294,9 @@ class Router(nn.Module):
 class RoutedExperts(nn.Module):
     """sum_k gate_k * (what expert k adds) + what the shared stack adds (StableMoE, Dai et al. 2022, eq. 7)."""
 
-    def __init__(self, config: StableMoEConfig) -> None:
+    def __init__(self, config: StableMoEConfig, router: str) -> None:
         super().__init__()
-        self.router = Router(config)
+        self.router = Router(config, router)
         # Not called "experts": servers replace a list of that name by fused feed-forward layers, which have no norm.
         self.routed = nn.ModuleList(
             ResidualStack(config, config.expert_intermediate_size, config.expert_sublayers)
@@ -381,7 +384,8 @@ class Block(GradientCheckpointingLayer):
         self.self_attn = Attention(config, layer_idx)
         own = not extra or config.placement == "after"
         self.feed_forward = Sublayer(config, config.intermediate_size) if own else None
-        self.moe = RoutedExperts(config) if extra and config.routed_experts else None
+        router = "table" if layer_idx in config.table_blocks else config.router
+        self.moe = RoutedExperts(config, router) if extra and config.routed_experts else None
         self.stack = None
         if extra and config.stack_sublayers:
             self.stack = ResidualStack(config, config.stack_intermediate_size, config.stack_sublayers)
@@ -469,7 +473,8 @@ class StableMoEModel(StableMoEPreTrainedModel):
 
         attention_mask: [B, past + S], 0 at padding, on either side. cache, past_key_values: two names of one thing.
         """
-        if input_ids is None and self.config.routed_experts and self.config.router in BY_ID:
+        by_id = self.config.router in BY_ID or self.config.table_blocks
+        if input_ids is None and self.config.routed_experts and by_id:
             raise ValueError("experts are looked up by token id: pass input_ids, also together with inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache

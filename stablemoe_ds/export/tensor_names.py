@@ -90,7 +90,7 @@ def exported_tensors(
                 name = name.replace(ours, theirs)
             yield Exported(name, tuple(cut(whole).shape), kept, read)
     if table is not None:
-        for block, rows_VK in zip(checkpoint.run.moe.layers, table.expert_LVK, strict=True):
+        for block, rows_VK in zip(table.blocks, table.expert_LVK, strict=True):
             name = f"model.layers.{block - 1}.moe.router.table"
             yield Exported(name, rows_VK.shape, torch.int32, partial(torch.tensor, rows_VK))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 from stablemoe_ds.ops.documents import document_starts
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.routes import TokenView
+from stablemoe_ds.routing.routes import NOTHING_KNOWN, KnownRoutes, TokenView
 
 
 @dataclass(frozen=True)
@@ -109,29 +109,30 @@ class StableMoEGPT(GPTModel):
     def forward(
         self,
         batch: Batch,
-        fixed_LTK: Tensor | None = None,
+        known: KnownRoutes = NOTHING_KNOWN,
         seed: int = 0,
-        plans: Sequence[LayerPlan] | None = None,
+        plans: Mapping[int, LayerPlan] | None = None,
         counts_LN: Tensor | None = None,
     ) -> ForwardOutput:
         """Loss of one micro-batch.
 
-        fixed_LTK: int64 [L, T, K], routes made beforehand from ``batch.ids``; None: the learned routers decide.
+        known: routes made beforehand from ``batch.ids``.
         seed: seed of random decisions in this call, equal on all ranks.
-        plans: one a MoE layer, made beforehand from ``fixed_LTK``; None: each layer makes its own.
+        plans: by block, made beforehand from ``known``; a layer without one makes its own.
         counts_LN: see :class:`RoutingPass`.
         """
-        routing = RoutingPass(TokenView(batch.ids, batch.real_T), fixed_LTK, seed, plans, counts_LN)
+        routing = RoutingPass(TokenView(batch.ids, batch.real_T), known, seed, plans or {}, counts_LN)
         loss_BS = self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart).float()
         return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
 
     @torch.no_grad()
-    def choices(self, batch: Batch, seed: int) -> Tensor:
+    def choices(self, batch: Batch, known: KnownRoutes, seed: int) -> Tensor:
         """int64 [L, N]: real tokens (times K) of this rank by the expert that each MoE layer's router chooses.
 
-        As in :meth:`forward` with the same seed, at the cost of the stack up to the last MoE layer. Collective.
+        As in :meth:`forward` with the same routes and seed, at the cost of the stack up to the last MoE layer.
+        Collective.
         """
-        routing = RoutingPass(TokenView(batch.ids, batch.real_T), None, seed, only_choices=len(self.moe_layers))
+        routing = RoutingPass(TokenView(batch.ids, batch.real_T), known, seed, only_choices=len(self.moe_layers))
         self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart)
         return torch.stack([report.served_N for report in routing.reports])
 
@@ -153,14 +154,16 @@ class StableMoEGPT(GPTModel):
         """Whether :meth:`forward`, and so training and evaluation, keeps a sequence's documents apart."""
         return self.run_config.data.document_mask != "none"
 
-    def logits(self, ids_BS: Tensor, fixed_LTK: Tensor | None, cache: Any = None, apart: bool = False) -> Tensor:
+    def logits(
+        self, ids_BS: Tensor, known: KnownRoutes = NOTHING_KNOWN, cache: Any = None, apart: bool = False
+    ) -> Tensor:
         """fp32 [B, S, V]: scores of the next id at each position, or [B, 1, V] of the last one with a cache.
 
         cache: megatron-core ``StaticInferenceContext``; ``ids_BS`` then continue at its offset.
         apart: keep the documents of a sequence apart; otherwise a sequence is one document, as a prompt is.
         """
         real_T = torch.ones(ids_BS.numel(), dtype=torch.bool, device=ids_BS.device)
-        routing = RoutingPass(TokenView(ids_BS, real_T), fixed_LTK)
+        routing = RoutingPass(TokenView(ids_BS, real_T), known)
         return self._run(ids_BS, routing, cache=cache, apart=apart).float()
 
     def _run(
@@ -264,13 +267,15 @@ def block_specs(run: RunConfig, vocab_size: int, placement: LayerPlacement) -> l
 
 def build_moe_layer(run: RunConfig, vocab_size: int, placement: LayerPlacement, block: int, index: int) -> MoELayer:
     """The MoE layer number ``index`` (from 0), at block ``block`` (from 1), uninitialised."""
-    m, moe = run.model, run.moe
+    m, moe, follows = run.model, run.moe, block in run.moe.table_layers
+    positions, eos_id = run.data.sequence_length, document_end(run.data)
     return MoELayer(
-        make_router(moe, m.hidden_size, m.heads, vocab_size, run.data.sequence_length, document_end(run.data)),
+        make_router(moe, m.hidden_size, m.heads, vocab_size, positions, eos_id, follows),
         expert_shape(m, moe.ffn_hidden_size or m.ffn_hidden_size, moe.sublayers),
         placement,
         block=block,
         index=index,
+        follows=follows,
         shared=expert_shape(m, *shared_stack(run)) if moe.shared_experts else None,
         capacity_factor=moe.capacity_factor,
         parts=run.parallel.dispatch_parts,

@@ -42,6 +42,7 @@ class MoELayer(AutoEPMoELayer):
         *,
         block: int,
         index: int,
+        follows: bool = False,
         shared: ExpertShape | None = None,
         capacity_factor: float | None = None,
         parts: int = 1,
@@ -49,8 +50,8 @@ class MoELayer(AutoEPMoELayer):
     ) -> None:
         """``block``: number of the block it belongs to, from 1. ``index``: which MoE layer it is, from 0.
 
-        parts: into how many parts tokens are cut, so that one travels while experts serve another. compiled: as in
-        :class:`Experts`.
+        follows: its experts are chosen beforehand in every call, by a table. parts: into how many parts tokens are cut,
+        so that one travels while experts serve another. compiled: as in :class:`Experts`.
         """
         nn.Module.__init__(self)  # not the base's, which takes over the weights of a layer from transformers
         ranks = placement.expert_parallel
@@ -61,7 +62,8 @@ class MoELayer(AutoEPMoELayer):
         self.ep_rank = placement.expert_rank
         self.enable_expert_tensor_parallelism = False
         self.held_experts = placement.held_experts(index, router.experts)
-        self.block, self.index, self.capacity_factor, self.parts = block, index, capacity_factor, parts
+        self.block, self.index, self.follows = block, index, follows
+        self.capacity_factor, self.parts = capacity_factor, parts
         self.placement = placement
         place_N = None if placement.order_LN is None else inverse(placement.order_LN[index])
         self.register_buffer("place_N", place_N, persistent=False)
@@ -87,11 +89,16 @@ class MoELayer(AutoEPMoELayer):
             self.expert_group = groups._get_expert_parallel_group(self.expert_group_name)
 
     def forward(self, hidden_SBD: Tensor, routing: RoutingPass) -> tuple[Tensor, LayerReport]:
-        """hidden [S, B, D], residual stream -> the stream with what the experts add, and what was done."""
+        """hidden [S, B, D], residual stream -> the stream with what the experts add, and what was done.
+
+        Raises ValueError if the layer follows a table, and its routes are not known.
+        """
         hidden_TD = hidden_SBD.flatten(0, 1)
-        fixed_TK = None if routing.fixed_LTK is None else routing.fixed_LTK[self.index]
+        fixed_TK = routing.known.get(self.block)
+        if fixed_TK is None and self.follows:
+            raise ValueError(f"the MoE layer at block {self.block} follows a table: pass the routes of its table")
         routes = self.router(hidden_TD, routing.tokens, fixed_TK, self._counted(routing))
-        plan = None if routing.plans is None else routing.plans[self.index]
+        plan = routing.plans.get(self.block)
         if routing.at_last_choice:
             added_TD, dropped = torch.zeros_like(hidden_TD), torch.zeros_like(routes.counts_N[0])
         else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from stablemoe_ds.moe.plan import LayerPlan
-from stablemoe_ds.routing.routes import TokenView
+from stablemoe_ds.routing.routes import KnownRoutes, TokenView
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class LayerReport:
 class RoutingPass:
     """Travels with one forward call through the blocks: what MoE layers need in, what they report out.
 
-    fixed_LTK: int64 [L, T, K], routes known beforehand; None lets each layer's learned router decide.
-    plans: one a layer, made from those routes beforehand; None lets each layer make its own.
+    known: routes that are known beforehand.
+    plans: by block, made from those routes beforehand; a layer without one makes its own.
     seed: seed of this call's random decisions (which tokens exceed capacity); equal on all ranks.
     counts_LN: fp32 [L, N], tokens (times K) by MoE layer and expert that balance losses go by: of the whole update,
     over all ranks. None: each layer counts those of this call.
@@ -44,9 +44,9 @@ class RoutingPass:
     """
 
     tokens: TokenView
-    fixed_LTK: Tensor | None  # noqa: N815
+    known: KnownRoutes = field(default_factory=dict)
     seed: int = 0
-    plans: Sequence[LayerPlan] | None = None
+    plans: Mapping[int, LayerPlan] = field(default_factory=dict)
     counts_LN: Tensor | None = None  # noqa: N815
     only_choices: int = 0
     reports: list[LayerReport] = field(default_factory=list)

@@ -13,43 +13,46 @@ from torch import Tensor
 from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.router import best_experts
+from stablemoe_ds.routing.routes import KnownRoutes
 from stablemoe_ds.tables.balanced_choice import balanced_choice
 from stablemoe_ds.tables.builders import even_table, how_made, random_table
 from stablemoe_ds.tables.table import RoutingTable, least_load
 
 
-def _sequence_first(expert_LBSK: Tensor) -> Tensor:
-    return expert_LBSK.transpose(1, 2).flatten(1, 2)
+def _by_block(blocks: Sequence[int], expert_LBSK: Tensor) -> KnownRoutes:
+    """Tokens sequence first, t = s * B + b."""
+    return dict(zip(blocks, expert_LBSK.transpose(1, 2).flatten(1, 2), strict=True))
 
 
 class TableRouting:
-    """Look every id up in a :class:`RoutingTable`."""
-
-    fixed = True
+    """Look every id up in a :class:`RoutingTable`, for the layers that it has."""
 
     def __init__(self, table: RoutingTable, device: torch.device | str = "cpu") -> None:
-        self.table = table
+        self.table, self.blocks = table, table.blocks
         self._expert_LVK = torch.tensor(table.expert_LVK, device=device)
 
-    def __call__(self, ids_BS: Tensor) -> Tensor:
-        """ids int64 [B, S] -> experts int64 [L, T, K], T = S * B in sequence-first order."""
-        return _sequence_first(self._expert_LVK[:, ids_BS].long())
+    def __call__(self, ids_BS: Tensor) -> KnownRoutes:
+        """From ids, int64 [B, S]."""
+        return _by_block(self.table.blocks, self._expert_LVK[:, ids_BS].long())
 
 
 class FrozenRouters:
-    """A private copy of distilled routers that need more than the id: bigram, cnn, transformer."""
+    """A private copy of distilled routers that need more than the id: bigram, cnn, transformer.
 
-    fixed = True
+    blocks: of the MoE layers they are of.
+    """
+
     table = None
 
-    def __init__(self, routers: Sequence[DistilledRouter], top_k: int) -> None:
+    def __init__(self, routers: Sequence[DistilledRouter], top_k: int, blocks: tuple[int, ...]) -> None:
         self._routers = [copy.deepcopy(router).requires_grad_(False).eval() for router in routers]
-        self._top_k = top_k
+        self._top_k, self.blocks = top_k, blocks
 
     @torch.no_grad()
-    def __call__(self, ids_BS: Tensor) -> Tensor:
-        """ids int64 [B, S] -> experts int64 [L, T, K], T = S * B in sequence-first order."""
-        return _sequence_first(torch.stack([best_experts(router(ids_BS), self._top_k) for router in self._routers]))
+    def __call__(self, ids_BS: Tensor) -> KnownRoutes:
+        """From ids, int64 [B, S]."""
+        chosen = [best_experts(router(ids_BS), self._top_k) for router in self._routers]
+        return _by_block(self.blocks, torch.stack(chosen))
 
     def parameters(self) -> list[Tensor]:
         """The frozen tensors, for a proof that they do not move."""
@@ -61,7 +64,7 @@ def freeze(
 ) -> TableRouting | FrozenRouters:
     """What stage 2 follows: a table for word routers, frozen copies for the other kinds."""
     if not all(router.is_table for router in routers):
-        return FrozenRouters(routers, top_k)
+        return FrozenRouters(routers, top_k, blocks)
     table = RoutingTable.from_scores(_scores(routers), top_k, blocks, tokenizer, how_made("frozen"))
     return TableRouting(table, routers[0].centroids.device)
 
@@ -88,9 +91,7 @@ def freeze_balanced(
     return TableRouting(table, routers[0].centroids.device)
 
 
-def hash_routing(
-    moe: MoEConfig, token_counts: NDArray[np.int64], seed: int, tokenizer: str, device: torch.device | str
-) -> TableRouting:
+def hash_table(moe: MoEConfig, token_counts: NDArray[np.int64], seed: int, tokenizer: str) -> RoutingTable:
     """The table of router ``hash``, random or even; token_counts: int64 [V]."""
     layers = len(moe.layers)
     if moe.hash_table == "random":
@@ -98,7 +99,7 @@ def hash_routing(
     else:
         expert_LVK = even_table(token_counts, moe.experts, moe.top_k, layers, seed)
     made = how_made(moe.hash_table, options={}, seed=seed)
-    return TableRouting(RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), tokenizer, made), device)
+    return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), tokenizer, made)
 
 
 def _scores(routers: Sequence[DistilledRouter]) -> NDArray[np.float32]:

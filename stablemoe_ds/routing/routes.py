@@ -28,8 +28,9 @@ X  expert-parallel groups of the run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -38,6 +39,12 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 NOT_ROUTED = -1
 """Expert index of a token that no expert serves: padding."""
+
+KnownRoutes = Mapping[int, Tensor]
+"""Experts of a call's tokens, int64 [T, K], by the number of the block, for the MoE layers whose choice is made before
+the call. The routers of all other layers decide, from hidden states."""
+NOTHING_KNOWN: KnownRoutes = MappingProxyType({})
+"""Every router decides."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.routing.distilled import DistilledRouter
-from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_routing
+from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_table
+from stablemoe_ds.routing.routes import NOTHING_KNOWN, KnownRoutes
 from stablemoe_ds.tables.given import given_table
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -24,20 +25,21 @@ from stablemoe_ds.tables.table import RoutingTable
 class Learned:
     """The model's own routers decide, from hidden states: stage 1, and routers that are never fixed."""
 
-    fixed = False
+    blocks: tuple[int, ...] = ()
     table = None
 
-    def __call__(self, ids_BS: Tensor) -> None:
+    def __call__(self, ids_BS: Tensor) -> KnownRoutes:
         """No routes are known beforehand."""
-        return
+        return NOTHING_KNOWN
 
 
 LEARNED = Learned()
 FixedSource = TableRouting | FrozenRouters
 RouteSource = Learned | FixedSource
-"""A function from ids int64 [B, S] to experts int64 [L, T, K], or to None where the learned routers decide.
+"""A function from ids int64 [B, S] to the routes of all layers, of none, or of those that follow a table while the
+others learn.
 
-fixed: whether it gives routes. table: the :class:`RoutingTable` it looks them up in, where it is one.
+blocks: of the layers whose routes it gives. table: the :class:`RoutingTable` it looks them up in, where it is one.
 """
 
 
@@ -45,10 +47,10 @@ fixed: whether it gives routes. table: the :class:`RoutingTable` it looks them u
 class RouteMaker:
     """Makes the source of routes of one model.
 
-    routers: the distilled router of each MoE layer. token_counts: gives int64 [V], how often the training text has
-    each id; called for tables that depend on it. tokenizer: fingerprint to write into a table. build: makes the table
-    that ``moe.table`` describes by the name of a builder; collective. whole: in this context the routers' parameters,
-    which ZeRO 3 keeps in parts, can be read; collective there.
+    routers: the distilled router of each MoE layer that has one. token_counts: gives int64 [V], how often the training
+    text has each id; called for tables that depend on it. tokenizer: fingerprint to write into a table. build: makes
+    the table that ``moe.table`` describes by the name of a builder; collective. whole: in this context the routers'
+    parameters, which ZeRO 3 keeps in parts, can be read; collective there.
     """
 
     run: RunConfig
@@ -74,7 +76,7 @@ class RouteMaker:
             moe.table_file,
             experts=moe.experts,
             top_k=moe.top_k,
-            blocks=tuple(moe.layers),
+            blocks=tuple(moe.fixed_layers),
             vocab_size=self.run.model.vocab_size,
             tokenizer=self.tokenizer,
         )
@@ -83,26 +85,52 @@ class RouteMaker:
         """Raise UserError for a table in a file that the run cannot follow, before anything is written or trained."""
         _ = self.given
 
-    def frozen(self) -> FixedSource:
+    def frozen(self, followed: RoutingTable | None = None) -> FixedSource:
         """What the run follows if its routing is fixed now.
 
+        followed: the table of the layers that follow one already, where some do.
         Raises ValueError if it never is, UserError for a table in a file that does not fit.
         """
-        moe, blocks = self.run.moe, tuple(self.run.moe.layers)
+        moe, blocks = self.run.moe, tuple(self.run.moe.learned_layers)
         if not self.can_freeze:
             raise ValueError(f"router {moe.router} of this run is never fixed")
-        if self.given is not None:
-            return TableRouting(self.given, self.device)
-        if moe.table_builder is not None:
-            if self.build is None:
-                raise ValueError(f"the table of this run is built from its training text ({moe.table}), not here")
-            return TableRouting(self.build(), self.device)
         if moe.facts.fixed:
-            return hash_routing(moe, self.token_counts(), self.run.seed, self.tokenizer, self.device)
+            return TableRouting(self._from_start(), self.device)
         with self.whole():
-            if moe.facts.needs_counts:
-                return freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer)
-            return freeze(self.routers, moe.top_k, blocks, self.tokenizer)
+            learned: FixedSource = (
+                freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer)
+                if moe.facts.needs_counts
+                else freeze(self.routers, moe.top_k, blocks, self.tokenizer)
+            )
+        if not moe.table_layers:
+            return learned
+        followed = self._from_start() if followed is None else followed
+        assert learned.table is not None  # of word routers, which the configuration asks for
+        return TableRouting(learned.table.joined_to(followed.only(moe.table_layers)), self.device)
+
+    def learning(self, followed: RoutingTable | None = None) -> RouteSource:
+        """What the run follows while routers learn: the table of the layers that follow one, where some do.
+
+        followed: what the run follows already; layers that are not in it begin with the run's table.
+        Raises UserError for a table in a file that does not fit.
+        """
+        blocks = self.run.moe.table_layers
+        if not blocks:
+            return LEARNED
+        if followed is None or not set(blocks) <= set(followed.blocks):
+            followed = self._from_start()
+        return TableRouting(followed.only(blocks), self.device)
+
+    def _from_start(self) -> RoutingTable:
+        """The table of the layers that follow one from the first update on."""
+        moe = self.run.moe
+        if self.given is not None:
+            return self.given
+        if moe.table_builder is None:
+            return hash_table(moe, self.token_counts(), self.run.seed, self.tokenizer)
+        if self.build is None:
+            raise ValueError(f"the table of this run is built from its training text ({moe.table}), not here")
+        return self.build()
 
     def departures(self, followed: RoutingTable | None) -> list[str]:
         """Warnings for a run that continues along ``followed`` while the file it names holds another table."""
@@ -113,12 +141,12 @@ class RouteMaker:
             given = self.given
         except UserError as error:
             return [f"WARNING: {line}; {goes_on}" for line in str(error).splitlines()]
-        if given is None or given.sha256 == followed.sha256:
+        if given is None or given.sha256 == followed.only(given.blocks).sha256:
             return []
         return [f"WARNING: moe.table: {self.run.moe.table} holds table {given.sha256[:12]}; {goes_on}"]
 
     def restored(self, stage: int, table: RoutingTable | None) -> RouteSource:
-        """What a checkpoint of this stage follows: the table in it, which was frozen then, before all else."""
+        """What a checkpoint of this stage follows: the table in it, before all else."""
         if stage == 1:
-            return LEARNED
+            return self.learning(table)
         return TableRouting(table, self.device) if table is not None else self.frozen()

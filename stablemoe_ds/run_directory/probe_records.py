@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,10 @@ class RouteRecords:
             )
         if (np.diff(self.steps) <= 0).any():
             raise ValueError("record steps must ascend")
+
+    def of_layers(self, rows: Sequence[int]) -> RouteRecords:
+        """The same of some MoE layers, counted from 0."""
+        return RouteRecords(self.steps, self.expert_HLP[:, list(rows)])
 
 
 class RecordFolder:

@@ -24,7 +24,9 @@ def given_table(
 ) -> RoutingTable:
     """The table in a file, its layers in order at the blocks of this model, which need not be those it was made for.
 
-    blocks: numbers of the blocks that have an MoE layer. vocab_size, tokenizer: ids and fingerprint of the run's
+    Of a table of more layers those of the same blocks are taken, if it has all of them.
+
+    blocks: numbers of the blocks whose MoE layer follows it. vocab_size, tokenizer: ids and fingerprint of the run's
     tokenizer, "" for a run without one; None: not known, not checked.
     Raises UserError if the file is missing or damaged, and with a line for each thing that does not fit the run.
     """
@@ -32,6 +34,8 @@ def given_table(
         table = read_table(path, experts)
     except UserError as error:
         raise UserError(f"moe.table: {error}; {ANOTHER}") from error
+    if len(table.blocks) > len(blocks) and set(blocks) <= set(table.blocks):
+        table = table.only(blocks)
     if problems := [
         f"moe.table: {path} {problem}"
         for problem in _problems(table, experts, top_k, len(blocks), vocab_size, tokenizer)
@@ -57,7 +61,7 @@ def _problems(
     if table.top_k != top_k:
         yield f"gives an id {table.top_k} experts, but moe.top_k is {top_k}; nearest that works: {table.top_k}"
     if len(table.blocks) != layers:
-        yield f"is for {len(table.blocks)} MoE layers, but moe.layers names {layers}; {ANOTHER}"
+        yield f"is for {len(table.blocks)} MoE layers, but the run has {layers} that follow it; {ANOTHER}"
 
 
 def _named(tokenizer: str) -> str:

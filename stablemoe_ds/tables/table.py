@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,21 @@ class RoutingTable:
         """Digest of everything that decides routing: shape, experts, positions and entries."""
         head = f"{FORMAT} {list(self.expert_LVK.shape)} {self.experts} {list(self.blocks)}".encode()
         return hashlib.sha256(head + self.expert_LVK.astype("<i4").tobytes()).hexdigest()
+
+    def only(self, blocks: Sequence[int]) -> RoutingTable:
+        """The layers at these blocks, all of which it has."""
+        if tuple(blocks) == self.blocks:
+            return self
+        rows = [self.blocks.index(block) for block in blocks]
+        return RoutingTable(self.expert_LVK[rows], self.experts, tuple(blocks), self.tokenizer, self.made)
+
+    def joined_to(self, other: RoutingTable) -> RoutingTable:
+        """The layers of both, in the order of their blocks; the other's are told apart in ``made``."""
+        layers = dict(zip(self.blocks + other.blocks, [*self.expert_LVK, *other.expert_LVK], strict=True))
+        blocks = tuple(sorted(layers))
+        made = {**self.made, "joined_to": {"blocks": list(other.blocks), **other.made}}
+        expert_LVK = np.stack([layers[block] for block in blocks])
+        return RoutingTable(expert_LVK, self.experts, blocks, self.tokenizer, made)
 
     def check_ids(self, tokenizer: str, vocab_size: int, what: str) -> None:
         """Raise UserError unless ``what`` has this table's ids: their number, and the tokenizer if both are known."""

@@ -30,7 +30,7 @@ def built_table(
             table_corpus(run.data.train, tokenizer, vocab_size),
             experts=moe.experts,
             top_k=moe.top_k,
-            blocks=moe.layers,
+            blocks=moe.fixed_layers,
             seed=run.seed,
         )
 

@@ -121,8 +121,8 @@ class Engine:
         shares = groups.data_size * len(routed)
         for number, micro in enumerate(routed):
             self._seed_dropout(seed, number)
-            fixed_LTK = routes(micro.batch.ids) if micro.fixed_LTK is None else micro.fixed_LTK
-            output = model(micro.batch, fixed_LTK, seed * len(routed) + number, micro.plans, counts_LN)
+            known = micro.known or routes(micro.batch.ids)
+            output = model(micro.batch, known, seed * len(routed) + number, micro.plans, counts_LN)
             loss = output.loss_sum * (shares / scored)
             for name, weight in (("balance", moe.balance_weight), ("distill", moe.distill_weight)):
                 auxiliary = output.auxiliary_sum(name)
@@ -138,13 +138,14 @@ class Engine:
         """
         moe = self.run.moe
         balanced = moe.facts.balance_weight and moe.balance_weight and moe.balance_over == "update"
-        known = routes.fixed or routed[0].fixed_LTK is not None
-        if known or len(routed) == 1 or not balanced:
+        all_known = len(routed[0].known or routes.blocks) == len(self.model.moe_layers)
+        if all_known or len(routed) == 1 or not balanced:
             return None
         counts = []
         for number, micro in enumerate(routed):
             self._seed_dropout(seed, number)
-            counts.append(self.model.choices(micro.batch, seed * len(routed) + number))
+            known = micro.known or routes(micro.batch.ids)
+            counts.append(self.model.choices(micro.batch, known, seed * len(routed) + number))
         return self.groups.sum_over_data_ranks(torch.stack(counts).sum(0).float())
 
     def _seed_dropout(self, seed: int, number: int) -> None:

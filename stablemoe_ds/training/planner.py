@@ -24,7 +24,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.moe.plan import at_places, count_parts, inverse, plan_from_counts
 from stablemoe_ds.moe.tensor_split import split_tokens
 from stablemoe_ds.routing.fixed import TableRouting
-from stablemoe_ds.routing.routes import NOT_ROUTED
+from stablemoe_ds.routing.routes import NOT_ROUTED, KnownRoutes
 from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.training.routed_batch import RoutedBatch
 
@@ -51,12 +51,12 @@ class Planner:
     ) -> None:
         """Collective. ``steps``: what the loader has still to give, one list of micro-batches an update.
 
-        order_LN: as in :class:`~stablemoe_ds.distributed.placement.LayerPlacement`.
+        order_LN: as in :class:`~stablemoe_ds.distributed.placement.LayerPlacement`, for the layers of the table.
         """
         self._steps, self._groups, self._experts = steps, groups, table.experts
         self._parts = parallel.dispatch_parts
         self._routing = TableRouting(table)
-        layers = len(table.expert_LVK)
+        layers, self._blocks = len(table.blocks), table.blocks
         self._places = [None] * layers if order_LN is None else [inverse(order_N) for order_N in order_LN]
         orders = [b""] * layers if order_LN is None else [order_N.numpy().tobytes() for order_N in order_LN]
         self._tables = [
@@ -103,17 +103,17 @@ class Planner:
             self._ready.put(error)
 
     def _plan(self, number: int, batches: list[Batch]) -> list[RoutedBatch]:
-        """All plans of one update with one exchange of counts."""
+        """All plans of one update with one exchange of counts, for the layers that the table has."""
         routes = [self._routes(batch) for batch in batches]
-        shares = [self._share(expert_LTK) for expert_LTK in routes]
+        shares = [self._share(known) for known in routes]
         counted = [torch.stack([count_parts(e, self._experts, self._parts) for e in layers]) for layers in shares]
         counts_GMLCN = self._exchange(number, batches, torch.stack(counted))
         rank = dist.get_rank(self._group) if self._group is not None else 0
         pin = self._groups.world.device.type == "cuda"
         planned = []
-        for m, (batch, expert_LTK) in enumerate(zip(batches, routes, strict=True)):
+        for m, (batch, known) in enumerate(zip(batches, routes, strict=True)):
             plans = [plan_from_counts(e, counts_GMLCN[:, m, layer], rank) for layer, e in enumerate(shares[m])]
-            routed = RoutedBatch(batch, expert_LTK, tuple(plans))
+            routed = RoutedBatch(batch, known, dict(zip(self._blocks, plans, strict=True)))
             planned.append(routed.pin() if pin else routed)
         return planned
 
@@ -121,13 +121,14 @@ class Planner:
     def _tensor_group(self) -> dist.ProcessGroup | None:
         return self._groups.placement.tensor_group
 
-    def _share(self, expert_LTK: Tensor) -> list[Tensor]:
-        """Where this rank's share of the tokens goes, by MoE layer: places of experts."""
-        places = zip(expert_LTK, self._places, strict=True)
+    def _share(self, known: KnownRoutes) -> list[Tensor]:
+        """Where this rank's share of the tokens goes, by layer of the table: places of experts."""
+        places = zip(known.values(), self._places, strict=True)
         return [at_places(split_tokens(expert_TK, self._tensor_group), place_N) for expert_TK, place_N in places]
 
-    def _routes(self, batch: Batch) -> Tensor:
-        return torch.where(batch.real_T[None, :, None], self._routing(batch.ids), NOT_ROUTED)
+    def _routes(self, batch: Batch) -> KnownRoutes:
+        known, real_T1 = self._routing(batch.ids), batch.real_T[:, None]
+        return {block: torch.where(real_T1, expert_TK, NOT_ROUTED) for block, expert_TK in known.items()}
 
     def _exchange(self, number: int, batches: list[Batch], counts_MLCN: Tensor) -> Tensor:
         """Counts of every rank of the expert-parallel group, int64 [G, M, L, C, N].
@@ -154,7 +155,8 @@ class Planner:
                 self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_GMLCN)
             for layer, (table, expected) in enumerate(zip(tables, heads[0][3:], strict=True)):
                 if table != expected:
-                    what = f"route MoE layer {layer + 1} by different tables or place its experts differently"
+                    at = f"the MoE layer at block {self._blocks[layer]}"
+                    what = f"route {at} by different tables or place its experts differently"
                     self._refuse(0, rank, what, counts_GMLCN[:, :, layer : layer + 1])
             other, expected = first_of_data_rank.setdefault(data_rank, (rank, ids))
             if ids != expected:

@@ -46,6 +46,7 @@ class Probing(Callback):
     ) -> None:
         """``batches``: this rank's share of the tokens; empty without MoE layers, and then nothing is recorded."""
         self._every = probe_every(run)
+        self._restless = run.moe.restless_rows
         self._groups, self._model, self._batches = groups, model, batches
         self._state, self._reporter = state, reporter
         self._records = RecordFolder(reporter.folder / PROBE)
@@ -83,7 +84,7 @@ class Probing(Callback):
         if measured is None:
             return None
         state, self._last_LP = measured
-        learned = not routes.fixed and before_LP is not None
+        learned = self._state.progress.stage == 1 and before_LP is not None
         if learned:
             self.history.append(state)
         if self._reporter.main:
@@ -116,7 +117,7 @@ class Probing(Callback):
         state = RoutingState(
             step=self._state.progress.step,
             agreement=agreed / compared if compared else 1.0,
-            churn=float((expert_LP != self._last_LP).mean()) if self._last_LP is not None else 1.0,
+            churn=float((expert_LP != self._last_LP)[self._restless].mean()) if self._last_LP is not None else 1.0,
             load=max(max_loads(totals.rows("served_LN"))),
         )
         return state, expert_LP

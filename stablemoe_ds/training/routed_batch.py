@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.moe.plan import LayerPlan
+from stablemoe_ds.routing.routes import KnownRoutes
 
 
 @dataclass(frozen=True)
 class RoutedBatch:
     """A micro-batch with all that is known of its routing before the step begins.
 
-    fixed_LTK: int64 [L, T, K], None where the learned routers decide. plans: one a MoE layer, None where each
-    layer has to make its own in the step.
+    known: routes that were looked up; none where that is left to the step. plans: by block, of the layers with such
+    routes; the others make theirs in the step.
     """
 
     batch: Batch
-    fixed_LTK: Tensor | None = None  # noqa: N815
-    plans: tuple[LayerPlan, ...] | None = None
+    known: KnownRoutes = field(default_factory=dict)
+    plans: Mapping[int, LayerPlan] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> RoutedBatch:
         """The same on another device, copied without waiting where memory is pinned."""
@@ -34,6 +35,6 @@ class RoutedBatch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RoutedBatch:
         """The same with every tensor in it changed."""
-        fixed_LTK = None if self.fixed_LTK is None else change(self.fixed_LTK)
-        plans = None if self.plans is None else tuple(tuple(part.map(change) for part in layer) for layer in self.plans)
-        return RoutedBatch(self.batch.map(change), fixed_LTK, plans)
+        known = {block: change(expert_TK) for block, expert_TK in self.known.items()}
+        plans = {block: tuple(part.map(change) for part in layer) for block, layer in self.plans.items()}
+        return RoutedBatch(self.batch.map(change), known, plans)

@@ -85,6 +85,7 @@ def summary_facts(
         "expert_placement": resolved.run.parallel.expert_placement,
         "mean_rank": int(summary.served_LWE.sum()) / max(1, summary.updates) / layout.ranks,
         "memory_of_rows": int(summary.worst["most_rows"]) * layout.row_bytes,
+        "learned_layers": [block for block in resolved.run.moe.layers if block not in table.blocks],
         "figures": {name: {"mean": summary.mean(name), "worst": summary.worst[name]} for name in FIGURES},
         "layers": [
             {"block": block, "max_load": expert, "max_rank_load": {"number": number, "load": load}}
@@ -103,7 +104,7 @@ def summary_text(facts: dict[str, Any]) -> str:
     for layer in facts["layers"]:
         ranks = (f"{layer['max_rank_load'][placement]:.2f}" for placement in ("number", "load"))
         loads.append([str(layer["block"]), f"{layer['max_load']:.2f}", *ranks])
-    each = facts["ranks"] // facts["nodes"]
+    each, learned = facts["ranks"] // facts["nodes"], ", ".join(map(str, facts["learned_layers"]))
     return "\n".join(
         [
             f"{facts['updates']:,} updates of {facts['tokens_per_update']:,} tokens along table {facts['table'][:12]}",
@@ -117,6 +118,7 @@ def summary_text(facts: dict[str, Any]) -> str:
             "",
             "Load over all updates, as a multiple of the mean",
             aligned(loads, right=(1, 2, 3)),
+            *([f"Layers that learn where tokens go, at blocks {learned}, are not in any of this."] if learned else []),
         ]
     )
 

@@ -69,7 +69,7 @@ class Trainer:
         run, fingerprint = self.run, self.tokenizer.fingerprint if self.tokenizer else ""
         self.groups = Groups(world, run.parallel.tensor, run.parallel.expert)
         self.data = RunData(run, self.plan, self.groups, self.tokenizer)
-        counts = token_counts(run.data.train, self.tokenizer, resolved.vocab_size)
+        counts = self.token_counts = token_counts(run.data.train, self.tokenizer, resolved.vocab_size)
         self.reporter = Reporter(run, world.is_main)
         # Once: the order of the experts may need the table before the run follows it.
         build = cache(partial(built_table, run, resolved.vocab_size, self.tokenizer, self.reporter.say))
@@ -233,6 +233,7 @@ class Trainer:
             self._load(found.checkpoint)
         else:
             self.routes.check()
+            self.state.routes = self.routes.learning()
         self._restore_history(self.state.progress.step if found is not None else None)
         if found is not None and found.warning:
             self.reporter.fault(self.state.progress.step, found.warning)
@@ -285,6 +286,11 @@ class Trainer:
             f"micro-batches x {plan.micro_batch} sequences x {run.data.sequence_length} tokens; "
             f"{run.schedule.steps:,} updates, {stages}"
         )
+        table = self.state.routes.table
+        if run.moe.table_layers and table is not None:
+            at, load = ", ".join(map(str, run.moe.table_layers)), table.expert_load(self.token_counts).max()
+            said = f"table {table.sha256[:12]} from the start, max/mean load {load:.2f}"
+            self.reporter.say(f"MoE layers at blocks {at} follow {said}; router {run.moe.router} learns in the others")
         each = "GPU" if self.world.device.type == "cuda" else "process"
         peak, sheet = self.log.peak
         self.reporter.say(f"MFU is relative to {peak / 1e12:,.4g} TFLOP/s a {each}: {sheet}")

@@ -51,7 +51,9 @@ class Validation(Callback):
         self._measure("test", self._test, self._frozen_now())
 
     def _frozen_now(self) -> FixedSource | None:
-        return self._maker.frozen() if self._state.progress.stage == 1 and self._maker.can_freeze else None
+        if self._state.progress.stage == 2 or not self._maker.can_freeze:
+            return None
+        return self._maker.frozen(self._state.routes.table)
 
     def _measure(self, kind: Kind, data: EvalSet | None, frozen: FixedSource | None, series: str | None = None) -> None:
         """One line of perplexity along the routes of now; next to it, in stage 1, along those of a frozen router."""
@@ -61,7 +63,7 @@ class Validation(Callback):
         step, routes = self._state.progress.step, self._state.routes
         outcome = evaluate(self._model, data.loader, routes, reduce, device)
         values: dict[str, Any] = {
-            "stage": 2 if routes.fixed else 1,
+            "stage": self._state.progress.stage,
             "perplexity": outcome.perplexity,
             "loss": outcome.loss,
             "tokens": outcome.tokens,

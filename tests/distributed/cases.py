@@ -11,6 +11,8 @@ import torch
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.tables.builders import random_table
+from stablemoe_ds.tables.table import RoutingTable
 from tests.distributed.launch import run_distributed
 from tests.distributed.worker import Outcome, assemble, train
 from tests.model.reference import SlowStep, SlowTraining
@@ -26,6 +28,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "paper, learned gate": {"model": PAPER, "moe": {"gate": "learned"}},
     "modern, gate of one": {"model": {}, "moe": {"gate": "one", "placement": "replace", "top_k": 2}},
+    "modern, block 1 along a table": {
+        "model": {},
+        "moe": {"placement": "replace", "top_k": 2, "table": "even", "table_layers": [1]},
+    },
     "paper, shared": {"model": PAPER, "moe": {"shared_experts": 1, "distilled": {"lr_scale": 3.0}}},
 }
 
@@ -72,11 +78,22 @@ def start(shape: str, kind: str = "word") -> dict[str, torch.Tensor]:
     return {name: w + torch.randn(w.shape, generator=random) * 0.1 for name, w in fresh.items()}
 
 
+def table_of(shape: str) -> RoutingTable | None:
+    """What some layers follow from the first update on, in a shape that has such layers."""
+    moe = run_of(shape).moe
+    if not moe.table_layers:
+        return None
+    expert_LVK = random_table(VOCAB, moe.experts, moe.top_k, len(moe.table_layers), seed=4)
+    return RoutingTable(expert_LVK, moe.experts, tuple(moe.table_layers))
+
+
 def reference(
     shape: str, updates: Sequence[Sequence[Batch]], switch: int
 ) -> tuple[list[SlowStep], dict[str, torch.Tensor]]:
     """What every update sees and the weights at the end, from one process in float64."""
-    slow = SlowTraining(run_of(shape), start(shape))
+    table = table_of(shape)
+    followed = dict(zip(table.blocks, table.expert_LVK.tolist(), strict=True)) if table else {}
+    slow = SlowTraining(run_of(shape), start(shape), followed)
     steps = [slow.update(micro_batches, frozen=step >= switch) for step, micro_batches in enumerate(updates)]
     return steps, {name: w.detach() for name, w in slow.w.items()}
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cases import SEQUENCES, assert_same, reference, run_of, start, three_updates
+from tests.distributed.cases import SEQUENCES, assert_same, reference, run_of, start, table_of, three_updates
 from tests.distributed.launch import run_distributed
 from tests.distributed.worker import assemble, train
 from tests.model.reference import SlowStep
@@ -40,6 +40,8 @@ LAYOUTS: list[tuple[int, str, dict[str, Any]]] = [
     (2, "modern, gate of one", {"expert": 2, "zero": 2}),
     (2, "paper, shared", {"tensor": 2, "expert": 2, "zero": 1}),
     (2, "modern", {"expert": 2, "zero": 1, "micro": 2, "recompute": True, "dispatch_parts": 2}),
+    (1, "modern, block 1 along a table", {"zero": 1}),
+    (2, "modern, block 1 along a table", {"expert": 2, "zero": 1, "micro": 2, "dispatch_parts": 2}),
     (4, "paper", {"expert": 4, "zero": 1}),
     (4, "modern", {"expert": 2, "zero": 2, "micro": 1}),
     (4, "modern", {"expert": 4, "zero": 0}),
@@ -70,7 +72,7 @@ def test_layout_trains_the_reference_model(world: int, shape: str, layout: dict[
     run = run_of(shape, **layout)
     micro = layout.get("micro")
     accumulation = SEQUENCES // (micro * world // run.parallel.tensor) if micro else 1
-    ranks = run_distributed(world, train, run, start(shape), three_updates(accumulation), SWITCH)
+    ranks = run_distributed(world, train, run, start(shape), three_updates(accumulation), SWITCH, table_of(shape))
 
     wanted, weights = reference_of(shape, accumulation)
     assert_same(ranks, wanted, weights)

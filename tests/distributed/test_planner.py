@@ -49,8 +49,10 @@ def plans_beside_those_of_the_step(run: RunConfig) -> list[tuple[Any, Any]]:
         planner = Planner(iter(updates(groups.data_rank, groups.data_size)), table, groups, run.parallel)
         for step in planner:
             for micro in step:
-                for layer, expert_TK, plan in zip(layers, micro.fixed_LTK, micro.plans, strict=True):
-                    expert_TK = split_tokens(expert_TK, groups.placement.tensor_group)
+                assert list(micro.known) == list(micro.plans) == [layer.block for layer in layers]
+                for layer in layers:
+                    plan = micro.plans[layer.block]
+                    expert_TK = split_tokens(micro.known[layer.block], groups.placement.tensor_group)
                     own = plan_dispatch(expert_TK, run.moe.experts, layer.expert_group, layer.parts)
                     pairs += [(facts(part), facts(other)) for part, other in zip(plan, own, strict=True)]
         planner.close()
@@ -122,7 +124,7 @@ def disagree(run: RunConfig, how: str) -> tuple[str, float]:
 @pytest.mark.parametrize(
     ("world", "how", "layout", "said"),
     [
-        (2, "table", {"expert": 2}, "ranks 0 and 1 route MoE layer 2 by different tables"),
+        (2, "table", {"expert": 2}, "ranks 0 and 1 route the MoE layer at block 2 by different tables"),
         (2, "batch", {"tensor": 2, "expert": 2}, "ranks 0 and 1 should have the same batch and have not"),
         (4, "batch", {"tensor": 2, "expert": 4}, "ranks 2 and 3 should have the same batch and have not"),
     ],

@@ -61,18 +61,23 @@ def share(batch: Batch, rank: int, ranks: int) -> Batch:
 
 
 def train(
-    run: RunConfig, weights: dict[str, Tensor] | None, batches: Sequence[Sequence[Batch]], switch: int
+    run: RunConfig,
+    weights: dict[str, Tensor] | None,
+    batches: Sequence[Sequence[Batch]],
+    switch: int,
+    table: Any = None,
 ) -> Outcome:
     """One update for each entry of ``batches``, a list of global micro-batches; stage 2 from update ``switch`` on.
 
-    weights: whole tensors to start from; None: as the run itself starts.
+    weights: whole tensors to start from; None: as the run itself starts. table: of the layers that follow one from the
+    first update.
     """
-    from stablemoe_ds.routing.fixed import freeze
+    from stablemoe_ds.routing.fixed import TableRouting, freeze
     from stablemoe_ds.routing.source import LEARNED
     from stablemoe_ds.training.routed_batch import RoutedBatch
     from stablemoe_ds.training.sharded_weights import gathered
 
-    outcome, routes = Outcome(), LEARNED
+    outcome, routes = Outcome(), TableRouting(table) if table else LEARNED
     with engine_of(run) as engine:
         groups = engine.groups
         if weights is not None:
@@ -82,7 +87,8 @@ def train(
             if step == switch:
                 engine.freeze_distilled()
                 with gathered(engine.model.distilled_routers):
-                    routes = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.layers))
+                    routes = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.learned_layers))
+                routes = TableRouting(routes.table.joined_to(table)) if table else routes
                 outcome.frozen.append(parts(engine))
             mine = [share(batch, groups.data_rank, groups.data_size) for batch in micro_batches]
             engine.set_learning_rate(run.optimizer.lr)
@@ -98,8 +104,8 @@ def train(
                     "dropped": sums.dropped,
                 }
             )
-            if routes.fixed:
-                outcome.routes += [routes(batch.ids) for batch in mine]
+            if step >= switch:
+                outcome.routes += [torch.stack([*routes(batch.ids).values()]) for batch in mine]
                 outcome.frozen.append(parts(engine))
                 if routes.table is not None:
                     outcome.tables.append(routes.table.sha256)

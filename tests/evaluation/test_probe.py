@@ -26,8 +26,8 @@ def test_records_what_fixed_routing_says_of_each_real_token(build):
     probe = [replace(batch, real=real), random_batch(2, seed=5)]
     record = record_routes(model, probe, routing, "cpu").expert_LP
     wanted = [
-        [int(routing(b.ids)[layer, position * len(b.ids) + row, 0])]
-        for layer in range(2)
+        [int(routing(b.ids)[block][position * len(b.ids) + row, 0])]
+        for block in (2, 3)
         for b in probe
         for row in range(len(b.ids))
         for position in range(16)

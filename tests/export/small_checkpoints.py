@@ -48,10 +48,10 @@ def save_model(run: RunConfig, vocab: int, stage: int, placement: LayerPlacement
     with torch.no_grad():
         for moved in [*model.parameters(), *model.router_state().values()]:
             moved.add_(torch.randn(moved.shape, generator=random) * 0.1)
-    table = None
-    routes: RouteSource = LEARNED
+    table = random_table(run, vocab).only(run.moe.table_layers) if run.moe.table_layers else None
+    routes: RouteSource = TableRouting(table) if table else LEARNED
     if stage == 2 and run.moe.router in TWO_STAGES and run.moe.distilled.kind != "word":
-        routes = FrozenRouters(model.distilled_routers, run.moe.top_k)
+        routes = FrozenRouters(model.distilled_routers, run.moe.top_k, tuple(run.moe.layers))
     elif run.moe.router in FROM_THE_START or (stage == 2 and run.moe.router in TWO_STAGES):
         table = random_table(run, vocab)
         routes = TableRouting(table)

@@ -48,6 +48,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "switch, gate doubled": {"stage": 1, "moe": {"router": "switch", "gate": "doubled"}},
     "top-1": {"stage": 1, "moe": {"router": "topk"}},
     "top-2, one shared": {"stage": 1, "moe": {"router": "topk", "top_k": 2, "shared_experts": 1}},
+    "a table in one of two layers, softmax": {
+        "stage": 1,
+        "moe": {"router": "switch", "table": "even", "table_layers": [2]},
+    },
+    "a table in one of two layers, gates normalized": {
+        "stage": 1,
+        "moe": {"router": "topk", "top_k": 2, "table": "even", "table_layers": [3]},
+    },
+    "a table in one of two layers, gate one": {
+        "stage": 1,
+        "moe": {"gate": "one", "table": "even", "table_layers": [2]},
+    },
     "BASE layers": {"stage": 1, "moe": {"router": "base"}},
     "frozen bigram": {"moe": {"distilled": {"kind": "bigram"}}},
     "frozen bigram, best two": {"moe": {"distilled": {"kind": "bigram", "bigram_start": "itself"}, "top_k": 2}},

@@ -65,7 +65,7 @@ def planned(model: StableMoEGPT, groups: Groups, batch: Batch) -> RoutedBatch:
 
 def loss_of(model: StableMoEGPT, routed: RoutedBatch) -> Tensor:
     """Loss of a micro-batch that lies where the model is, auxiliary losses added as they are."""
-    output = model(routed.batch, routed.fixed_LTK, 0, routed.plans)
+    output = model(routed.batch, routed.known, 0, routed.plans)
     loss = output.loss_sum
     for name in ("balance", "distill"):
         auxiliary = output.auxiliary_sum(name)

@@ -29,16 +29,16 @@ from tests.tiny import VOCAB
 
 
 def serve(
-    groups: Groups, device: str, dtype: torch.dtype, shape: str, fixed_LTK: Tensor | None, real_T: Tensor
+    groups: Groups, device: str, dtype: torch.dtype, shape: str, expert_TK: Tensor | None, real_T: Tensor
 ) -> tuple[dict[str, Tensor], LayerReport]:
     """The first MoE layer's output and every gradient, for the same random hidden states on every device."""
     layer = build(groups, device, dtype, **SHAPES[shape]).moe_layers[0]
     random = torch.Generator().manual_seed(2)
     hidden, weight = (torch.randn(LENGTH, SEQUENCES, 32, generator=random).to(device, dtype) for _ in range(2))
     hidden.requires_grad_()
-    fixed = None if fixed_LTK is None else fixed_LTK.to(device)
+    known = {} if expert_TK is None else {layer.block: expert_TK.to(device)}
     tokens = TokenView(some_batch().ids.to(device), real_T.to(device))
-    out, report = layer(hidden, RoutingPass(tokens, fixed))
+    out, report = layer(hidden, RoutingPass(tokens, known))
     ((out * weight).sum() + sum(report.loss_sums.values())).backward()
     assert hidden.grad is not None
     return {"output": out.detach(), "hidden": hidden.grad, **gradients(layer)}, report
@@ -50,16 +50,17 @@ def serve(
 def test_gpu_is_cpu(groups: Groups, shape: str, stage: int, dtype: torch.dtype) -> None:
     batch = some_batch()
     routing = table_of(build(groups, "cpu", torch.float32, **SHAPES[shape]))
-    fixed_LTK, real_T = routing(batch.ids) if stage == 2 else None, batch.real.t().flatten()
-    wanted, cpu = serve(groups, "cpu", dtype, shape, fixed_LTK, real_T)
-    got, gpu = serve(groups, "cuda", dtype, shape, fixed_LTK, real_T)
+    expert_TK = next(iter(routing(batch.ids).values())) if stage == 2 else None
+    real_T = batch.real.t().flatten()
+    wanted, cpu = serve(groups, "cpu", dtype, shape, expert_TK, real_T)
+    got, gpu = serve(groups, "cuda", dtype, shape, expert_TK, real_T)
     assert torch.equal(gpu.expert_TK.cpu(), cpu.expert_TK)
     assert got["output"].dtype == dtype
     assert got["output"].is_cuda
     if dtype == torch.float32:
         assert_close(got, wanted, CLOSE[dtype])
     else:
-        exact, _ = serve(groups, "cpu", torch.float32, shape, fixed_LTK, real_T)
+        exact, _ = serve(groups, "cpu", torch.float32, shape, expert_TK, real_T)
         assert_as_exact(got, wanted, exact)
 
 
@@ -72,8 +73,8 @@ def assert_as_exact(got: dict[str, Tensor], other: dict[str, Tensor], exact: dic
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_expert_without_tokens_gets_a_gradient_of_zero(groups: Groups, dtype: torch.dtype) -> None:
-    fixed_LTK = torch.tensor([0, 1, 3]).repeat(LENGTH * SEQUENCES)[: LENGTH * SEQUENCES].view(1, -1, 1)  # never 2
-    got, report = serve(groups, "cuda", dtype, "paper", fixed_LTK, torch.ones(LENGTH * SEQUENCES, dtype=torch.bool))
+    expert_TK = torch.tensor([0, 1, 3]).repeat(LENGTH * SEQUENCES)[: LENGTH * SEQUENCES].view(-1, 1)  # never 2
+    got, report = serve(groups, "cuda", dtype, "paper", expert_TK, torch.ones(LENGTH * SEQUENCES, dtype=torch.bool))
     assert report.served_N.tolist()[2] == 0
     experts = {name: grad for name, grad in got.items() if name.startswith("experts.")}
     assert experts
@@ -85,8 +86,8 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zero(groups: Groups, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_but_padding(groups: Groups, dtype: torch.dtype) -> None:
-    fixed_LTK = torch.randint(4, (1, LENGTH * SEQUENCES, 1), generator=torch.Generator().manual_seed(VOCAB))
-    got, report = serve(groups, "cuda", dtype, "modern", fixed_LTK, torch.zeros(LENGTH * SEQUENCES, dtype=torch.bool))
+    expert_TK = torch.randint(4, (LENGTH * SEQUENCES, 1), generator=torch.Generator().manual_seed(VOCAB))
+    got, report = serve(groups, "cuda", dtype, "modern", expert_TK, torch.zeros(LENGTH * SEQUENCES, dtype=torch.bool))
     assert not report.served_N.any()
     assert all(torch.isfinite(value).all() for value in got.values())
     assert not any(grad.any() for name, grad in got.items() if name.startswith("experts."))

@@ -54,7 +54,7 @@ def test_bf16_is_close_and_needs_no_autocast(groups: Groups, shape: str) -> None
 def test_a_plan_changes_no_bit_of_the_loss(groups: Groups, shape: str, dtype: torch.dtype) -> None:
     model = build(groups, "cuda", dtype, **SHAPES[shape])
     with_plan = planned(model, groups, some_batch()).to("cuda")
-    without = RoutedBatch(with_plan.batch, with_plan.fixed_LTK)
+    without = RoutedBatch(with_plan.batch, with_plan.known)
     assert torch.equal(loss_of(model, with_plan), loss_of(model, without))
 
 

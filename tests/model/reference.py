@@ -18,11 +18,13 @@ from stablemoe_ds.data.batch import Batch
 Weights = dict[str, Tensor]
 Choices = dict[tuple[int, int], list[int]]
 """Experts of (sequence, position), best first; padding is absent."""
+Table = dict[int, list[list[int]]]
+"""Experts of each id by block, for the layers that follow a table from the first update."""
 
 
 @dataclass
 class SlowOutput:
-    """Unweighted sums over one micro-batch, and where each token went, by MoE layer."""
+    """Unweighted sums over one micro-batch, and where each token went, by MoE layer; sigmas are of learned choices."""
 
     loss_sum: Tensor
     distill_sum: Tensor
@@ -34,11 +36,14 @@ class SlowOutput:
 class SlowModel:
     """Reads weights by name, so that they may be replaced between calls."""
 
-    def __init__(self, run: RunConfig, weights: Weights) -> None:
-        self.run, self.w = run, weights
+    def __init__(self, run: RunConfig, weights: Weights, table: Table | None = None) -> None:
+        self.run, self.w, self.table = run, weights, table or {}
 
     def __call__(self, batch: Batch, frozen: bool = False) -> SlowOutput:
-        """``frozen``: stage 2: the distilled router's best experts for each id, and no auxiliary losses."""
+        """``frozen``: stage 2: the distilled router's best experts for each id, and no auxiliary losses.
+
+        Of blocks in ``table`` the experts are those of the table in both stages.
+        """
         m, moe = self.run.model, self.run.moe
         zero = torch.zeros((), dtype=torch.float64)
         out = SlowOutput(zero, zero, [], [], zero)
@@ -55,7 +60,7 @@ class SlowModel:
             if not (block in moe.layers and moe.placement == "replace"):
                 x = x + self.feed_forward(at + "mlp.", self.norm(at + "pre_mlp_layernorm.", x))
             if block in moe.layers:
-                x = self.moe(f"decoder.layers.{layer}.moe.", x, batch, frozen, out)
+                x = self.moe(f"decoder.layers.{layer}.moe.", x, batch, frozen, out, self.table.get(block))
                 layer += 1
         x = self.norm("decoder.final_layernorm.", x)
         vocabulary = "embedding.word_embeddings.weight" if m.tie_embeddings else "output_layer.weight"
@@ -102,12 +107,15 @@ class SlowModel:
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
-    def moe(self, at: str, x: Tensor, batch: Batch, frozen: bool, out: SlowOutput) -> Tensor:
+    def moe(
+        self, at: str, x: Tensor, batch: Batch, frozen: bool, out: SlowOutput, followed: list[list[int]] | None
+    ) -> Tensor:
         moe = self.run.moe
         centroids = self.w[at + "router.centroids"]
-        distilled = (
-            self.w[at + "router.distilled.features.embedding.weight"] @ self.w[at + "router.distilled.centroids"].T
-        )
+        if followed is None:
+            distilled = (
+                self.w[at + "router.distilled.features.embedding.weight"] @ self.w[at + "router.distilled.centroids"].T
+            )
         choices: Choices = {}
         sigmas: dict[tuple[int, int], list[Tensor]] = {}
         rows: list[list[Tensor]] = []
@@ -121,14 +129,20 @@ class SlowModel:
                 if batch.real[b, s]:
                     seen = h / (h.square().mean() + 1e-6).sqrt() if moe.router_input == "normalized" else h
                     scores = centroids @ seen
-                    best = order(distilled[batch.ids[b, s]] if frozen else scores)[: moe.top_k]
+                    if followed is not None:
+                        best = followed[int(batch.ids[b, s])]
+                    else:
+                        best = order(distilled[batch.ids[b, s]] if frozen else scores)[: moe.top_k]
                     choices[b, s], sigmas[b, s] = best, [1 / (1 + torch.exp(-scores[i])) for i in best]
                     for i in best:
                         y = y + self.gate(at, i, scores[i]) * (self.expert(f"{at}experts.{i}.", h) - h)
                 rows[b].append(y)
         out.choices.append(choices)
+        if followed is not None:
+            sigmas = {}
         if not frozen:
             out.sigmas.append(sigmas)
+        if not frozen and followed is None:
             for (b, s), best in choices.items():
                 for i in best:
                     row = distilled[batch.ids[b, s]]
@@ -165,8 +179,8 @@ def balance_sum(outputs: Sequence[SlowOutput], experts: int) -> Tensor:
         counts = [sum(best.count(i) for best in chosen) for i in range(experts)]
         mean = sum(counts) / experts
         for out in outputs:
-            for token, best in out.choices[layer].items():
-                for i, sigma in zip(best, out.sigmas[layer][token], strict=True):
+            for token, sigma_K in out.sigmas[layer].items():
+                for i, sigma in zip(out.choices[layer][token], sigma_K, strict=True):
                     total = total + (counts[i] - mean) / mean * sigma
     return total
 
@@ -207,15 +221,15 @@ class SlowStep:
 class SlowTraining:
     """AdamW with decoupled decay of matrices, global-norm clipping and a frozen distilled router in stage 2."""
 
-    def __init__(self, run: RunConfig, weights: Weights) -> None:
-        self.run = run
+    def __init__(self, run: RunConfig, weights: Weights, table: Table | None = None) -> None:
+        self.run, self.table = run, table
         self.w = {name: value.double().requires_grad_() for name, value in weights.items()}
         self.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.w.items()}
         self.steps = 0
 
     def update(self, micro_batches: Sequence[Batch], frozen: bool) -> SlowStep:
         """One update from global micro-batches: all ranks' sequences together, one entry an accumulation step."""
-        run, model = self.run, SlowModel(self.run, self.w)
+        run, model = self.run, SlowModel(self.run, self.w, self.table)
         scored = sum(int(batch.scored.sum()) for batch in micro_batches)
         real = sum(int(batch.real.sum()) for batch in micro_batches)
         outputs = [model(batch, frozen) for batch in micro_batches]

@@ -12,6 +12,10 @@ from stablemoe_ds.config.costs import parameters
 PAPER = {"positions": "learned", "norm": "layernorm", "activation": "relu", "bias": True, "kv_heads": None}
 SHAPES = {
     "modern": {},
+    "a table in one of two layers": {"moe": {"table": "even", "table_layers": [2]}},
+    "a table in one of two layers, gate one": {
+        "moe": {"router": "switch", "top_k": 2, "gate": "one", "table": "even", "table_layers": [2]}
+    },
     "paper": {"model": PAPER, "moe": {"sublayers": 3}},
     "untied, replace, top 2, shared": {
         "model": {"tie_embeddings": False},

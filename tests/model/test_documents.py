@@ -55,7 +55,7 @@ def test_logits_are_those_of_each_document_alone(build: Any, model: Any, mask: s
     routing = freeze(packed.distilled_routers, 1, (2, 3)) if frozen else None
 
     def scores(ids_BS: torch.Tensor, apart: bool) -> torch.Tensor:
-        return packed.logits(ids_BS, None if routing is None else routing(ids_BS), apart=apart)
+        return packed.logits(ids_BS, {} if routing is None else routing(ids_BS), apart=apart)
 
     got = scores(IDS, apart=True)
     for row, documents in enumerate(SEQUENCES):
@@ -78,11 +78,11 @@ def test_training_evaluation_and_probes_use_the_mask_and_prompts_do_not(build: A
     masked, plain = (build(**with_mask(mask)).eval() for mask in ("attention", "none"))
     batch = batch_of(IDS)
     losses = torch.nn.functional.cross_entropy(
-        masked.logits(IDS, None, apart=True).transpose(1, 2), batch.labels, reduction="none"
+        masked.logits(IDS, apart=True).transpose(1, 2), batch.labels, reduction="none"
     )
     torch.testing.assert_close(masked(batch).loss_BS, losses)
     assert not torch.allclose(masked(batch).loss_BS, plain(batch).loss_BS, atol=1e-2)
-    assert torch.equal(masked.logits(IDS, None), plain.logits(IDS, None))
+    assert torch.equal(masked.logits(IDS), plain.logits(IDS))
 
 
 @pytest.mark.parametrize("way", [{"recompute": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)], ids=str)

@@ -53,7 +53,7 @@ def test_losses_routes_and_gradients(model, whole_weights, frozen):
     run, batch = model.run_config, padded_batch()
     weights = {name: w.double().requires_grad_() for name, w in whole_weights(model).items()}
     slow = SlowModel(run, weights)(batch, frozen)
-    fixed = freeze(model.distilled_routers, run.moe.top_k, tuple(run.moe.layers))(batch.ids) if frozen else None
+    fixed = freeze(model.distilled_routers, run.moe.top_k, tuple(run.moe.layers))(batch.ids) if frozen else {}
     fast = model(batch, fixed)
 
     for layer, report in enumerate(fast.layers):

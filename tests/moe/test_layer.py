@@ -75,7 +75,7 @@ def test_output_and_gradients_equal_the_dense_reference(top_k, parts, shared, fi
         if slow:
             out = dense_reference(layer, x, tokens.real_T, routes.tolist() if fixed else None)
         else:
-            out, report = layer(x, RoutingPass(tokens, routes[None] if fixed else None))
+            out, report = layer(x, RoutingPass(tokens, {2: routes} if fixed else {}))
         (out * weight).sum().backward()
         sides.append([out.detach(), x.grad, *(p.grad for p in (layer.router.centroids, *layer.experts.parameters()))])
     for got, wanted in zip(*sides, strict=True):
@@ -94,7 +94,7 @@ def test_a_token_may_have_fewer_experts_than_others_or_none():
     random = torch.Generator().manual_seed(6)
     routes = torch.rand(S * B, N, generator=random).argsort(1)[:, :3]
     routes[torch.rand(S * B, 3, generator=random) < 0.5] = -1
-    out, report = layer(hidden, RoutingPass(tokens, routes[None]))
+    out, report = layer(hidden, RoutingPass(tokens, {2: routes}))
     chosen = [[e for e in row if e >= 0] for row in routes.tolist()]
     torch.testing.assert_close(out, dense_reference(layer, hidden, tokens.real_T, chosen), rtol=1e-4, atol=1e-5)
     real = tokens.real_T.tolist()
@@ -106,7 +106,7 @@ def test_padding_passes_unchanged_but_for_the_shared_expert():
     hidden, tokens = inputs()
     for shared in (False, True):
         layer = make(2, shared)
-        out, _ = layer(hidden, RoutingPass(tokens, None))
+        out, _ = layer(hidden, RoutingPass(tokens))
         pads = ~tokens.real_T
         wanted = hidden.view(-1, D)[pads]
         if shared:
@@ -121,14 +121,14 @@ def test_a_fresh_layer_is_the_identity():
     for sublayer in (*layer.experts.sublayers, *layer.shared.sublayers):
         torch.nn.init.zeros_(sublayer.w2)
         torch.nn.init.zeros_(sublayer.b2)
-    assert torch.equal(layer(hidden, RoutingPass(tokens, None))[0], hidden)
+    assert torch.equal(layer(hidden, RoutingPass(tokens))[0], hidden)
 
 
 def test_gate_is_fp32_and_the_stream_keeps_its_precision():
     layer, (hidden, tokens) = make().bfloat16(), inputs()
     gates = []
     layer.router.register_forward_hook(lambda _module, _args, routes: gates.append(routes.gate_TK))
-    out, report = layer(hidden.bfloat16(), RoutingPass(tokens, None))
+    out, report = layer(hidden.bfloat16(), RoutingPass(tokens))
     assert out.dtype == torch.bfloat16
     assert gates[0].dtype == report.loss_sums["balance"].dtype == torch.float32
     reference = dense_reference(layer.float(), hidden.bfloat16().float(), tokens.real_T)
@@ -140,12 +140,12 @@ def test_gate_is_fp32_and_the_stream_keeps_its_precision():
 def test_beyond_capacity_tokens_pass_unchanged(factor, top_k):
     layer, (hidden, tokens) = make(top_k, capacity=factor), inputs()
     free = make(top_k)  # same weights, no capacity
-    out, report = layer(hidden, RoutingPass(tokens, None, seed=5))
+    out, report = layer(hidden, RoutingPass(tokens, seed=5))
     counts = report.served_N.tolist()
     capacity = -(-sum(counts) * int(factor * 100) // (100 * N))  # rounded up, in whole numbers
     assert int(report.dropped) == sum(max(0, count - capacity) for count in counts) > 0
 
-    flat, whole = out.view(-1, D), free(hidden, RoutingPass(tokens, None))[0].view(-1, D)
+    flat, whole = out.view(-1, D), free(hidden, RoutingPass(tokens))[0].view(-1, D)
     real = tokens.real_T
     if top_k == 1:
         unchanged_T = (flat == hidden.view(-1, D)).all(1)
@@ -160,12 +160,12 @@ def test_beyond_capacity_tokens_pass_unchanged(factor, top_k):
 
 def test_the_draw_chooses_the_victims_and_recomputation_the_same_ones():
     layer, (hidden, tokens) = make(capacity=0.5), inputs()
-    outs = [layer(hidden, RoutingPass(tokens, None, seed=seed))[0] for seed in (5, 5, 6)]
+    outs = [layer(hidden, RoutingPass(tokens, seed=seed))[0] for seed in (5, 5, 6)]
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
     grads = []
     for recompute in (False, True):
-        x, routing = hidden.clone().requires_grad_(), RoutingPass(tokens, None, seed=5)
+        x, routing = hidden.clone().requires_grad_(), RoutingPass(tokens, seed=5)
         out = checkpoint(layer, x, routing, use_reentrant=False) if recompute else layer(x, routing)
         out[0].square().sum().backward()
         grads.append(x.grad)
@@ -175,8 +175,8 @@ def test_the_draw_chooses_the_victims_and_recomputation_the_same_ones():
 def test_evaluation_drops_nothing():
     layer, (hidden, tokens) = make(capacity=0.5).eval(), inputs()
     with torch.no_grad():
-        out, report = layer(hidden, RoutingPass(tokens, None))
-        assert torch.equal(out, make().eval()(hidden, RoutingPass(tokens, None))[0])
+        out, report = layer(hidden, RoutingPass(tokens))
+        assert torch.equal(out, make().eval()(hidden, RoutingPass(tokens))[0])
     assert int(report.dropped) == 0
 
 
@@ -184,7 +184,7 @@ def test_no_token_at_all():
     """A batch of padding: nothing moves, every weight gets a gradient of zero."""
     layer, (hidden, tokens) = make(2, capacity=1.0), inputs()
     x = hidden.clone().requires_grad_()
-    out, report = layer(x, RoutingPass(TokenView(tokens.ids_BS, torch.zeros(S * B, dtype=torch.bool)), None))
+    out, report = layer(x, RoutingPass(TokenView(tokens.ids_BS, torch.zeros(S * B, dtype=torch.bool))))
     assert torch.equal(out, x)
     (out.sum() + sum(report.loss_sums.values())).backward()
     assert torch.equal(x.grad, torch.ones_like(x))

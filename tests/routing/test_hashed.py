@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from stablemoe_ds.config.schema import MoEConfig
-from stablemoe_ds.routing.fixed import hash_routing
+from stablemoe_ds.routing.fixed import hash_table
 from stablemoe_ds.routing.hashed import HashRouter
 from stablemoe_ds.tables.builders import even_table, random_table
 from stablemoe_ds.tables.table import RoutingTable, least_load
@@ -87,7 +87,7 @@ def test_configuration_chooses_the_table(kind: str) -> None:
     moe = MoEConfig.model_validate(
         {"router": "hash", "layers": [2, 5], "experts": EXPERTS, "top_k": 2, "hash_table": kind}
     )
-    table = hash_routing(moe, counts, 9, "sha", "cpu").table
+    table = hash_table(moe, counts, 9, "sha")
     made = random_table(VOCAB, EXPERTS, 2, 2, 9) if kind == "random" else even_table(counts, EXPERTS, 2, 2, 9)
     assert np.array_equal(table.expert_LVK, made)
     assert (table.experts, table.blocks, table.tokenizer) == (EXPERTS, (2, 5), "sha")

@@ -14,7 +14,7 @@ from stablemoe_ds.config.routers import ROUTERS
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.corpus import token_counts
 from stablemoe_ds.data.tokenizer import Tokenizer
-from stablemoe_ds.routing.fixed import hash_routing
+from stablemoe_ds.routing.fixed import hash_table
 from stablemoe_ds.tables.table import RoutingTable
 from tests.training.runs import (
     STEPS,
@@ -42,9 +42,7 @@ def table_of(data: TinyData) -> str:
     path = Path(data.tokenizer).with_name("table.safetensors")
     run = run_of("hash", data, path)
     size = run.model.vocab_size or 0
-    hash_routing(run.moe, np.zeros(size, np.int64), run.seed, Tokenizer(data.tokenizer).fingerprint, "cpu").table.save(
-        path
-    )
+    hash_table(run.moe, np.zeros(size, np.int64), run.seed, Tokenizer(data.tokenizer).fingerprint).save(path)
     return str(path)
 
 
@@ -170,7 +168,7 @@ def test_hash_follows_one_table_from_the_first_update(kind: str, data: TinyData,
     run = run_of("hash", data, tmp_path / "run", moe={"hash_table": kind})
     train_run(run)
     counts = token_counts(run.data.train, Tokenizer(data.tokenizer), run.model.vocab_size or 0)
-    made = hash_routing(run.moe, counts, run.seed, "", "cpu").table.sha256
+    made = hash_table(run.moe, counts, run.seed, "").sha256
     paths = [checkpoint_of(run, step) for step in range(2, STEPS + 1, 2)]
     assert {RoutingTable.read(path / "routing_table.safetensors").sha256 for path in paths} == {made}
     found = list(records(run).values())

@@ -81,7 +81,8 @@ def _regrouped(
         raise UserError(f"moe.experts: got {experts}: expected {before} times or divided by a whole number")
     if experts > before:
         check_replication(source.run.moe, source.progress.stage)
-        grown = replicate(weights, times, seed=None if table is not None else seed)
+        choosing = source.progress.stage == 1 or table is None
+        grown = replicate(weights, times, seed=seed if choosing else None)
         return grown, replicated_table(table, times) if table else None, f"replicated: {times} copies of each expert"
     shrunk = merge(weights, times)
     return shrunk, merged_table(table, times) if table else None, f"merged: the mean of each {times} experts"
