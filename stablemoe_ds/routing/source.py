@@ -141,7 +141,9 @@ class RouteMaker:
             given = self.given
         except UserError as error:
             return [f"WARNING: {line}; {goes_on}" for line in str(error).splitlines()]
-        if given is None or given.sha256 == followed.only(given.blocks).sha256:
+        if given is None or not set(given.blocks) <= set(followed.blocks):
+            return []  # where layers begin to follow a table, it is the run's
+        if given.sha256 == followed.only(given.blocks).sha256:
             return []
         return [f"WARNING: moe.table: {self.run.moe.table} holds table {given.sha256[:12]}; {goes_on}"]
 

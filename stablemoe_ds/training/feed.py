@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from torch import Tensor
 
@@ -32,7 +33,10 @@ class Feed:
         self.follow(routes)
 
     def follow(self, routes: RouteSource) -> None:
-        """Let the updates to come follow other routes. Collective."""
+        """Let the updates to come follow other routes, those that are planned already as well. Collective."""
+        if self._planner is not None:
+            self._loader = chain(self._planner.close(), self._loader)
+            self._planner = None
         if routes.table is None:
             self._ready = ([RoutedBatch(batch) for batch in step] for step in self._loader)
         else:

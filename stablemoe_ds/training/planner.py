@@ -65,7 +65,7 @@ class Planner:
         self._group = _expert_group_on_cpu(groups, parallel.timeout_minutes)
         self._ready: queue.Queue[list[RoutedBatch] | BaseException | None] = queue.Queue()
         self._state = threading.Condition()
-        self._wanted, self._closing = AHEAD, False
+        self._wanted, self._closing, self._unplanned = AHEAD, False, list[list[Batch]]()
         self._thread = threading.Thread(target=self._work, name="planner", daemon=True)
         self._thread.start()
 
@@ -82,12 +82,25 @@ class Planner:
                 self._state.notify()
             yield step
 
-    def close(self) -> None:
-        """Let the thread finish what all ranks have begun, and end it."""
+    def close(self) -> Iterator[list[Batch]]:
+        """Let the thread finish what all ranks have begun, and end it.
+
+        The updates that it has taken and nobody has asked for, in their order; raises what planning raised after them.
+        """
         with self._state:
             self._closing = True
             self._state.notify()
         self._thread.join(timeout=CLOSING_SECONDS)
+        return self._rest()
+
+    def _rest(self) -> Iterator[list[Batch]]:
+        while not self._ready.empty():
+            step = self._ready.get()
+            if isinstance(step, BaseException):
+                raise step
+            if step is not None:
+                yield [routed.batch for routed in step]
+        yield from self._unplanned
 
     def _work(self) -> None:
         try:
@@ -95,6 +108,7 @@ class Planner:
                 with self._state:
                     while number >= self._wanted:
                         if self._closing:
+                            self._unplanned = [batches]
                             return
                         self._state.wait()
                 self._ready.put(self._plan(number, batches))

@@ -137,22 +137,25 @@ def test_every_rank_says_what_differs(world: int, how: str, layout: dict[str, An
         assert seconds < 30  # a hang would last the group's timeout, a minute
 
 
-def stop_early(run: RunConfig) -> int:
-    """Ranks that stop after the same update, however far each had planned."""
+def stop_early(run: RunConfig) -> tuple[bool, list[int]]:
+    """Ranks that stop after the same update, however far each had planned; a number of each update, given or left."""
     from stablemoe_ds.routing.fixed import freeze
     from stablemoe_ds.training.planner import Planner
 
     with engine_of(run) as engine:
         groups = engine.groups
         table = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2)).table
-        planner = Planner(iter(updates(groups.data_rank, groups.data_size)), table, groups, run.parallel)
-        steps = iter(planner)
-        next(steps)
+        source = iter(updates(groups.data_rank, groups.data_size))
+        planner = Planner(source, table, groups, run.parallel)
+        given = [routed.batch for routed in next(iter(planner))]
         if groups.world.rank == 1:
             time.sleep(0.5)
-        planner.close()
-        return int(planner._thread.is_alive())
+        left = planner.close()
+        return planner._thread.is_alive(), [int(batches[1].ids.sum()) for batches in (given, *left, *source)]
 
 
-def test_closing_leaves_no_thread_behind() -> None:
-    assert run_distributed(2, stop_early, run_of("paper", expert=2, zero=1)) == [0, 0]
+def test_closing_leaves_no_thread_behind_and_loses_no_update() -> None:
+    ended = run_distributed(2, stop_early, run_of("paper", expert=2, zero=1))
+    for rank, (alive, numbers) in enumerate(ended):
+        assert not alive
+        assert numbers == [int(batches[1].ids.sum()) for batches in updates(rank, 2)]

@@ -122,15 +122,22 @@ def test_evaluation_generation_and_the_exported_table(trained: RunConfig, tmp_pa
 
 
 def test_a_switch_joins_what_was_learned_to_the_table(data: TinyData, tmp_path: Path) -> None:
+    """Updates planned along the table of one layer are planned once more along that of both, and none is lost."""
     run = mixed_run(data, tmp_path / "run", moe={"router": "stablemoe"})
     train_run(run)
     given = RoutingTable.read(run.moe.table or "")
     early, late = (RoutingTable.read(checkpoint_of(run, step) / TABLE) for step in (SWITCH, STEPS))
-    assert [line["stage"] for line in history(run, "train")] == [1] * SWITCH + [2] * (STEPS - SWITCH)
+    lines = history(run, "train")
+    assert [line["stage"] for line in lines] == [1] * SWITCH + [2] * (STEPS - SWITCH)
+    assert [line["agreement"] is None for line in lines] == [False] * SWITCH + [True] * (STEPS - SWITCH)
     assert early.blocks == late.blocks == (1, 2)  # a checkpoint comes after the switch
     assert early.only((1,)).sha256 == given.sha256
     assert early.sha256 == late.sha256
     assert command("eval", run.directory, "--json").json["stage"] == 2
+    resumed = restarted(run, tmp_path / "resumed", SWITCH)
+    train_run(resumed)
+    assert history(resumed) == history(run)
+    assert differing(tensors_of(checkpoint_of(resumed, STEPS)), tensors_of(checkpoint_of(run, STEPS))) == []
 
 
 def test_a_layer_that_was_distilled_goes_on_as_a_table(data: TinyData, tmp_path: Path) -> None:
