@@ -169,6 +169,8 @@ class StableMoEGPT(GPTModel):
     def _run(
         self, ids_BS: Tensor, routing: RoutingPass, labels: Tensor | None = None, cache: Any = None, apart: bool = False
     ) -> Tensor:
+        if strays := routing.known.keys() - set(self.run_config.moe.layers):
+            raise ValueError(f"routes of blocks {sorted(strays)}, where no MoE layer is")
         first = cache.sequence_len_offset if cache is not None else 0
         positions_BS = torch.arange(first, first + ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
         documents = None

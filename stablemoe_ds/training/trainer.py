@@ -287,7 +287,7 @@ class Trainer:
             f"{run.schedule.steps:,} updates, {stages}"
         )
         table = self.state.routes.table
-        if run.moe.table_layers and table is not None:
+        if run.moe.table_layers and table is not None and self.state.progress.stage == 1:
             at, load = ", ".join(map(str, run.moe.table_layers)), table.expert_load(self.token_counts).max()
             said = f"table {table.sha256[:12]} from the start, max/mean load {load:.2f}"
             self.reporter.say(f"MoE layers at blocks {at} follow {said}; router {run.moe.router} learns in the others")
