@@ -287,7 +287,7 @@ class Router(nn.Module):
             return 2 * torch.sigmoid(scale_N[expert_TK] * affinity_TK + bias_N[expert_TK])
         gate_TK = torch.sigmoid(affinity_TK)
         if kind == "normalized" and expert_TK.shape[1] > 1:
-            return gate_TK / gate_TK.sum(1, keepdim=True)
+            return gate_TK / (gate_TK.sum(1, keepdim=True) + 1e-20)
         return 2 * gate_TK if kind == "doubled" else gate_TK
 
 

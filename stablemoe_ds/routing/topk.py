@@ -13,6 +13,9 @@ from stablemoe_ds.routing.gates import Gate
 from stablemoe_ds.routing.router import CentroidRouter, best_experts
 from stablemoe_ds.routing.routes import Routes, SumOverRanks, TokenView
 
+TINY = 1e-20
+"""Added to the sum that gates are divided by, as in DeepSeek's own code; too small to change one that is not 0."""
+
 
 class TopKRouter(CentroidRouter):
     """Sigmoid affinity; a bias joins it in the choice but not in the gate, and follows the load.
@@ -53,7 +56,8 @@ class TopKRouter(CentroidRouter):
             fixed_TK = best_experts(weight_TN.detach() + self.bias_N, self.top_k)
         at_TK = fixed_TK.clamp_min(0)
         if self.top_k > 1:
-            weight_TN = weight_TN / weight_TN.gather(1, at_TK).sum(1, keepdim=True)
+            # Where every chosen sigmoid underflows a quotient of two zeros would end the run.
+            weight_TN = weight_TN / (weight_TN.gather(1, at_TK).sum(1, keepdim=True) + TINY)
         return self.route(fixed_TK, scores_TN.gather(1, at_TK), weight_TN.gather(1, at_TK), tokens)
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ def test_generation_with_a_cache_is_generation_without_and_ours(pair: tuple[Save
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     cached = theirs.generate(ids, **options)
     assert torch.equal(cached, theirs.generate(ids, use_cache=False, **options))
-    if ours.routes.fixed:
+    if ours.routes.blocks:
         new = generate(ours.model, ids.tolist(), ours.routes, max_new_tokens=8)
         assert cached[:, ids.shape[1] :].tolist() == new
 
@@ -207,7 +207,7 @@ def test_a_table_needs_token_ids(pair: tuple[SavedModel, Path], theirs: Any) -> 
     embeds = theirs.get_input_embeddings()(ids)
     with torch.no_grad():
         assert_near(theirs(ids, inputs_embeds=embeds).logits, theirs(ids).logits)
-        if pair[0].routes.fixed:
+        if pair[0].routes.blocks:
             with pytest.raises(ValueError, match="pass input_ids"):
                 theirs(inputs_embeds=embeds)
         else:

@@ -80,3 +80,15 @@ def test_padding_is_neither_routed_nor_counted() -> None:
     routes = make()(stream(), view, None, alone)
     assert (routes.expert_TK[~view.real_T] == -1).all()
     assert int(routes.counts_N.sum()) == 2 * int(view.real_T.sum())
+
+
+def test_gates_whose_sigmoids_underflow_are_finite_and_so_is_their_gradient() -> None:
+    """No expert wants the token: affinities of -300 are sigmoids of 0 in fp32."""
+    router = make()
+    with torch.no_grad():
+        router.centroids.copy_(torch.full((N, D), -300.0 / D))
+    gates = router(torch.ones(T, D), tokens(), None, alone).gate_TK
+    assert gates.isfinite().all()
+    gates.sum().backward()
+    assert router.centroids.grad is not None
+    assert router.centroids.grad.isfinite().all()
