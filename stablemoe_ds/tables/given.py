@@ -37,15 +37,19 @@ def given_table(
     if len(table.blocks) > len(blocks) and set(blocks) <= set(table.blocks):
         table = table.only(blocks)
     if problems := [
-        f"moe.table: {path} {problem}"
-        for problem in _problems(table, experts, top_k, len(blocks), vocab_size, tokenizer)
+        f"moe.table: {path} {problem}" for problem in _problems(table, experts, top_k, blocks, vocab_size, tokenizer)
     ]:
         raise UserError("\n".join(problems))
     return replace(table, blocks=blocks)
 
 
 def _problems(
-    table: RoutingTable, experts: int, top_k: int, layers: int, vocab_size: int | None, tokenizer: str | None
+    table: RoutingTable,
+    experts: int,
+    top_k: int,
+    blocks: tuple[int, ...],
+    vocab_size: int | None,
+    tokenizer: str | None,
 ) -> Iterator[str]:
     # Files of others do not name a tokenizer: only the number of ids can be checked.
     unnamed = not table.tokenizer and table.made.get("builder") in FOREIGN
@@ -60,8 +64,8 @@ def _problems(
         yield f"is for {table.experts} experts, but moe.experts is {experts}; nearest that works: {table.experts}"
     if table.top_k != top_k:
         yield f"gives an id {table.top_k} experts, but moe.top_k is {top_k}; nearest that works: {table.top_k}"
-    if len(table.blocks) != layers:
-        yield f"is for {len(table.blocks)} MoE layers, but the run has {layers} that follow it; {ANOTHER}"
+    if len(table.blocks) != len(blocks):
+        yield f"has the layers of blocks {list(table.blocks)}, but the run follows it at {list(blocks)}; {ANOTHER}"
 
 
 def _named(tokenizer: str) -> str:

@@ -28,6 +28,12 @@ def test_its_layers_are_taken_in_order_whichever_blocks_they_were_made_for(path:
     assert (table.blocks, table.experts, table.tokenizer) == ((2, 5), 4, "ab" * 32)
 
 
+def test_of_a_table_of_more_layers_those_of_the_same_blocks_are_taken(path: Path) -> None:
+    table = given_table(path, **SHAPE | {"blocks": (2,)})
+    assert np.array_equal(table.expert_LVK, random_table(50, 4, 2, 2, seed=3)[1:])
+    assert table.blocks == (2,)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -36,7 +42,7 @@ def test_its_layers_are_taken_in_order_whichever_blocks_they_were_made_for(path:
         ({"vocab_size": 64}, "has 50 ids, but model.vocab_size is 64: expected the same"),
         ({"experts": 8}, "is for 4 experts, but moe.experts is 8; nearest that works: 4"),
         ({"top_k": 1}, "gives an id 2 experts, but moe.top_k is 1; nearest that works: 2"),
-        ({"blocks": (3,)}, "is for 2 MoE layers, but moe.layers names 1"),
+        ({"blocks": (3,)}, "has the layers of blocks [1, 2], but the run follows it at [3]"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(path: Path, changed: dict[str, Any], said: str) -> None:
@@ -48,7 +54,7 @@ def test_what_does_not_fit_is_refused_in_one_line(path: Path, changed: dict[str,
 
 def test_each_reason_has_a_line(path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        given_table(path, experts=8, top_k=1, blocks=(1,), vocab_size=51, tokenizer="")
+        given_table(path, experts=8, top_k=1, blocks=(3,), vocab_size=51, tokenizer="")
     assert len(str(caught.value).splitlines()) == 5
 
 

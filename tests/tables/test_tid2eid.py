@@ -131,7 +131,7 @@ def test_a_number_that_no_expert_has_is_damage_even_where_nobody_says_how_many_t
     [
         ({"vocab_size": V + 1}, f"has {V} ids, but model.vocab_size is {V + 1}"),
         ({"top_k": 1}, "gives an id 2 experts, but moe.top_k is 1"),
-        ({"blocks": (2,)}, "is for 2 MoE layers, but moe.layers names 1"),
+        ({"blocks": (3,)}, r"has the layers of blocks \[1, 2\], but the run follows it at \[3\]"),
     ],
 )
 def test_a_run_of_another_shape_refuses_it(other: dict[str, Any], said: str, tmp_path: Path) -> None:
