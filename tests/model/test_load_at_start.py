@@ -28,18 +28,24 @@ MOST = 4.0
 
 @pytest.fixture
 def first_moe_layer(world_groups) -> Callable[[RunConfig], LayerReport]:
-    """What the first MoE layer of a fresh model does with :data:`TOKENS` tokens."""
+    """What the first MoE layer of a fresh model that learns to choose does with :data:`TOKENS` tokens."""
 
     def report(run: RunConfig) -> LayerReport:
         from stablemoe_ds.model.gpt import StableMoEGPT
 
-        first = run.moe.layers[0]
+        first = run.moe.learned_layers[0]
         length = min(run.data.sequence_length, 256)
         vocab = run.model.vocab_size or 32_000
         cut = {
             "model": run.model.model_copy(update={"layers": first}),
             "moe": run.moe.model_copy(
-                update={"layers": [first], "ffn_hidden_size": 1, "sublayers": 1, "shared_experts": 0}
+                update={
+                    "layers": [first],
+                    "table_layers": [],
+                    "ffn_hidden_size": 1,
+                    "sublayers": 1,
+                    "shared_experts": 0,
+                }
             ),
             "data": run.data.model_copy(update={"sequence_length": length}),
         }
