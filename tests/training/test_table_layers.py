@@ -93,7 +93,7 @@ def test_a_run_that_continues_is_the_same_to_the_bit(trained: RunConfig, tmp_pat
     """Also without the file of the table, which is in the checkpoint."""
     resumed = restarted(trained, tmp_path / "resumed", SWITCH)
     moe = resumed.moe.model_copy(update={"table": str(tmp_path / "gone")})
-    assert "the run goes on along table" in " ".join(train_run(resumed.model_copy(update={"moe": moe})).split())
+    assert "the run continues along table" in " ".join(train_run(resumed.model_copy(update={"moe": moe})).split())
     assert history(resumed) == history(trained)
     assert differing(tensors_of(checkpoint_of(resumed, STEPS)), tensors_of(checkpoint_of(trained, STEPS))) == []
 
