@@ -27,8 +27,8 @@ ODD = {
     "runs/\u202egpj": "the character U+202E",
     "runs/a\u2028b": "the character U+2028",
     "~nobody-of-this-name/runs": "there is no user 'nobody-of-this-name'; write it out, or ./~nobody-of-this-name",
-    "$HOME/runs": "$HOME... is not replaced here",
-    "runs/${USER}": "$... is not replaced here",
+    "$HOME/runs": "$HOME... is replaced only by a shell",
+    "runs/${USER}": "$... is replaced only by a shell",
     "s3://bucket/runs": "a URL is not a path",
 }
 
