@@ -224,7 +224,8 @@ def _run(hidden_size: int, ffn_hidden_size: int, model: dict[str, Any], moe: dic
     tree = {
         "seed": seed,
         "model": backbone,
-        "moe": {"layers": [1], **moe},
+        # Raw, as published: the embedding is not ours, and a layer saved without its settings must stay as it is.
+        "moe": {"layers": [1], "router_input": "raw", **moe},
         "optimizer": {"lr": 1.0},
         "schedule": {"steps": 1, "tokens_per_step": 1},
     }
