@@ -45,7 +45,7 @@ SWITCH: dict[str, dict[str, Any]] = {
     "deepspeed dropless": {"drop_tokens": False},
 }
 
-PAPER = {"positions": "learned", "norm": "layernorm", "activation": "relu", "bias": True}
+PAPER = {"positions": "learned", "norm": "layernorm", "activation": "relu", "bias": True, "embedding": "scaled"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,12 @@ def run_of(task: Task, router: str) -> RunConfig:
                 "ffn_hidden_size": 4 * s.hidden_size,
                 **PAPER,
             },
-            "moe": {"router": router, "layers": list(s.moe_layers), "experts": 1 if dense else s.experts},
+            "moe": {
+                "router": router,
+                "router_input": "raw",
+                "layers": list(s.moe_layers),
+                "experts": 1 if dense else s.experts,
+            },
             "data": {"tokenizer": task.corpus.tokenizer, "train": task.corpus.prefix, "sequence_length": s.sequence},
             "optimizer": {"lr": 1e-9},
             "schedule": {"steps": task.rounds + 10, "tokens_per_step": s.tokens},

@@ -224,7 +224,8 @@ def _run(hidden_size: int, ffn_hidden_size: int, model: dict[str, Any], moe: dic
     tree = {
         "seed": seed,
         "model": backbone,
-        "moe": {"layers": [1], **moe},
+        # Raw, as published: the embedding is not ours, and a layer saved without its settings must stay as it is.
+        "moe": {"layers": [1], "router_input": "raw", **moe},
         "optimizer": {"lr": 1.0},
         "schedule": {"steps": 1, "tokens_per_step": 1},
     }
@@ -239,6 +240,8 @@ def _run(hidden_size: int, ffn_hidden_size: int, model: dict[str, Any], moe: dic
         refused = "moe.router: got 'table'; nearest that works: router='hash', and follow(RoutingTable.read(file))"
     elif run.moe.distilled.kind == "transformer":
         refused = "moe.distilled.kind: got 'transformer', which only a whole run trains; nearest that works: word"
+    elif run.moe.start_table is not None:
+        refused = "moe.start_table: only a whole run has the embedding that routers start from; leave it out"
     elif run.moe.layers != [1]:
         refused = f"moe.layers: got {run.moe.layers}, but this is one layer: leave it out"
     if refused:

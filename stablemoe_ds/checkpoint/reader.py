@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stablemoe_ds.checkpoint.fp32_state import WEIGHT
 from stablemoe_ds.config.messages import error_messages
+from stablemoe_ds.config.resolved import saved_run
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.position import Position
 from stablemoe_ds.errors import UserError
@@ -117,7 +118,7 @@ class Checkpoint:
             return cls(
                 path=path,
                 progress=Progress.parse(manifest["progress"]),
-                run=RunConfig.model_validate(manifest["run"]),
+                run=saved_run(manifest["run"]),
                 vocab_size=manifest["vocab_size"],
                 tokenizer=manifest["tokenizer"],
                 optimizer_steps=manifest["optimizer_steps"],

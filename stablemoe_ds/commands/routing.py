@@ -18,12 +18,20 @@ from stablemoe_ds.commands.parsing import (
 
 
 def add_to(commands: Subparsers) -> None:
-    routing = add_group(commands, "routing", "what was learned about routing", "report|table")
+    routing = add_group(commands, "routing", "what was learned about routing", "report|bands|table")
     report = add_command(routing, "report", "load, fluctuation, agreement, what each expert serves", _routing_report)
     report.add_argument("checkpoint", help="checkpoint or run directory")
     tokenizer_argument(report)
     json_argument(report)
     report.add_argument("--png", type=Path, help="draw the report, too")
+    bands = add_command(
+        routing, "bands", "loss and gates by how common an id is, of one model or of two in comparison", _routing_bands
+    )
+    bands.add_argument("checkpoint", help="checkpoint or run directory")
+    bands.add_argument("--against", metavar="CHECKPOINT", help="a second model of the same tokenizer")
+    bands.add_argument("--data", nargs="+", default=[], metavar="CORPUS", help="default: the run's validation text")
+    bands.add_argument("--bands", type=int, default=5, help="how many (default 5)")
+    json_argument(bands)
     table = add_command(
         routing, "table", "the frozen routing table itself, as 'stablemoe table show' without measuring", _routing_table
     )
@@ -43,6 +51,16 @@ def _routing_report(arguments: argparse.Namespace) -> int:
     tell(report, render_text(report), arguments.json)
     if arguments.png:
         draw(report, arguments.png)
+    return 0
+
+
+def _routing_bands(arguments: argparse.Namespace) -> int:
+    settle_libraries()
+    from stablemoe_ds.evaluation.frequency_bands import bands_of_checkpoints
+
+    paths = [path for path in (arguments.checkpoint, arguments.against) if path]
+    facts, text = bands_of_checkpoints(paths, arguments.data, arguments.bands)
+    tell({"checkpoints": facts}, text, arguments.json)
     return 0
 
 

@@ -93,7 +93,8 @@ def _table(run: RunConfig) -> str:
     learned = "distilled, balanced" if moe.facts.needs_counts else "distilled"
     if not two_stages(run):
         learned = "none" if moe.facts.routed and not from_start else ""
-    return ", ".join(filter(None, [from_start, learned]))
+    started = f"from {moe.start_table}" if moe.start_table else ""
+    return ", ".join(filter(None, [from_start, learned, started]))
 
 
 def _routing(

@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from stablemoe_ds.config.load import load_run, load_section
 from stablemoe_ds.config.paths import PathText
+from stablemoe_ds.config.resolved import settled
 from stablemoe_ds.config.rules import check
 from stablemoe_ds.config.schema import RunConfig, Section
 from stablemoe_ds.errors import UserError
@@ -112,7 +113,7 @@ def _runs(path: Path, config: SuiteConfig) -> Iterator[SuiteRun]:
             }
             overrides = (*config.overrides, *variant, *(f"{key}={json.dumps(value)}" for key, value in place.items()))
             try:
-                run = load_run(base, overrides)
+                run = settled(load_run(base, overrides))  # so that all variants mean the same
                 check(run)
                 if not run.data.valid:
                     raise UserError("data.valid: got []: runs are compared by the perplexity on it; name a corpus")

@@ -38,6 +38,10 @@ def _experts(run: RunConfig) -> Iterator[str]:
         yield _caution(
             "moe.top_k", moe.top_k, "every expert serves every token, so routing decides nothing", moe.experts // 2
         )
+    learns = moe.has_centroids and not moe.facts.fixed
+    if learns and not moe.normalizes_input and run.model.embedding != "scaled":
+        reason = "with model.embedding plain tokens look alike to the centroids, and a few experts take most of them"
+        yield _caution("moe.router_input", "raw", reason, "normalized, or model.embedding scaled")
     if moe.facts.balanced_by_bias and moe.bias_step >= 1:
         reason = "affinities lie between 0 and 1, so after one update only the bias chooses"
         yield _caution("moe.bias_step", moe.bias_step, reason, 0.001)

@@ -21,7 +21,19 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
 
     Raises UserError with one line for each breach.
     """
-    rules = (_model, _moe, _placement, _data, _schedule, _stages, _precision, _sharded_weights, _tensor, conflicts)
+    rules = (
+        _model,
+        _moe,
+        _start_table,
+        _placement,
+        _data,
+        _schedule,
+        _stages,
+        _precision,
+        _sharded_weights,
+        _tensor,
+        conflicts,
+    )
     found = [line for rule in rules for line in rule(run)]
     if world_size is not None:
         found += _world(run, world_size)
@@ -117,6 +129,22 @@ def _moe(run: RunConfig) -> Iterator[str]:
     elif moe.facts.routed and moe.experts % expert:
         near = nearest_divisor(moe.experts, expert)
         yield _breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
+
+
+def _start_table(run: RunConfig) -> Iterator[str]:
+    """A router can start from a table if it learns routes, and a distilled one only if it can be a table."""
+    moe = run.moe
+    if moe.start_table is None:
+        return
+    if not moe.facts.routed or moe.facts.fixed:
+        near = "null, or moe.router table and moe.table" if moe.facts.fixed else "null"
+        yield _breach("moe.start_table", moe.start_table, f"router '{moe.router}' learns no routes", near)
+    elif moe.table_layers:
+        reason = "a start is for all MoE layers, and those of moe.table_layers follow moe.table"
+        yield _breach("moe.start_table", moe.start_table, reason, "null, or moe.table_layers []")
+    elif moe.facts.distilled and moe.distilled.kind != "word":
+        reason = f"a {moe.distilled.kind} router sees more than the id, so no table says what it chooses at the start"
+        yield _breach("moe.start_table", moe.start_table, reason, "null, or moe.distilled.kind word")
 
 
 def _placement(run: RunConfig) -> Iterator[str]:

@@ -41,11 +41,11 @@ class ModelConfig(Section):
     activation: Literal["relu", "gelu", "swiglu"] = Field("swiglu", description="feed-forward nonlinearity")
     bias: bool = Field(False, description="biases in attention and feed-forward layers")
     tie_embeddings: bool = Field(True, description="use the input embedding as the output matrix")
-    embedding: Literal["scaled", "plain"] = Field(
-        "scaled",
-        description="initial values of the embedding. scaled: N(0, 1/d) times sqrt(d), as in the authors' code, with "
-        "which the router can distinguish tokens from the first update; plain: N(0, init_std), as in Megatron, with "
-        "which a router on the raw stream learns badly",
+    embedding: Literal["scaled", "plain"] | None = Field(
+        None,
+        description="initial values of the embedding. plain: N(0, init_std), as in Megatron; scaled: N(0, 1/d) times "
+        "sqrt(d), as in the authors' code, with which a router on the raw stream can distinguish tokens from the first "
+        "update (docs/method.md says what each costs); null: plain, and in a run that continues the checkpoint's",
     )
     init: Literal["megatron", "fairseq"] = Field(
         "megatron",
@@ -124,10 +124,12 @@ class MoEConfig(Section):
     distill_weight: float = Field(
         0.3, ge=0, description="weight of the distillation loss (paper: 1, authors' code: 0.3)"
     )
-    router_input: Literal["raw", "normalized"] = Field(
-        "raw",
+    router_input: Literal["raw", "normalized"] | None = Field(
+        None,
         description="input of the centroids. raw: the residual stream itself (paper); normalized: scaled to a root "
-        "mean square of 1, which limits gates and gradients but does not change which expert is best",
+        "mean square of 1, which changes gates and gradients but not which expert is best, and which a router needs "
+        "with a plain embedding; null: raw if the embedding is scaled, else normalized, and in a run that continues "
+        "the checkpoint's",
     )
     gate: GateName = Field(
         "own",
@@ -154,9 +156,16 @@ class MoEConfig(Section):
         "number of layers that follow it. Or random, even, scattered or cooccurrence, to build one from the training "
         "text when the run begins. A run that continues follows the table in its checkpoint",
     )
+    start_table: PathText | None = Field(
+        None,
+        description="table that a learned router starts from: a file or a builder, as in table. Its centroids become "
+        "the mean embedding of each expert's ids, and the distilled word router chooses what the table says; null: "
+        "random centroids",
+    )
     table_options: dict[str, bool | int | float | str] = Field(
         default_factory=dict,
-        description="options of the table builder, as for 'stablemoe table build', e.g. {max_load: 1.2}",
+        description="options of the builder in table or start_table, as for 'stablemoe table build', "
+        "e.g. {max_load: 1.2}",
     )
     table_load: float = Field(
         1.1,
@@ -193,14 +202,26 @@ class MoEConfig(Section):
         return self.facts.table_from == "file" or bool(self.table_layers)
 
     @property
+    def table_key(self) -> str:
+        """The setting that names the table of this run: one to follow, or one to start from."""
+        return "table" if self.needs_table else "start_table"
+
+    @property
+    def table_blocks(self) -> list[int]:
+        """Blocks whose MoE layer follows that table, or starts from it."""
+        return self.fixed_layers if self.needs_table else self.layers
+
+    @property
     def table_builder(self) -> str | None:
-        """The builder that ``table`` names, if it names none of a file."""
-        return self.table if self.needs_table and self.table in OPTIONS else None
+        """The builder that this setting names, if it names none of a file."""
+        named: str | None = getattr(self, self.table_key)
+        return named if named in OPTIONS else None
 
     @property
     def table_file(self) -> str | None:
-        """The file that ``table`` names, if it names no builder."""
-        return self.table if self.needs_table and self.table_builder is None else None
+        """The file that this setting names, if it names no builder."""
+        named: str | None = getattr(self, self.table_key)
+        return None if named in OPTIONS else named
 
     @property
     def gate_name(self) -> str:
@@ -211,6 +232,11 @@ class MoEConfig(Section):
     def gate_facts(self) -> GateFacts:
         """What is known of the gate."""
         return GATES[self.gate_name]
+
+    @property
+    def normalizes_input(self) -> bool:
+        """Centroids meet the residual stream at unit root mean square."""
+        return self.router_input != "raw"
 
     @property
     def has_centroids(self) -> bool:
@@ -256,7 +282,7 @@ class MoEConfig(Section):
                 raise ValueError(str(error)) from error
         elif self.table_options:
             raise ValueError(
-                f"table_options are for a table that the run builds: set moe.table to {', '.join(OPTIONS)}"
+                f"table_options are for a table that the run builds: set moe.{self.table_key} to {', '.join(OPTIONS)}"
             )
         if self.top_k > self.experts:
             raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")

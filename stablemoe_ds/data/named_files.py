@@ -60,22 +60,24 @@ def look_at_files(run: RunConfig) -> tuple[list[NamedFile], int | None]:
 
 
 def _table(run: RunConfig, path: str, tokenizer: Tokenizer | None) -> NamedFile:
-    """The table of router ``table``; what only the tokenizer decides is not checked while that is not here."""
+    """The table of a run; what only the tokenizer decides is not checked while that is not here."""
+    key = f"moe.{run.moe.table_key}"
     if not os.path.lexists(path):
-        return _missing("moe.table", path)
+        return _missing(key, path)
     unknown = tokenizer is None and run.data.tokenizer is not None
     try:
         table = given_table(
             path,
             experts=run.moe.experts,
             top_k=run.moe.top_k,
-            blocks=tuple(run.moe.fixed_layers),
+            blocks=tuple(run.moe.table_blocks),
             vocab_size=run.model.vocab_size or (tokenizer.vocab_size if tokenizer else None),
             tokenizer=None if unknown else tokenizer.fingerprint if tokenizer else "",
+            key=key,
         )
     except UserError as error:
-        return NamedFile("moe.table", path, "unusable", str(error).removeprefix("moe.table: "))
-    return NamedFile("moe.table", path, "sound", f"{table.vocab_size:,} ids to {table.experts} experts")
+        return NamedFile(key, path, "unusable", str(error).removeprefix(f"{key}: "))
+    return NamedFile(key, path, "sound", f"{table.vocab_size:,} ids to {table.experts} experts")
 
 
 def _corpora(run: RunConfig, tokenizer: Tokenizer | None) -> Iterator[NamedFile]:

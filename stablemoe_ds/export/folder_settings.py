@@ -90,7 +90,7 @@ def model_settings(run: RunConfig, vocab_size: int, router: str | None) -> dict[
         "shared_intermediate_size": width,
         "shared_sublayers": depth,
         "router": router,
-        "router_input": moe.router_input,
+        "router_input": "normalized" if moe.normalizes_input else "raw",
         "gate": moe.gate_name,
     }
 

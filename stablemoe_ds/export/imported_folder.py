@@ -15,6 +15,7 @@ from stablemoe_ds.checkpoint.attached import to_attach
 from stablemoe_ds.checkpoint.convert.conversion import write_first_checkpoint
 from stablemoe_ds.checkpoint.reader import Progress
 from stablemoe_ds.config.messages import show_both
+from stablemoe_ds.config.resolved import settled
 from stablemoe_ds.config.rules import check, with_document_end, with_vocabulary
 from stablemoe_ds.config.schema import MoEConfig, ParallelConfig, RunConfig
 from stablemoe_ds.data.tokenizer import Tokenizer
@@ -43,6 +44,8 @@ def import_folder(folder: str | Path, target: RunConfig) -> tuple[Path, str]:
     """
     folder = Path(folder)
     settings = described_model(folder)
+    words = in_words(settings)
+    target = settled(target, words["model.embedding"], words.get("moe.router_input"))
     check(target)
     tokenizer = Tokenizer(target.data.tokenizer) if target.data.tokenizer else None
     vocab = _vocabulary(settings["vocab_size"], target, tokenizer)

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from stablemoe_ds.config.costs import shared_stack
+from stablemoe_ds.config.resolved import settled
 from stablemoe_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.placement import LayerPlacement
@@ -66,6 +67,7 @@ class StableMoEGPT(GPTModel):
         Needs megatron-core's process groups (``distributed.groups``). Raises UserError if the run is to be compiled and
         this machine cannot.
         """
+        run = settled(run)
         m = run.model
         if run.parallel.compile:
             require_compiler()

@@ -113,6 +113,7 @@ class MoELayer(AutoEPMoELayer):
             routes.loss_sums,
             routes.agree,
             routes.statistic_N,
+            routes.gate_TK.detach(),
         )
         return (hidden_TD + added_TD).view_as(hidden_SBD), report
 

@@ -17,6 +17,7 @@ class LayerReport:
 
     served_N is int64 [N]: tokens of this rank by the expert they chose; dropped counts (token, choice) pairs beyond
     capacity; unserved counts this rank's real tokens that no expert was chosen for. statistic_N: as in :class:`Routes`.
+    gate_TK: fp32, the weight of what each expert adds; None where the layer does not say.
     """
 
     block: int
@@ -27,6 +28,7 @@ class LayerReport:
     loss_sums: dict[str, Tensor]
     agree: Tensor | None
     statistic_N: Tensor | None = None  # noqa: N815
+    gate_TK: Tensor | None = None  # noqa: N815
 
 
 @dataclass

@@ -76,7 +76,7 @@ class CentroidRouter(Router):
 
     @classmethod
     def from_config(cls, moe: MoEConfig, hidden_size: int, distilled: DistilledRouter | None) -> Self:
-        return cls(hidden_size, moe.experts, moe.top_k, moe.router_input == "normalized", distilled, make_gate(moe))
+        return cls(hidden_size, moe.experts, moe.top_k, moe.normalizes_input, distilled, make_gate(moe))
 
     def affinity(self, hidden_TD: Tensor) -> Tensor:
         """fp32 [T, N]: <E_i, h_t>; with ``normalize``, of h_t at unit root mean square."""

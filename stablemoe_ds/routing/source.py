@@ -49,8 +49,8 @@ class RouteMaker:
 
     routers: the distilled router of each MoE layer that has one. token_counts: gives int64 [V], how often the training
     text has each id; called for tables that depend on it. tokenizer: fingerprint to write into a table. build: makes
-    the table that ``moe.table`` describes by the name of a builder; collective. whole: in this context the routers'
-    parameters, which ZeRO 3 keeps in parts, can be read; collective there.
+    the table that the run names by a builder; collective. whole: in this context the routers' parameters, which ZeRO 3
+    keeps in parts, can be read; collective there.
     """
 
     run: RunConfig
@@ -68,7 +68,7 @@ class RouteMaker:
 
     @cached_property
     def given(self) -> RoutingTable | None:
-        """The table in a file that the run is to follow, or None. Raises UserError if it does not fit."""
+        """The table in a file that the run follows or starts from, or None. Raises UserError if it does not fit."""
         moe = self.run.moe
         if moe.table_file is None:
             return None
@@ -76,10 +76,22 @@ class RouteMaker:
             moe.table_file,
             experts=moe.experts,
             top_k=moe.top_k,
-            blocks=tuple(moe.fixed_layers),
+            blocks=tuple(moe.table_blocks),
             vocab_size=self.run.model.vocab_size,
             tokenizer=self.tokenizer,
+            key=f"moe.{moe.table_key}",
         )
+
+    def named(self) -> RoutingTable:
+        """The table that the run names, to follow or to start from; collective where the run builds it.
+
+        Raises UserError for a file that does not fit, ValueError if it names none, or a builder where there is none.
+        """
+        if self.given is not None:
+            return self.given
+        if self.run.moe.table_builder is None or self.build is None:
+            raise ValueError(f"moe.{self.run.moe.table_key} of this run names no file, and no table is built here")
+        return self.build()
 
     def check(self) -> None:
         """Raise UserError for a table in a file that the run cannot follow, before anything is written or trained."""
@@ -124,17 +136,11 @@ class RouteMaker:
     def _from_start(self) -> RoutingTable:
         """The table of the layers that follow one from the first update on."""
         moe = self.run.moe
-        if self.given is not None:
-            return self.given
-        if moe.table_builder is None:
-            return hash_table(moe, self.token_counts(), self.run.seed, self.tokenizer)
-        if self.build is None:
-            raise ValueError(f"the table of this run is built from its training text ({moe.table}), not here")
-        return self.build()
+        return self.named() if moe.needs_table else hash_table(moe, self.token_counts(), self.run.seed, self.tokenizer)
 
     def departures(self, followed: RoutingTable | None) -> list[str]:
         """Warnings for a run that continues along ``followed`` while the file it names holds another table."""
-        if followed is None:
+        if followed is None or not self.run.moe.needs_table:
             return []
         goes_on = f"the run continues along table {followed.sha256[:12]} of its checkpoint"
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablemoe_ds.config.load import load_run
+from stablemoe_ds.config.resolved import saved_run
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.config.textfile import LARGEST_MANIFEST, read_json
 from stablemoe_ds.errors import UserError
@@ -30,7 +31,7 @@ def newest_saved(run_dir: str | Path) -> Saved | None:
         try:
             manifest = read_manifest(path)
             check_sizes(path, manifest)
-            return Saved(int(manifest["progress"]["step"]), RunConfig.model_validate(manifest["run"]))
+            return Saved(int(manifest["progress"]["step"]), saved_run(manifest["run"]))
         except (UserError, ValueError, KeyError, TypeError):
             continue  # not complete, or of another version: nothing to go on from
     return None

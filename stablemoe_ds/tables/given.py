@@ -1,4 +1,4 @@
-"""A table from a file that a run is to follow: it has to be of the run's tokenizer and of its model's shape."""
+"""A table from a file that a run follows or starts from: it has to be of its tokenizer and of its model's shape."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ def given_table(
     blocks: tuple[int, ...],
     vocab_size: int | None,
     tokenizer: str | None,
+    key: str = "moe.table",
 ) -> RoutingTable:
     """The table in a file, its layers in order at the blocks of this model, which need not be those it was made for.
 
     Of a table of more layers those of the same blocks are taken, if it has all of them.
 
     blocks: numbers of the blocks whose MoE layer follows it. vocab_size, tokenizer: ids and fingerprint of the run's
-    tokenizer, "" for a run without one; None: not known, not checked.
+    tokenizer, "" for a run without one; None: not known, not checked. key: the setting that names the file.
     Raises UserError if the file is missing or damaged, and with a line for each thing that does not fit the run.
     """
     try:
         table = read_table(path, experts)
     except UserError as error:
-        raise UserError(f"moe.table: {error}; {ANOTHER}") from error
+        raise UserError(f"{key}: {error}; {ANOTHER}") from error
     if len(table.blocks) > len(blocks) and set(blocks) <= set(table.blocks):
         table = table.only(blocks)
     if problems := [
-        f"moe.table: {path} {problem}" for problem in _problems(table, experts, top_k, blocks, vocab_size, tokenizer)
+        f"{key}: {path} {problem}" for problem in _problems(table, experts, top_k, blocks, vocab_size, tokenizer)
     ]:
         raise UserError("\n".join(problems))
     return replace(table, blocks=blocks)

@@ -15,7 +15,7 @@ from stablemoe_ds.tables.table import RoutingTable
 def built_table(
     run: RunConfig, vocab_size: int, tokenizer: Tokenizer | None, say: Callable[[str], None]
 ) -> RoutingTable:
-    """The table of ``moe.table`` and ``moe.table_options``, from the run's seed; the same on all ranks. Collective.
+    """The table of the builder that the run names, from the run's seed; the same on all ranks. Collective.
 
     Raises UserError on all ranks if the text cannot be read.
     """
@@ -30,7 +30,7 @@ def built_table(
             table_corpus(run.data.train, tokenizer, vocab_size),
             experts=moe.experts,
             top_k=moe.top_k,
-            blocks=moe.fixed_layers,
+            blocks=moe.table_blocks,
             seed=run.seed,
         )
 

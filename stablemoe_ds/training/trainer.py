@@ -27,13 +27,14 @@ from stablemoe_ds.distributed.faults import Place, naming_faults
 from stablemoe_ds.distributed.groups import Groups, World
 from stablemoe_ds.distributed.rendezvous import agree_on_run
 from stablemoe_ds.distributed.signals import StopRequest
-from stablemoe_ds.distributed.together import StopVote, on_first_rank_within
+from stablemoe_ds.distributed.together import StopVote, of_first_rank, on_first_rank_within
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.run_report import run_report, write_report
 from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.model.table_start import start_from_table
 from stablemoe_ds.routing.source import RouteMaker
 from stablemoe_ds.run_directory.lock import only_writer
-from stablemoe_ds.run_directory.progress import reported_steps
+from stablemoe_ds.run_directory.progress import newest_saved, reported_steps
 from stablemoe_ds.training.built_table import built_table
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.engine import Engine
@@ -64,7 +65,8 @@ class Trainer:
         """
         self.tokenizer = Tokenizer(run.data.tokenizer) if run.data.tokenizer else None
         known = (self.tokenizer.vocab_size, self.tokenizer.eos_id) if self.tokenizer else None
-        resolved = resolve(run, world.size, known)
+        before = of_first_rank(lambda: newest_saved(run.directory)) if run.checkpoint.resume else None
+        resolved = resolve(run, world.size, known, before.run if before else None)
         self.run, self.world, self.plan = resolved.run, world, resolved.batch
         run, fingerprint = self.run, self.tokenizer.fingerprint if self.tokenizer else ""
         self.groups = Groups(world, run.parallel.tensor, run.parallel.expert)
@@ -76,11 +78,15 @@ class Trainer:
         order_LN = expert_order(run, counts, fingerprint, build)
         placement = replace(self.groups.placement, order_LN=order_LN)
         self.model = StableMoEGPT(run, resolved.vocab_size, placement)
-        self.engine = Engine(run, self.plan, self.groups, self.model)
-        self.feed = Feed(self.groups, run.parallel, order_LN)
         routers = self.model.distilled_routers
         whole = partial(gathered, routers)
         self.routes = RouteMaker(run, routers, lambda: counts, fingerprint, world.device, build, whole)
+        if run.moe.start_table is not None and before is None:
+            table = self.routes.named()
+            start_from_table(self.model, table, counts)
+            self.reporter.say(f"routers start from table {table.sha256[:12]}")
+        self.engine = Engine(run, self.plan, self.groups, self.model)
+        self.feed = Feed(self.groups, run.parallel, order_LN)
         self.state, self.guard, self.vote = (
             RunState(Progress(position=self.data.train.start())),
             Guard(run.faults),

@@ -10,7 +10,7 @@ import pytest
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.run_directory.checkpoint_files import read_manifest, write_manifest
-from tests.training.runs import STEPS, SWITCH, TinyData, checkpoint_of, command, command_here, history, run_file
+from tests.training.runs import STEPS, SWITCH, VOCAB, TinyData, checkpoint_of, command, command_here, history, run_file
 
 
 def test_evaluation(finished: RunConfig) -> None:
@@ -88,6 +88,17 @@ def test_routing_report(finished: RunConfig, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     said = command_here("routing", "report", finished.directory).out
     assert f"{report['valid_ppl']['final']:,.2f}" in said
+
+
+def test_bands_add_up_to_the_loss_of_eval(finished: RunConfig) -> None:
+    whole = command("eval", finished.directory, "--json").json
+    asked = ("routing", "bands", finished.directory, "--against", finished.directory, "--bands", "3", "--json")
+    one, other = command(*asked).json["checkpoints"]
+    assert one == other
+    assert sum(band["ids"] for band in one["bands"]) == VOCAB
+    assert sum(band["tokens"] for band in one["bands"]) == whole["tokens"]
+    loss = sum(band["tokens"] * band["loss"] for band in one["bands"]) / whole["tokens"]
+    assert loss == pytest.approx(whole["loss"], rel=1e-6)
 
 
 def test_routing_table_round_trip(finished: RunConfig, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 from stablemoe_ds.comparison.suite import load_suite
 from stablemoe_ds.config.difference import differences
 from stablemoe_ds.config.load import load_run
+from stablemoe_ds.config.resolved import settled
 from stablemoe_ds.config.rules import check, with_vocabulary
 from stablemoe_ds.errors import UserError
 from tests.training.runs import TinyData, run_file, small_run
@@ -61,7 +62,7 @@ def test_the_command_trains_the_same_run(tmp_path: Path):
     for one in load_suite(suite_file(tmp_path, output="with space & more")).runs:
         words = shlex.split(one.command)
         assert words[1:4] == ["-m", "stablemoe_ds", "train"]
-        assert load_run(words[4], words[5:]) == one.run
+        assert settled(load_run(words[4], words[5:])) == one.run
 
 
 @pytest.mark.parametrize(

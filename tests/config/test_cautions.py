@@ -34,6 +34,7 @@ def test_shipped_runs_have_nothing_to_caution_against(path: Path) -> None:
         ),
         ("moe.experts=4 moe.capacity_factor=0.01 parallel.micro_batch=2", "moe.capacity_factor: got 0.01: an expert's"),
         ("moe.capacity_factor=0.5", "moe.capacity_factor: got 0.5: even at a perfectly even load 50%"),
+        ("moe.router_input=raw", 'moe.router_input: got "raw": with model.embedding plain tokens look alike'),
         ("moe.experts=1", "moe.experts: got 1: there is nothing to route"),
         ("moe.top_k=8", "moe.top_k: got 8: every expert serves every token"),
         ("moe.router=topk moe.bias_step=1", "moe.bias_step: got 1.0"),
@@ -59,6 +60,16 @@ def test_a_setting_that_degenerates_is_said(make: Callable[..., RunConfig], over
     facts = report(run, 1)
     assert facts["warnings"] == said
     assert f"WARNING: {found}" in render(facts)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    ["moe.router_input=raw model.embedding=scaled", "moe.router_input=raw moe.router=hash moe.gate=sigmoid"],
+)
+def test_a_raw_router_that_sees_enough_or_chooses_nothing_is_left_alone(
+    make: Callable[..., RunConfig], overrides: str
+) -> None:
+    assert not cautions(make(*overrides.split()), 1)
 
 
 def test_the_share_is_of_the_tokens_of_an_expert_parallel_group(make: Callable[..., RunConfig]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stablemoe_ds.config.difference import differences
 from stablemoe_ds.config.load import dump_run, load_run
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
@@ -204,3 +205,22 @@ def test_configuration_needs_no_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "base"),
+    [
+        ("demo-table", "demo"),
+        ("wikitext-2-table", "wikitext-2"),
+        ("enwiki-small-table", "suites/enwiki-small"),
+    ],
+)
+def test_a_recipe_with_a_table_is_its_base_in_all_else(recipe: str, base: str) -> None:
+    folder = SHIPPED[0].parent
+    ours, theirs = (load_run(folder / f"{name}.yaml") for name in (recipe, base))
+    changed = {key for key, _, _ in differences(ours, theirs)}
+    stage_1 = {"moe.balance_weight", "moe.distilled.lr_scale", "moe.router_input"}
+    if recipe == "demo-table":  # no router needs a scaled embedding there
+        stage_1 |= {"model.embedding"}
+    assert {"moe.router", "moe.table", "moe.gate"} <= changed <= {"moe.router", "moe.table", "moe.gate"} | stage_1
+    assert (ours.moe.router, ours.moe.table, ours.moe.gate_name) == ("table", "cooccurrence", "one")

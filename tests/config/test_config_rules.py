@@ -54,6 +54,26 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
             "number",
         ),
         (
+            "moe.router=hash moe.start_table=even",
+            "moe.start_table: got \"even\": router 'hash' learns no routes",
+            "null, or moe.router table and moe.table",
+        ),
+        (
+            "moe.router=dense moe.layers=[] moe.start_table=even",
+            "moe.start_table: got \"even\": router 'dense'",
+            "null",
+        ),
+        (
+            "moe.layers=[2,4] moe.table_layers=[2] moe.table=even moe.start_table=even",
+            'moe.start_table: got "even": a start is for all MoE layers',
+            "null, or moe.table_layers []",
+        ),
+        (
+            "moe.distilled.kind=cnn moe.start_table=cooccurrence",
+            'moe.start_table: got "cooccurrence": a cnn router sees more than the id',
+            "null, or moe.distilled.kind word",
+        ),
+        (
             "moe.distilled.kind=cnn parallel.expert_placement=load",
             'parallel.expert_placement: got "load": cnn routers never become a table',
             "number",

@@ -26,6 +26,12 @@ def test_differences_leave_out_what_changes_nothing():
     later = [run.model_copy(update={"stages": run.stages.model_copy(update={"at_step": 4})}) for run in switches]
     found = [[key for key, _, _ in differences(*pair)] for pair in zip(switches, later, strict=True)]
     assert found == [[], ["stages.at_step"]], "routers of one stage do not look at it"
+    seen = [
+        [small_run(DATA, Path("a"), moe={"router": r, "router_input": i}) for i in ("raw", "normalized")]
+        for r in ("hash", "switch")
+    ]
+    found = [[key for key, _, _ in differences(*pair)] for pair in seen]
+    assert found == [[], ["moe.router_input"]], "a table with a gate of 1 has no centroids to meet it"
     other: RunConfig = small_run(DATA, Path("a"), optimizer={"lr": 0.5})
     assert list(differences(one, other)) == [("optimizer.lr", 1e-3, 0.5)]
 

@@ -127,7 +127,7 @@ class SlowModel:
                 if moe.shared_experts:
                     y = y + self.expert(at + "shared.", h, only=True) - h
                 if batch.real[b, s]:
-                    seen = h / (h.square().mean() + 1e-6).sqrt() if moe.router_input == "normalized" else h
+                    seen = h / (h.square().mean() + 1e-6).sqrt() if moe.router_input != "raw" else h
                     scores = centroids @ seen
                     if followed is not None:
                         best = followed[int(batch.ids[b, s])]

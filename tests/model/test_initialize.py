@@ -61,7 +61,7 @@ def test_default_rules(kind, fresh, whole_weights):
         elif leaf == "taps":
             assert 0 < value.abs().max() <= 1 / math.sqrt(5)
         elif "embedding" in name:
-            wanted = 1.0 if ".distilled." in name else 1 / math.sqrt(32)
+            wanted = 1.0 if ".distilled." in name else 0.02
             assert value.std() == pytest.approx(wanted, rel=0.1), name
         else:
             wanted = 0.02 / (math.sqrt(6) if ".linear_proj." in name or ".linear_fc2." in name else 1)
@@ -92,7 +92,7 @@ def test_fairseq_spreads_as_the_authors_code_does(name):
 
     size = {"hidden_size": 768, "heads": 12, "ffn_hidden_size": 3072}
     shape, std = SHAPES[name]
-    value = start_value(name, shape, tiny_run(model={**PAPER, **size, "init": "fairseq"}))
+    value = start_value(name, shape, tiny_run(model={**PAPER, **size, "embedding": "scaled", "init": "fairseq"}))
     assert value.std().item() == pytest.approx(std, rel=0.06, abs=1e-9)
     if "embedding" not in name and std:
         assert value.abs().max() <= math.sqrt(3) * std * 1.01, "uniform, so nothing is further out"

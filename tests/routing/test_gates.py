@@ -132,7 +132,7 @@ def test_the_gate_changes_neither_choice_nor_losses(name: str, gate: str) -> Non
 
 @pytest.mark.parametrize("gate", ["doubled", "learned", "one"])
 def test_the_balance_loss_is_equation_8_with_sigma(gate: str) -> None:
-    router, hidden = make("stablemoe", gate), stream(scale=0.5)
+    router, hidden = make("stablemoe", gate, router_input="raw"), stream(scale=0.5)
     routes = router(hidden, tokens(), None, alone)
     wanted, mean = 0.0, T * 2 / N
     for t, experts in enumerate(routes.expert_TK.tolist()):

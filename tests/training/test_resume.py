@@ -77,6 +77,17 @@ def test_resume_is_bit_exact(case: str, data: TinyData, tmp_path: Path) -> None:
         assert probe_records(resumed) == probe_records(whole)
 
 
+def test_what_a_run_leaves_open_is_as_it_began(data: TinyData, tmp_path: Path) -> None:
+    """A run of the time when the embedding was scaled by default, and its YAML never said so."""
+    settings = {"model": {"embedding": "scaled"}, "moe": {"router_input": "raw"}}
+    whole = small_run(data, tmp_path / "whole", **settings, checkpoint=KEEP_ALL)
+    train_run(whole)
+    resumed = restarted(whole, tmp_path / "resumed", 3)
+    silent = small_run(data, Path(resumed.directory), checkpoint=KEEP_ALL)
+    assert "other settings" not in train_run(silent)
+    assert differing(tensors_of(checkpoint_of(silent, STEPS)), tensors_of(checkpoint_of(whole, STEPS))) == []
+
+
 def plateau_run(data: TinyData, folder: Path) -> RunConfig:
     """Switches when three records in a row hardly differ: by the bound here, as late as update 10."""
     plateau = {"window": 4, "tolerance": 0.9, "earliest": 0.1, "latest": 0.9}

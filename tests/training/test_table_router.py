@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stablemoe_ds.config.costs import parameters
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.table_corpus import table_corpus
+from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.tables.builders import build_table
 from stablemoe_ds.tables.table import RoutingTable
 from tests.training.runs import (
     STEPS,
+    SWITCH,
     TinyData,
     checkpoint_of,
     command,
@@ -106,6 +111,61 @@ def test_a_table_that_the_run_builds_is_that_of_the_command(data: TinyData, tmp_
     again = restarted(alone, tmp_path / "again", 6)
     assert "building table" not in train_run(again)
     assert history(again) == history(alone)
+
+
+STARTED = {"moe": {"start_table": "cooccurrence", "table_options": {"dims": 8}}, "optimizer": {"lr": 1e-6}}
+
+
+@pytest.fixture(scope="module")
+def started(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, str]:
+    """A run whose routers started from a table and learned next to nothing, and what it said."""
+    run = run_of("stablemoe", data, tmp_path_factory.mktemp("started") / "run", **STARTED)
+    return run, train_run(run)
+
+
+@pytest.mark.distributed
+def test_routers_that_start_from_a_table(started: tuple[RunConfig, str], data: TinyData, tmp_path: Path) -> None:
+    """Two processes start as one does; with what the table says, once, and not when the run continues."""
+    alone, said = started
+    assert "building table cooccurrence" in said
+    assert "routers start from table" in said
+    two = run_of("stablemoe", data, tmp_path / "two", **STARTED, parallel={"expert": 2})
+    train_run(two, ranks=2)
+    built = build_table(
+        "cooccurrence",
+        {"dims": 8},
+        table_corpus(alone.data.train, Tokenizer(data.tokenizer)),
+        experts=alone.moe.experts,
+        top_k=1,
+        blocks=alone.moe.layers,
+        seed=alone.seed,
+    )
+    for run in (alone, two):
+        frozen = RoutingTable.read(Path(run.directory) / "routing_table.safetensors")
+        assert frozen.sha256 == built.sha256, "so low a learning rate leaves the start as it is"
+    for here, there in zip(history(alone, "train")[:SWITCH], history(two, "train"), strict=False):
+        for key in ("loss", "agreement", "load"):
+            assert here[key] == pytest.approx(there[key], rel=1e-5), key
+    again = restarted(alone, tmp_path / "again", 2)
+    said = train_run(again)
+    assert "building table" not in said
+    assert "routers start" not in said
+    assert history(again) == history(alone)
+
+
+def test_the_table_of_a_small_model_serves_one_of_several_times_its_size(
+    started: tuple[RunConfig, str], data: TinyData, tmp_path: Path
+) -> None:
+    small = started[0]
+    learned = Path(small.directory) / "routing_table.safetensors"
+    shape = {"layers": 8, "hidden_size": 64, "ffn_hidden_size": 128}
+    large = run_of("table", data, tmp_path / "large", model=shape, moe={"table": str(learned), "layers": [3]})
+    sizes = [parameters(run).total for run in (small, large)]
+    assert sizes[1] > 4 * sizes[0]
+    train_run(large)
+    followed = RoutingTable.read(Path(large.directory) / "routing_table.safetensors")
+    assert np.array_equal(followed.expert_LVK, RoutingTable.read(learned).expert_LVK)
+    assert (small.moe.layers, followed.blocks) == ([1], (3,))
 
 
 @pytest.mark.parametrize(

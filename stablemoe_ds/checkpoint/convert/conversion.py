@@ -21,6 +21,7 @@ from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
 from stablemoe_ds.checkpoint.saver import write_share
 from stablemoe_ds.config.difference import flat
 from stablemoe_ds.config.messages import show_both
+from stablemoe_ds.config.resolved import as_begun
 from stablemoe_ds.config.rules import check, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
@@ -36,7 +37,7 @@ def convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
     Raises UserError if the two models differ in more than their experts, if there is nothing to convert, or if the
     target's run has checkpoints already or is being trained. Holds the whole model's weights in memory.
     """
-    target = with_vocabulary(target, source.vocab_size)
+    target = with_vocabulary(as_begun(target, source.run), source.vocab_size)
     check(target)
     source.check_content(moments=False)
     old, new = source.run.moe, target.moe
@@ -99,6 +100,7 @@ def _check_same(old: RunConfig, new: RunConfig, moe_differs: bool) -> None:
         "moe.bias_step",
         "moe.table_load",
         "moe.table",
+        "moe.start_table",
     }
     for name, (one, other) in sections.items():
         before, after = (flat(section.model_dump(mode="json"), f"{name}.") for section in (one, other))
@@ -125,6 +127,10 @@ def write_first_checkpoint(
     origin: where the weights come from. Raises UserError if the run has checkpoints already or is being trained, and if
     the disk does not take it.
     """
+    if target.moe.start_table is not None:
+        raise UserError(
+            f"moe.start_table: got {target.moe.start_table}, but the run starts from this checkpoint: leave it out"
+        )
     with only_writer(target.directory):
         if saved_checkpoints(target.directory):
             raise UserError(f"{target.directory} has checkpoints already: name another run_dir")
