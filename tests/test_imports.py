@@ -108,7 +108,7 @@ def test_only_the_engine_initializes_deepspeed() -> None:
         ("megatron.core.tensor_parallel", {"model"}),
         ("megatron.core.datasets", {"data"}),
         ("megatron.core.parallel_state", {"distributed", "model", "training"}),
-        ("deepspeed", {"distributed", "moe", "training"}),
+        ("deepspeed", {"distributed", "model", "moe", "training"}),
         ("torch.distributed", {"checkpoint", "distributed", "launch", "model", "moe", "training"}),
     ],
 )

@@ -37,7 +37,8 @@ def show(path: str) -> Answer:
         "table": table.sha256 if table else None,
         "vocab_size": checkpoint.vocab_size,
         "tokenizer": checkpoint.tokenizer or None,
-        "written_with": f"tensor {parallel.tensor}, expert {parallel.expert}, ZeRO {parallel.zero_stage}, "
+        "written_with": f"tensor {parallel.tensor}, expert {parallel.expert}, "
+        f"{f'sequence {parallel.sequence}, ' if parallel.sequence > 1 else ''}ZeRO {parallel.zero_stage}, "
         f"{run.precision.dtype}",
         "files": checkpoint.manifest["files"],
         "bytes": sum(checkpoint.manifest["files"].values()),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Subparsers) -> None:
-    config = add_group(commands, "config", "what a run will do and what it costs", "check|show")
+    config = add_group(commands, "config", "what a run will do and what it costs", "check|show|matrix")
     for name, text, call in (
         ("check", "check a run and the files it names against every rule, and print what it costs", _config_check),
         ("show", "every setting of a run, defaults included", _config_show),
@@ -24,6 +24,8 @@ def add_to(commands: Subparsers) -> None:
         run_arguments(sub)
         sub.add_argument("--world-size", type=int, help="processes; default: the fewest the run can have")
         json_argument(sub)
+    text = "what of a run's layout works with what"
+    json_argument(add_command(config, "matrix", text, _config_matrix))
 
 
 def _config_check(arguments: argparse.Namespace) -> int:
@@ -50,6 +52,13 @@ def _config_show(arguments: argparse.Namespace) -> int:
     else:
         check(run, arguments.world_size)
         answer(dump_run(run), end="")
+    return 0
+
+
+def _config_matrix(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.config.compatibility import facts, render
+
+    tell(facts(), render(), arguments.json)
     return 0
 
 

@@ -12,7 +12,8 @@ from stablemoe_ds.errors import UserError
 class BatchPlan:
     """How one update's tokens are cut.
 
-    data_parallel: ranks that see different sequences. micro_batch: sequences a rank handles at once.
+    data_parallel: ranks that see different sequences; sequence: how many ranks share each of these.
+    micro_batch: sequences a rank handles at once, whole or its part of them.
     accumulation: micro-batches of a rank in one update. sequences_per_step, tokens_per_step: over all ranks.
     """
 
@@ -21,17 +22,23 @@ class BatchPlan:
     accumulation: int
     sequences_per_step: int
     tokens_per_step: int
+    sequence: int = 1
+
+    @property
+    def weight_copies(self) -> int:
+        """Ranks that hold the same dense weights, and over which ZeRO shards."""
+        return self.data_parallel * self.sequence
 
 
 def batch_plan(run: RunConfig, world_size: int) -> BatchPlan:
     """Cut an update's tokens over ``world_size`` processes. Raises UserError if they do not come out even."""
-    tensor = run.parallel.tensor
-    if world_size < 1 or world_size % tensor:
-        near = nearest_multiple(world_size, tensor)
-        raise UserError(
-            f"world size: got {world_size}: expected a multiple of parallel.tensor {tensor}; nearest that works: {near}"
-        )
-    ranks, length, tokens = world_size // tensor, run.data.sequence_length, run.schedule.tokens_per_step
+    tensor, sequence = run.parallel.tensor, run.parallel.sequence
+    one = tensor * sequence
+    if world_size < 1 or world_size % one:
+        degrees = f"parallel.tensor {tensor}" + (f" x parallel.sequence {sequence}" if sequence > 1 else "")
+        near = nearest_multiple(world_size, one)
+        raise UserError(f"world size: got {world_size}: expected a multiple of {degrees}; nearest that works: {near}")
+    ranks, length, tokens = world_size // one, run.data.sequence_length, run.schedule.tokens_per_step
     micro = run.parallel.micro_batch
     unit = length * ranks * (micro or 1)
     if tokens % unit:
@@ -47,7 +54,7 @@ def batch_plan(run: RunConfig, world_size: int) -> BatchPlan:
             f"nearest that works: {nearest_multiple(tokens, unit)}{other}"
         )
     share = tokens // (length * ranks)
-    return BatchPlan(ranks, micro or share, share // (micro or share), share * ranks, tokens)
+    return BatchPlan(ranks, micro or share, share // (micro or share), share * ranks, tokens, sequence)
 
 
 def nearest_multiple(value: int, unit: int) -> int:

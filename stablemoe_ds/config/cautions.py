@@ -52,7 +52,7 @@ def _shares(run: RunConfig, world_size: int) -> Iterator[str]:
     moe, factor = run.moe, run.moe.capacity_factor
     if not moe.facts.routed or moe.experts == 1:
         return
-    rank_tokens = batch_plan(run, world_size).micro_batch * run.data.sequence_length
+    rank_tokens = batch_plan(run, world_size).micro_batch * run.data.sequence_length // run.parallel.sequence
     # The ranks of an expert-parallel group share their tokens; those of a tensor-parallel group have the same ones.
     group_tokens = rank_tokens * run.parallel.expert / run.parallel.tensor
     if factor is not None:

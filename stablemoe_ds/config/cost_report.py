@@ -40,7 +40,12 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
         "world_size": world_size,
         "training": {"tokens": tokens, "steps": run.schedule.steps, "switch_step": switch_step(run)},
         "batch": {**asdict(plan), "sequence_length": run.data.sequence_length},
-        "parallel": {"data": plan.data_parallel, "tensor": run.parallel.tensor, "expert": run.parallel.expert},
+        "parallel": {
+            "data": plan.data_parallel,
+            "tensor": run.parallel.tensor,
+            "expert": run.parallel.expert,
+            "sequence": run.parallel.sequence,
+        },
         "zero_stage": run.parallel.zero_stage,
     }
     if run.model.vocab_size is None:
@@ -63,8 +68,8 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
 
 
 def smallest_world(parallel: ParallelConfig) -> int:
-    """The fewest processes that tensor and expert parallelism allow."""
-    return math.lcm(parallel.tensor, parallel.expert)
+    """The fewest processes that tensor, sequence and expert parallelism allow."""
+    return math.lcm(parallel.tensor * parallel.sequence, parallel.expert)
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -132,7 +137,7 @@ def _processes(count: int) -> str:
 
 
 def _layout(parallel: dict[str, int]) -> str:
-    return ", ".join(f"{name} {degree}" for name, degree in parallel.items())
+    return ", ".join(f"{name} {degree}" for name, degree in parallel.items() if degree > 1 or name != "sequence")
 
 
 def _scaled(value: int) -> str:

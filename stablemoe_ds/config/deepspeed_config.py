@@ -47,7 +47,8 @@ def deepspeed_config(run: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     """
     stage, dtype = run.parallel.zero_stage, run.precision.dtype
     config: dict[str, Any] = {
-        "train_batch_size": plan.sequences_per_step,
+        # As DeepSpeed counts: to it ranks that share sequences are data ranks like others.
+        "train_batch_size": plan.sequences_per_step * plan.sequence,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         # At stage 0 DeepSpeed's norm is wrong with expert parallelism, so the engine clips by itself.

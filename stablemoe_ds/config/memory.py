@@ -26,7 +26,7 @@ class Memory:
 def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[int, Memory]:
     """What a rank holds in training under ZeRO stages 0, 1, 2 and 3.
 
-    Dense parameters are cut over tensor ranks and sharded over data-parallel ranks; routed experts are spread over
+    Dense parameters are cut over tensor ranks and sharded over data and sequence ranks; routed experts are spread over
     expert-parallel ranks and sharded over the copies of each expert. fp32 masters and Adam's two moments take 12
     bytes a parameter (8 where the weights are the masters). Gradients accumulate in fp32, and those of the backward
     pass are let go one by one. As it reduces them, DeepSpeed makes a second copy of this rank's share, except in bf16:
@@ -39,7 +39,7 @@ def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[in
     cut = counts.embedding + counts.output + counts.attention + counts.ffn
     dense = -(-cut // tensor) + counts.total - counts.expert - cut
     expert = counts.expert // run.parallel.expert
-    dense_shard = -(-dense // plan.data_parallel)
+    dense_shard = -(-dense // plan.weight_copies)
     expert_shard = -(-expert * run.parallel.expert // world_size)
     held, shard = dense + expert, dense_shard + expert_shard
     dtype, activations = run.precision.dtype, activation_bytes(run, plan)
@@ -74,7 +74,7 @@ def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:
     """
     m, moe, tensor = run.model, run.moe, run.parallel.tensor
     d, size = m.hidden_size, 4 if run.precision.dtype == "fp32" else 2
-    tokens = plan.micro_batch * run.data.sequence_length
+    tokens = plan.micro_batch * run.data.sequence_length // plan.sequence
     kv_width = d // m.heads * (m.kv_heads or m.heads)
     widths = 3 if m.activation == "swiglu" else 2
     layers = len(moe.layers)

@@ -52,6 +52,11 @@ def error_messages(error: ValidationError, origin: Callable[[str], str], schema:
     return "\n".join(lines)
 
 
+def breach(key: str, value: Any, expected: str, nearest: object) -> str:
+    """One line for a setting that breaks a rule."""
+    return f"{key}: got {show(value)}: {expected}; nearest that works: {nearest}"
+
+
 def show(value: Any) -> str:
     """A value as it would stand in YAML, cut to a readable length."""
     return cut(json.dumps(value, ensure_ascii=False, default=repr))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from stablemoe_ds.config.batch_plan import batch_plan, nearest_divisor, nearest_multiple
+from stablemoe_ds.config.compatibility import refused
 from stablemoe_ds.config.deepspeed_config import conflicts
-from stablemoe_ds.config.messages import show
+from stablemoe_ds.config.messages import breach, show
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 
@@ -22,17 +22,8 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
     Raises UserError with one line for each breach.
     """
     rules = (
-        _model,
-        _moe,
-        _start_table,
-        _placement,
-        _data,
-        _schedule,
-        _stages,
-        _precision,
-        _sharded_weights,
-        _tensor,
-        conflicts,
+        *(_model, _moe, _start_table, _placement, _data, _schedule, _stages),
+        *(refused, _offload, _loss_scale, _tensor, _sequence, conflicts),
     )
     found = [line for rule in rules for line in rule(run)]
     if world_size is not None:
@@ -71,7 +62,7 @@ def with_vocabulary(run: RunConfig, tokenizer_size: int) -> RunConfig:
     size = run.model.vocab_size
     if size is not None and size < tokenizer_size:
         raise UserError(
-            _breach("model.vocab_size", size, f"the tokenizer has {tokenizer_size} ids", f"{tokenizer_size}, or null")
+            breach("model.vocab_size", size, f"the tokenizer has {tokenizer_size} ids", f"{tokenizer_size}, or null")
         )
     if size is None:
         run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": tokenizer_size})})
@@ -90,29 +81,25 @@ def with_document_end(run: RunConfig, eos_id: int | None) -> RunConfig:
         return run
     if eos_id is None:
         reason = "nothing says which id ends a document"
-        raise UserError(_breach("data.eos_id", None, reason, "the id, or the tokenizer's file in data.tokenizer"))
+        raise UserError(breach("data.eos_id", None, reason, "the id, or the tokenizer's file in data.tokenizer"))
     return run.model_copy(update={"data": data.model_copy(update={"eos_id": eos_id})})
-
-
-def _breach(key: str, value: Any, expected: str, nearest: object) -> str:
-    return f"{key}: got {show(value)}: {expected}; nearest that works: {nearest}"
 
 
 def _model(run: RunConfig) -> Iterator[str]:
     m = run.model
     if m.hidden_size % m.heads:
         near = nearest_divisor(m.hidden_size, m.heads)
-        yield _breach("model.heads", m.heads, f"expected a divisor of model.hidden_size {m.hidden_size}", near)
+        yield breach("model.heads", m.heads, f"expected a divisor of model.hidden_size {m.hidden_size}", near)
     elif m.positions == "rope" and m.hidden_size // m.heads % 2:
         reason = f"rotary positions turn pairs, but a head has {m.hidden_size // m.heads} dimensions, which is odd"
         even = nearest_multiple(m.hidden_size, 2 * m.heads)
-        yield _breach("model.positions", m.positions, reason, f"learned, or model.hidden_size {even}")
+        yield breach("model.positions", m.positions, reason, f"learned, or model.hidden_size {even}")
     if m.kv_heads and m.heads % m.kv_heads:
         near = nearest_divisor(m.heads, m.kv_heads)
-        yield _breach("model.kv_heads", m.kv_heads, f"expected a divisor of model.heads {m.heads}", near)
+        yield breach("model.kv_heads", m.kv_heads, f"expected a divisor of model.heads {m.heads}", near)
     if m.vocab_size is None and run.data.tokenizer is None:
         reason = "without data.tokenizer nothing says how many ids there are"
-        yield _breach("model.vocab_size", None, reason, "the tokenizer's file in data.tokenizer")
+        yield breach("model.vocab_size", None, reason, "the tokenizer's file in data.tokenizer")
 
 
 def _moe(run: RunConfig) -> Iterator[str]:
@@ -120,15 +107,15 @@ def _moe(run: RunConfig) -> Iterator[str]:
     if moe.layers and moe.layers[-1] > run.model.layers:
         reason = f"expected block numbers from 1 to model.layers {run.model.layers}"
         inside = [block for block in moe.layers if block <= run.model.layers] or [run.model.layers]
-        yield _breach("moe.layers", moe.layers, reason, show(inside))
+        yield breach("moe.layers", moe.layers, reason, show(inside))
     if moe.capacity_factor is not None and run.parallel.dispatch_parts > 1:
         reason = "with moe.capacity_factor an expert's share is of the tokens of a whole micro-batch"
-        yield _breach("parallel.dispatch_parts", run.parallel.dispatch_parts, reason, 1)
+        yield breach("parallel.dispatch_parts", run.parallel.dispatch_parts, reason, 1)
     if not moe.facts.routed and expert > 1:
-        yield _breach("parallel.expert", expert, f"router '{moe.router}' has no experts to spread", 1)
+        yield breach("parallel.expert", expert, f"router '{moe.router}' has no experts to spread", 1)
     elif moe.facts.routed and moe.experts % expert:
         near = nearest_divisor(moe.experts, expert)
-        yield _breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
+        yield breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
 
 
 def _start_table(run: RunConfig) -> Iterator[str]:
@@ -155,22 +142,22 @@ def _placement(run: RunConfig) -> Iterator[str]:
     expected = f"router '{moe.router}' never follows a table, so what each expert will serve is not known beforehand"
     if two_stages(run):
         expected = f"{moe.distilled.kind} routers never become a table, so what each expert will serve is not known"
-    yield _breach("parallel.expert_placement", placement, expected, "number")
+    yield breach("parallel.expert_placement", placement, expected, "number")
 
 
 def _data(run: RunConfig) -> Iterator[str]:
     data, vocab = run.data, run.model.vocab_size
     if data.document_mask != "none" and data.eos_id is None and data.tokenizer is None:
         reason = "documents are kept apart, but nothing says which id ends one"
-        yield _breach("data.eos_id", None, reason, "the id, or data.document_mask none")
+        yield breach("data.eos_id", None, reason, "the id, or data.document_mask none")
     if data.eos_id is not None and vocab is not None and data.eos_id >= vocab:
-        yield _breach("data.eos_id", data.eos_id, f"expected an id below model.vocab_size {vocab}", "null")
+        yield breach("data.eos_id", data.eos_id, f"expected an id below model.vocab_size {vocab}", "null")
 
 
 def _schedule(run: RunConfig) -> Iterator[str]:
     warmup, steps = run.schedule.warmup_steps, run.schedule.steps
     if warmup >= steps and warmup:
-        yield _breach("schedule.warmup_steps", warmup, f"expected fewer than schedule.steps {steps}", steps // 10)
+        yield breach("schedule.warmup_steps", warmup, f"expected fewer than schedule.steps {steps}", steps // 10)
 
 
 def _stages(run: RunConfig) -> Iterator[str]:
@@ -189,43 +176,32 @@ def _stages(run: RunConfig) -> Iterator[str]:
         value = getattr(stages, given[0])
         near = min(max(step, 1), steps - 1)
         advice = f"stages.at_step {near}" if near else "schedule.steps 2"
-        yield _breach(
+        yield breach(
             f"stages.{given[0]}", value, f"stage 1 must end inside the run, after 1 to {steps - 1} updates", advice
         )
     if stages.plateau is not None and round(stages.plateau.latest * steps) < 1:
         reason = f"of {steps} updates that is none, so routing would be frozen before it has learned anything"
-        yield _breach("stages.plateau.latest", stages.plateau.latest, reason, f"{min(1.0, 1 / steps):.3g}")
+        yield breach("stages.plateau.latest", stages.plateau.latest, reason, f"{min(1.0, 1 / steps):.3g}")
     if given and run.moe.distill_weight == 0:
         reason = "the distilled router learns nothing, so the switch would freeze noise"
-        yield _breach("moe.distill_weight", 0, reason, "0.3 (the default), or stages.never true")
+        yield breach("moe.distill_weight", 0, reason, "0.3 (the default), or stages.never true")
 
 
-def _sharded_weights(run: RunConfig) -> Iterator[str]:
-    """What does not work at ZeRO 3, all of it."""
+def _offload(run: RunConfig) -> Iterator[str]:
+    """What a ``deepspeed`` section may not lay over ZeRO 3."""
     if run.parallel.zero_stage != 3:
         return
-    if run.precision.dtype != "fp32":
-        reason = f"ZeRO 3 keeps all weights in one dtype, and in {run.precision.dtype} the routers' stay fp32"
-        yield _breach("parallel.zero_stage", 3, reason, "2, or precision.dtype fp32")
-    if run.parallel.compile:
-        reason = "blocks are compiled as functions of whole weights, which ZeRO 3 gathers on the way"
-        yield _breach("parallel.compile", True, reason, "false, or parallel.zero_stage 2")
     for key in ("offload_param", "offload_optimizer", "zero_hpz_partition_size", "zero_quantized_weights"):
         if key in run.deepspeed.get("zero_optimization", {}):
             value = run.deepspeed["zero_optimization"][key]
             reason = "checkpoints are read from weights and moments that are whole over the ranks' own memory"
-            yield _breach(f"deepspeed.zero_optimization.{key}", value, reason, "leave it out")
+            yield breach(f"deepspeed.zero_optimization.{key}", value, reason, "leave it out")
 
 
-def _precision(run: RunConfig) -> Iterator[str]:
+def _loss_scale(run: RunConfig) -> Iterator[str]:
     dtype, scale = run.precision.dtype, run.precision.loss_scale
-    if run.parallel.zero_stage == 0 and dtype != "fp32":
-        reason = (
-            f"with {dtype} DeepSpeed's wrapper takes one step on zero gradients at the start, so Adam's count is off"
-        )
-        yield _breach("parallel.zero_stage", 0, reason, "1, or precision.dtype fp32")
     if scale and dtype != "fp16":
-        yield _breach("precision.loss_scale", scale, f"{dtype} needs no loss scale", 0)
+        yield breach("precision.loss_scale", scale, f"{dtype} needs no loss scale", 0)
 
 
 def _tensor(run: RunConfig) -> Iterator[str]:
@@ -236,8 +212,22 @@ def _tensor(run: RunConfig) -> Iterator[str]:
     for key, value in parts.items():
         if value and value % tensor:
             near = f"{nearest_multiple(value, tensor)}, or parallel.tensor {nearest_divisor(value, tensor)}"
-            yield _breach(key, value, f"expected a multiple of parallel.tensor {tensor}", near)
+            yield breach(key, value, f"expected a multiple of parallel.tensor {tensor}", near)
     yield from _cut_vocabulary(run)
+
+
+def _sequence(run: RunConfig) -> Iterator[str]:
+    """Ranks that share sequences have the same share of positions, and for attention of a tensor rank's heads."""
+    tensor, sequence, length = run.parallel.tensor, run.parallel.sequence, run.data.sequence_length
+    heads = run.model.heads // tensor
+    if sequence == 1 or not heads:
+        return
+    near = nearest_divisor(math.gcd(length, heads), sequence)
+    if length % sequence:
+        yield breach("parallel.sequence", sequence, f"expected a divisor of data.sequence_length {length}", near)
+    if heads % sequence:
+        whose = f"the {heads} heads of a tensor rank" if tensor > 1 else f"model.heads {heads}"
+        yield breach("parallel.sequence", sequence, f"expected a divisor of {whose}", near)
 
 
 def _cut_vocabulary(run: RunConfig) -> Iterator[str]:
@@ -245,18 +235,18 @@ def _cut_vocabulary(run: RunConfig) -> Iterator[str]:
     size, tensor = run.model.vocab_size, run.parallel.tensor
     if size is not None and size % tensor:
         expected = f"expected a multiple of parallel.tensor {tensor}; ids the tokenizer lacks are allowed"
-        yield _breach("model.vocab_size", size, expected, -(-size // tensor) * tensor)
+        yield breach("model.vocab_size", size, expected, -(-size // tensor) * tensor)
 
 
 def _world(run: RunConfig, world_size: int) -> Iterator[str]:
-    tensor, expert = run.parallel.tensor, run.parallel.expert
+    one, expert = run.parallel.tensor * run.parallel.sequence, run.parallel.expert
     if world_size < 1:
-        yield _breach("world size", world_size, "expected at least one process", math.lcm(tensor, expert))
+        yield breach("world size", world_size, "expected at least one process", math.lcm(one, expert))
         return
     if world_size % expert:
         near = nearest_divisor(math.gcd(run.moe.experts, world_size), expert)
         reason = f"expected a divisor of the world size {world_size}, as every group of ranks holds all experts"
-        yield _breach(
+        yield breach(
             "parallel.expert",
             expert,
             reason,

@@ -443,10 +443,15 @@ class StagesConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the run is distributed over processes. The data-parallel degree is world size / tensor."""
+    """How the run is distributed over processes. The data-parallel degree is world size / (tensor * sequence)."""
 
     tensor: PositiveInt = Field(1, description="tensor-parallel degree")
     expert: PositiveInt = Field(1, description="expert-parallel degree; divides moe.experts and the world size")
+    sequence: PositiveInt = Field(
+        1,
+        description="ranks that share each sequence, for long ones: each holds as many consecutive tokens as the "
+        "others, and for attention as many heads (Ulysses); divides data.sequence_length and, with tensor, the heads",
+    )
     expert_placement: Literal["number", "load"] = Field(
         "number",
         description="which experts a rank holds. number: consecutive ones; load: chosen so that all ranks serve about "

@@ -113,16 +113,19 @@ def _ignore_signals(worker: int) -> None:
 
 @dataclass(frozen=True)
 class EvalLoader:
-    """Iterates over the windows of a dataset, dealt to the ranks in turn.
+    """Iterates over the windows of a dataset, dealt to the readers in turn.
 
-    Together the ranks see every window once. All have the same number of batches of the same shape, the last
+    Together the readers see every window once. All have the same number of batches of the same shape, the last
     filled up with padding, since with expert parallelism no rank may call the model less often than another.
+    A reader is a data rank, or several ranks that share sequences: part, parts, as in :meth:`Batch.part`.
     """
 
     dataset: EvalDataset
     micro_batch: int
     dp_rank: int
     dp_size: int
+    part: int = 0
+    parts: int = 1
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // (self.micro_batch * self.dp_size))
@@ -130,4 +133,5 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         for number in range(len(self)):
             first = (number * self.dp_size + self.dp_rank) * self.micro_batch
-            yield collate([self.dataset[i] for i in range(first, first + self.micro_batch)])
+            whole = collate([self.dataset[i] for i in range(first, first + self.micro_batch)])
+            yield whole.part(self.part, self.parts)

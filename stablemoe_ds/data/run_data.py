@@ -35,7 +35,8 @@ class RunData:
         if not run.data.train:
             raise UserError("data.train names no corpus to train on; prepare one with 'stablemoe data prepare'")
         self._run, self._plan, self._groups, self._tokenizer = run, plan, groups, tokenizer
-        self.train = TrainingData(run, plan, groups.data_rank, groups.data_size, tokenizer)
+        reader, part = (groups.reading_rank, groups.reading_size), (groups.sequence_rank, groups.sequence)
+        self.train = TrainingData(run, plan, *reader, tokenizer, part)
         for info in read_sources([*run.data.train, *run.data.valid, *run.data.test], tokenizer):
             check_vocabulary(info, run.model.vocab_size or 0)
 
@@ -71,4 +72,5 @@ def eval_set(
 ) -> EvalSet:
     """This rank's share of corpora to evaluate on. max_tokens, tokenizer: see :class:`EvalDataset`."""
     dataset = EvalDataset(sources, sequence_length, max_tokens, tokenizer)
-    return EvalSet(EvalLoader(dataset, micro_batch, groups.data_rank, groups.data_size), dataset.words)
+    reader, part = (groups.reading_rank, groups.reading_size), (groups.sequence_rank, groups.sequence)
+    return EvalSet(EvalLoader(dataset, micro_batch, *reader, *part), dataset.words)

@@ -27,10 +27,18 @@ class TrainingData:
     """
 
     def __init__(
-        self, run: RunConfig, plan: BatchPlan, data_rank: int, data_size: int, tokenizer: Tokenizer | None
+        self,
+        run: RunConfig,
+        plan: BatchPlan,
+        data_rank: int,
+        data_size: int,
+        tokenizer: Tokenizer | None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
-        """Raises UserError for a corpus that is missing, damaged, of another tokenizer, or shorter than a sequence."""
-        self._run, self._per_step = run, plan.sequences_per_step
+        """``part``: which part of each sequence this rank takes, out of how many (:meth:`Batch.part`).
+
+        Raises UserError for a corpus that is missing, damaged, of another tokenizer, or shorter than a sequence."""
+        self._run, self._per_step, self._part = run, plan.sequences_per_step, part
         self._deal = Deal(plan.micro_batch, plan.accumulation, data_rank, data_size)
         self.infos = read_sources(run.data.train, tokenizer)
         for info in self.infos:
@@ -69,7 +77,8 @@ class TrainingData:
         """
         verify_once(self.infos, Path(self._run.directory) / "cache")
         dataset = TrainDataset({content(info): info.prefix for info in self.infos})
-        return iter(TrainLoader(dataset, self._shares(position, count), self._deal.micro_batch, self._run.data.workers))
+        loader = TrainLoader(dataset, self._shares(position, count), self._deal.micro_batch, self._run.data.workers)
+        return ([whole.part(*self._part) for whole in update] for update in loader)
 
     def _shares(self, position: Position, count: int) -> Iterator[list[Window]]:
         for _ in range(count):

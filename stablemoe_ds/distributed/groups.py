@@ -105,15 +105,19 @@ class Groups:
     """megatron-core's groups, shared with DeepSpeed so that both libraries speak of the same ones.
 
     A process has them once: those that are there already are taken, if they have the same degrees.
+
+    Ranks that share sequences are data ranks like others to both libraries, as weights are copied and gradients summed
+    over them: data_rank counts them, too. reading_rank: which of the reading_size groups of ranks that share
+    sequences this one belongs to, and sequence_rank: which part of each sequence it has.
     """
 
-    def __init__(self, world: World, tensor: int, expert: int) -> None:
+    def __init__(self, world: World, tensor: int, expert: int, sequence: int = 1) -> None:
         from megatron.core import parallel_state as ps
 
-        for name, degree in (("tensor", tensor), ("expert", expert)):
-            if world.size % degree:
+        for name, degree in (("tensor", tensor), ("expert", expert), ("sequence", sequence)):
+            if world.size // (tensor if name == "sequence" else 1) % degree:
                 raise UserError(f"parallel.{name}: {degree} does not divide the {world.size} processes of this run")
-        self.world, self.tensor, self.expert = world, tensor, expert
+        self.world, self.tensor, self.expert, self.sequence = world, tensor, expert, sequence
         if not ps.model_parallel_is_initialized():
             ps.initialize_model_parallel(
                 tensor_model_parallel_size=tensor,
@@ -127,14 +131,27 @@ class Groups:
                 f"these processes are laid out with tensor {found[0]} and expert {found[1]} already: got {tensor} and "
                 f"{expert}, expected the same; start other processes for another layout"
             )
-        limit_waiting(world.timeout)
         self.data_group = ps.get_data_parallel_group()
         self.data_rank, self.data_size = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
+        self.reading_rank, self.sequence_rank = divmod(self.data_rank, sequence)
+        self.reading_size = self.data_size // sequence
+        self.sequence_group = self._join_sequence_group() if sequence > 1 else None
+        limit_waiting(world.timeout)
         self.tensor_rank = ps.get_tensor_model_parallel_rank()
         self.tensor_group = ps.get_tensor_model_parallel_group()
         self.expert_rank = ps.get_expert_model_parallel_rank()
         self.expert_data_rank = ps.get_expert_data_parallel_rank()
         self._share_with_deepspeed()
+
+    def _join_sequence_group(self) -> dist.ProcessGroup:
+        """The group of consecutive data ranks that share sequences. Collective."""
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, dist.get_process_group_ranks(self.data_group))
+        data_groups = sorted({tuple(ranks) for ranks in everyone})
+        firsts = range(0, self.data_size, self.sequence)
+        shared = [list(ranks[first : first + self.sequence]) for ranks in data_groups for first in firsts]
+        group, _ = dist.new_subgroups_by_enumeration(shared)
+        return group
 
     def _share_with_deepspeed(self) -> None:
         """Register the expert groups under the name DeepSpeed looks them up by."""
@@ -176,7 +193,13 @@ class Groups:
     def placement(self) -> LayerPlacement:
         """What an MoE layer has to know of all this."""
         tensor_group = self.tensor_group if self.tensor > 1 else None
-        return LayerPlacement(self.expert, self.expert_rank, tensor_group, self.sum_over_data_ranks)
+        return LayerPlacement(
+            self.expert,
+            self.expert_rank,
+            tensor_group,
+            self.sum_over_data_ranks,
+            sequence_group=self.sequence_group,
+        )
 
 
 class DeepSpeedMpu:

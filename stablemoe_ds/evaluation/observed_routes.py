@@ -21,10 +21,11 @@ from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.evaluation.on_checkpoint import loaded
 from stablemoe_ds.evaluation.trained_model import TrainedModel
 from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.moe.routing_pass import view_of
 from stablemoe_ds.progress_bar import progress_bar
 from stablemoe_ds.routing.fixed import TableRouting, freeze, freeze_balanced
 from stablemoe_ds.routing.routes import SumOverRanks
-from stablemoe_ds.routing.source import RouteSource
+from stablemoe_ds.routing.source import RouteSource, routes_of
 from stablemoe_ds.tables.builders import how_made
 from stablemoe_ds.tables.observed import explained, observed_table
 from stablemoe_ds.tables.table import RoutingTable
@@ -47,7 +48,7 @@ def count_routes(
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
             ids_T1 = batch.ids.transpose(0, 1).reshape(-1, 1)
-            layers = model(batch, routes(batch.ids)).layers
+            layers = model(batch, routes_of(view_of(batch), routes)).layers
             for count_C, layer in zip(total_LC, layers, strict=True):
                 cell_TK = ids_T1 * experts + layer.expert_TK
                 count_C += torch.bincount(cell_TK[layer.expert_TK >= 0], minlength=vocab * experts)

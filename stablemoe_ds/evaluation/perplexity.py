@@ -13,8 +13,9 @@ from stablemoe_ds.distributed.figures import Figures
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
+from stablemoe_ds.moe.routing_pass import view_of
 from stablemoe_ds.routing.routes import SumOverRanks
-from stablemoe_ds.routing.source import RouteSource
+from stablemoe_ds.routing.source import RouteSource, routes_of
 from stablemoe_ds.tables.expert_load import max_loads
 
 
@@ -69,7 +70,7 @@ def evaluate(
     with inference(model):
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            _add(figures, batch, model(batch, routes(batch.ids)))
+            _add(figures, batch, model(batch, routes_of(view_of(batch), routes)))
     totals = figures.totals(sum_over_ranks)
     scored, compared = totals.count("scored"), totals.count("compared")
     if not scored:

@@ -13,8 +13,8 @@ from torch import Tensor
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.moe.routing_pass import LayerReport
-from stablemoe_ds.routing.source import RouteSource
+from stablemoe_ds.moe.routing_pass import LayerReport, view_of
+from stablemoe_ds.routing.source import RouteSource, routes_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def record_routes(
     with inference(model):
         for cpu_batch in probe:
             batch = cpu_batch.to(device)
-            layers = model(batch, routes(batch.ids)).layers
+            layers = model(batch, routes_of(view_of(batch), routes)).layers
             expert_LBS = torch.stack([_first_expert(layer, batch.ids.shape[0]) for layer in layers])
             parts.append(expert_LBS[:, batch.real])
             served.append(torch.stack([layer.served_N for layer in layers]))

@@ -54,8 +54,13 @@ class TrainedModel:
 
 
 def for_world(run: RunConfig, world_size: int) -> RunConfig:
-    """The run laid out for looking: as trained if the processes allow it, else one process's worth of parallelism."""
-    parallel = run.parallel.model_copy(update={"compile": False})  # a look is over before compiling has paid
+    """The run laid out for looking: as trained if the processes allow it, else one process's worth of parallelism.
+
+    Sequences stay whole: without a backward pass one rank has room for them, and prompts have any length.
+    """
+    parallel = run.parallel.model_copy(
+        update={"compile": False, "sequence": 1}  # a look is over before compiling has paid
+    )
     if world_size % parallel.tensor or world_size % parallel.expert:
         parallel = parallel.model_copy(update={"tensor": 1, "expert": 1})
     sequences = run.schedule.tokens_per_step // run.data.sequence_length

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.sequence.layer import DistributedAttention
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,6 +39,10 @@ class SdpaAttention(nn.Module):
         attention_mask: keeps documents apart, with as many queries as keys; None: causal and nothing else. Raises
         TypeError for a mask of another kind, which would pass for causal.
         """
+        return self.attend(query, key, value, attention_mask).flatten(2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents | None) -> Tensor:
+        """As :meth:`forward`, -> [Sq, B, heads, d]."""
         if not isinstance(attention_mask, Documents | None):
             raise TypeError(f"expected Documents for a mask, got {type(attention_mask).__name__}")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -44,7 +51,7 @@ class SdpaAttention(nn.Module):
             out = flex(q, k, v, block_mask=attention_mask.blocks, scale=self.scale, enable_gqa=_grouped(q, k))
         else:
             out = self._sdpa(q, k, v, None if attention_mask is None else attention_mask.mask_BSS)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return out.permute(2, 0, 1, 3)
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask_BSS: Tensor | None) -> Tensor:
         n_query, n_key = q.shape[2], k.shape[2]
@@ -65,6 +72,34 @@ class SdpaAttention(nn.Module):
                 scale=self.scale,
                 enable_gqa=_grouped(q, k),
             )
+
+
+class UlyssesAttention(SdpaAttention):
+    """Core attention of ranks that share sequences: each has S consecutive positions of all heads.
+
+    For the time of attention they trade them, each for all positions of its share of the heads, by DeepSpeed's
+    all-to-alls (Jacobs et al. 2023, arXiv 2309.14509).
+    """
+
+    def __init__(self, config: Any, layer_number: int, *, group: dist.ProcessGroup, **options: Any) -> None:
+        """``group``: the ranks that share sequences, in the order of their parts."""
+        super().__init__(config, layer_number, **options)
+        self.ranks = dist.get_world_size(group)
+        self.trade = DistributedAttention(self.attend, group)
+
+    # Traced into a compiled graph, DeepSpeed's all-to-all would lose its gradient.
+    @torch.compiler.disable
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents | None, **_: Any) -> Tensor:
+        """[S, B, heads, d], [S, B, groups, d] twice -> [S, B, heads * d]. Collective.
+
+        attention_mask: of the whole sequences. Keys and values are repeated where a rank would have less than one.
+        """
+        copies = self.ranks // math.gcd(self.ranks, key.shape[2])
+        if copies > 1:
+            key, value = (x.repeat_interleave(copies, dim=2) for x in (key, value))
+        batch_dim, no_rotation = 1, None
+        out: Tensor = self.trade(query, key, value, batch_dim, no_rotation, attention_mask)
+        return out.flatten(2)
 
 
 def _grouped(q: Tensor, k: Tensor) -> bool:

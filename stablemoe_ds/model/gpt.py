@@ -23,7 +23,7 @@ from stablemoe_ds.config.resolved import settled
 from stablemoe_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.placement import LayerPlacement
-from stablemoe_ds.model.attention import CachedSelfAttention, SdpaAttention
+from stablemoe_ds.model.attention import CachedSelfAttention, SdpaAttention, UlyssesAttention
 from stablemoe_ds.model.blocks import DenseBlock, DenseStack, MoEBlock, require_compiler
 from stablemoe_ds.model.cross_entropy import cross_entropy
 from stablemoe_ds.model.document_mask import Documents, can_be_fast
@@ -33,7 +33,7 @@ from stablemoe_ds.model.stack import RoutedStack
 from stablemoe_ds.moe.experts import ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import LayerPlan
-from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
+from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass, view_of
 from stablemoe_ds.ops.documents import document_starts
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.distilled import DistilledRouter
@@ -82,12 +82,13 @@ class StableMoEGPT(GPTModel):
             position_embedding_type="rope" if m.positions == "rope" else "learned_absolute",
             rotary_base=m.rope_base,
         )
-        self.run_config = run
+        self.run_config, self.sequence_parallel = run, placement.sequence_parallel
         self.decoder = RoutedStack(config, TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm))
         if m.positions == "rope":
             self.rotary_pos_emb = DeviceRotaryEmbedding(
                 config.kv_channels, 1.0, rotary_base=m.rope_base, use_cpu_initialization=True
             )
+            self.rotary_pos_emb.part = placement.sequence_rank
         if m.embedding == "scaled":
             scale = math.sqrt(m.hidden_size)
             self.embedding.word_embeddings.register_forward_hook(lambda _module, _args, out: out * scale)
@@ -123,8 +124,8 @@ class StableMoEGPT(GPTModel):
         plans: by block, made beforehand from ``known``; a layer without one makes its own.
         counts_LN: see :class:`RoutingPass`.
         """
-        routing = RoutingPass(TokenView(batch.ids, batch.real_T), known, seed, plans or {}, counts_LN)
-        loss_BS = self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart).float()
+        routing = RoutingPass(view_of(batch), known, seed, plans or {}, counts_LN)
+        loss_BS = self._run(routing, labels=batch.labels, apart=self.keeps_documents_apart).float()
         return ForwardOutput((loss_BS * batch.scored).sum(), loss_BS, routing.reports)
 
     @torch.no_grad()
@@ -134,8 +135,8 @@ class StableMoEGPT(GPTModel):
         As in :meth:`forward` with the same routes and seed, at the cost of the stack up to the last MoE layer.
         Collective.
         """
-        routing = RoutingPass(TokenView(batch.ids, batch.real_T), known, seed, only_choices=len(self.moe_layers))
-        self._run(batch.ids, routing, labels=batch.labels, apart=self.keeps_documents_apart)
+        routing = RoutingPass(view_of(batch), known, seed, only_choices=len(self.moe_layers))
+        self._run(routing, labels=batch.labels, apart=self.keeps_documents_apart)
         return torch.stack([report.served_N for report in routing.reports])
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -166,22 +167,27 @@ class StableMoEGPT(GPTModel):
         """
         real_T = torch.ones(ids_BS.numel(), dtype=torch.bool, device=ids_BS.device)
         routing = RoutingPass(TokenView(ids_BS, real_T), known)
-        return self._run(ids_BS, routing, cache=cache, apart=apart).float()
+        return self._run(routing, cache=cache, apart=apart).float()
 
     def _run(
-        self, ids_BS: Tensor, routing: RoutingPass, labels: Tensor | None = None, cache: Any = None, apart: bool = False
+        self, routing: RoutingPass, labels: Tensor | None = None, cache: Any = None, apart: bool = False
     ) -> Tensor:
         if strays := routing.known.keys() - set(self.run_config.moe.layers):
             raise ValueError(f"routes of blocks {sorted(strays)}, where no MoE layer is")
-        first = cache.sequence_len_offset if cache is not None else 0
-        positions_BS = torch.arange(first, first + ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+        tokens = routing.tokens
+        ids_BS, whole_BS = tokens.ids_BS, tokens.ids_BS if tokens.whole_BS is None else tokens.whole_BS
+        if whole_BS.shape[1] != ids_BS.shape[1] * self.sequence_parallel:
+            raise ValueError(f"expected a part of each sequence, as there are {self.sequence_parallel} sequence ranks")
+        first = tokens.first if cache is None else cache.sequence_len_offset
+        here = slice(first, first + ids_BS.shape[1])
+        positions_BS = torch.arange(here.start, here.stop, device=ids_BS.device).expand_as(ids_BS)
         documents = None
         if apart:
-            start_BS = document_starts(ids_BS, document_end(self.run_config.data))
+            start_BS = document_starts(whole_BS, document_end(self.run_config.data))
             dropout = self.config.attention_dropout if self.training else 0.0
             documents = Documents.of(start_BS, can_be_fast(ids_BS.device, self.config.kv_channels, dropout))
             if self.run_config.data.document_mask == "attention_and_positions":
-                positions_BS = positions_BS - start_BS
+                positions_BS = positions_BS - start_BS[:, here]
         return super().forward(
             ids_BS,
             positions_BS,
@@ -246,6 +252,11 @@ def block_specs(run: RunConfig, vocab_size: int, placement: LayerPlacement) -> l
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     parts.self_attention.module = CachedSelfAttention
     parts.self_attention.submodules.core_attention = SdpaAttention
+    if placement.sequence_group is not None:
+        # A function, as megatron-core copies what it is given, and a process group cannot be copied.
+        parts.self_attention.submodules.core_attention = lambda *args, **options: UlyssesAttention(
+            *args, group=placement.sequence_group, **options
+        )
     parts.self_attention.submodules.linear_proj = parts.mlp.submodules.linear_fc2 = RowLinear
     attention_only = copy.deepcopy(dense)
     attention_only.submodules.pre_mlp_layernorm = attention_only.submodules.mlp = IdentityOp

@@ -31,7 +31,12 @@ class Norm:
 
 
 class DeviceRotaryEmbedding(Fp32Module, RotaryEmbedding):
-    """Rotary embedding whose frequencies stay fp32 and move with the model."""
+    """Rotary embedding whose frequencies stay fp32 and move with the model.
+
+    part: which part of every sequence this rank has, from 0 (sequence parallelism).
+    """
+
+    part = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,7 +46,7 @@ class DeviceRotaryEmbedding(Fp32Module, RotaryEmbedding):
 
     def forward(self, max_seq_len: int, offset: int = 0, **_: Any) -> Tensor:
         """[max_seq_len, 1, 1, width]: angles. megatron-core would keep those of an earlier call, on its device."""
-        return self.get_emb(max_seq_len, offset)
+        return self.get_emb(max_seq_len, offset + self.part * max_seq_len)
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
         freqs = cast(Tensor, RotaryEmbedding.get_freqs_non_repeated(self, max_seq_len, offset))

@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.moe.plan import LayerPlan
 from stablemoe_ds.routing.routes import KnownRoutes, TokenView
+
+
+def view_of(batch: Batch) -> TokenView:
+    """The tokens of a batch as routers see them."""
+    return TokenView(batch.ids, batch.real_T, batch.whole, batch.first)
 
 
 @dataclass(frozen=True)

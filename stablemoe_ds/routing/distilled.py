@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablemoe_ds.ops.documents import causal_mask, document_starts
+from stablemoe_ds.routing.routes import TokenView
 
 CNN_TAPS = 5
 
@@ -139,6 +140,14 @@ class DistilledRouter(Fp32Module):
         """ids int64 [B, S] -> logits fp32 [B, S, N]."""
         with torch.autocast(ids_BS.device.type, enabled=False):
             return F.linear(self.features(ids_BS), self.centroids)
+
+    def logits_of(self, tokens: TokenView) -> Tensor:
+        """fp32 [T, N]: logits of the tokens of a micro-batch; neighbours that another rank has are looked at, too."""
+        if self.is_table or tokens.whole_BS is None:
+            logits_BSN = self(tokens.ids_BS)
+        else:
+            logits_BSN = self(tokens.whole_BS)[:, tokens.first : tokens.first + tokens.ids_BS.shape[1]]
+        return logits_BSN.transpose(0, 1).flatten(0, 1)
 
     @property
     def is_table(self) -> bool:

@@ -108,7 +108,7 @@ class CentroidRouter(Router):
         """The distillation loss towards ``expert_TK``, in training, and how many real tokens already agree."""
         if self.distilled is None:
             return {}, None
-        logits_TN = self.distilled(tokens.ids_BS).transpose(0, 1).flatten(0, 1)
+        logits_TN = self.distilled.logits_of(tokens)
         losses = {"distill": distillation_sum(logits_TN, expert_TK)} if self.training else {}
         with torch.no_grad():
             named_TK = best_experts(logits_TN, self.top_k)

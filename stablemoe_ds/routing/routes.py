@@ -51,11 +51,14 @@ NOTHING_KNOWN: KnownRoutes = MappingProxyType({})
 class TokenView:
     """The tokens of one micro-batch as a router sees them.
 
-    ids_BS: int64 [B, S]; real_T: bool [T], False at padding.
+    ids_BS: int64 [B, S]; real_T: bool [T], False at padding. whole_BS: ids of the whole sequences, of which ``ids_BS``
+    are those from position ``first`` on (sequence parallelism); None: ``ids_BS`` are all.
     """
 
     ids_BS: Tensor  # noqa: N815
     real_T: Tensor  # noqa: N815
+    whole_BS: Tensor | None = None  # noqa: N815
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_table
-from stablemoe_ds.routing.routes import NOTHING_KNOWN, KnownRoutes
+from stablemoe_ds.routing.routes import NOTHING_KNOWN, KnownRoutes, TokenView
 from stablemoe_ds.tables.given import given_table
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -41,6 +41,18 @@ others learn.
 
 blocks: of the layers whose routes it gives. table: the :class:`RoutingTable` it looks them up in, where it is one.
 """
+
+
+def routes_of(tokens: TokenView, routes: RouteSource) -> KnownRoutes:
+    """What ``routes`` says of a micro-batch, which may be a part of its sequences.
+
+    A table knows an id by itself; frozen routers look at the ids before it, which may be in another rank's part.
+    """
+    if tokens.whole_BS is None or routes.table is not None:
+        return routes(tokens.ids_BS)
+    sequences, length = tokens.ids_BS.shape
+    rows = slice(tokens.first * sequences, (tokens.first + length) * sequences)
+    return {block: expert_TK[rows] for block, expert_TK in routes(tokens.whole_BS).items()}
 
 
 @dataclass(frozen=True)

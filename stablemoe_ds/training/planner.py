@@ -147,13 +147,13 @@ class Planner:
     def _exchange(self, number: int, batches: list[Batch], counts_MLCN: Tensor) -> Tensor:
         """Counts of every rank of the expert-parallel group, int64 [G, M, L, C, N].
 
-        With them travels what must be equal: how many updates were planned, the routing of each layer, and among
-        ranks that share a batch (tensor parallelism) its ids. Raises UserError on every rank if it is not.
+        With them travels what must be equal: how many updates were planned, the routing of each layer, and among ranks
+        that share sequences (tensor and sequence parallelism) their ids. Raises UserError on every rank if it is not.
         """
         if self._group is None:
             return counts_MLCN[None]
-        ids = _digest(torch.stack([batch.ids for batch in batches]).numpy().tobytes())
-        head = torch.tensor([number, self._groups.data_rank, ids, *self._tables])
+        ids = _digest(torch.stack([batch.whole_ids for batch in batches]).numpy().tobytes())
+        head = torch.tensor([number, self._groups.reading_rank, ids, *self._tables])
         mine = torch.cat([head, counts_MLCN.reshape(-1)])
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(parts, mine, group=self._group)
@@ -163,8 +163,8 @@ class Planner:
 
     def _compare(self, heads: list[list[int]], counts_GMLCN: Tensor) -> None:
         """Raise UserError unless all ranks plan the same update alike; ``heads``: what came before their counts."""
-        first_of_data_rank: dict[int, tuple[int, int]] = {}
-        for rank, (update, data_rank, ids, *tables) in enumerate(heads):
+        first_of_reader: dict[int, tuple[int, int]] = {}
+        for rank, (update, reading_rank, ids, *tables) in enumerate(heads):
             if update != heads[0][0]:
                 self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_GMLCN)
             for layer, (table, expected) in enumerate(zip(tables, heads[0][3:], strict=True)):
@@ -172,7 +172,7 @@ class Planner:
                     at = f"the MoE layer at block {self._blocks[layer]}"
                     what = f"route {at} by different tables or place its experts differently"
                     self._refuse(0, rank, what, counts_GMLCN[:, :, layer : layer + 1])
-            other, expected = first_of_data_rank.setdefault(data_rank, (rank, ids))
+            other, expected = first_of_reader.setdefault(reading_rank, (rank, ids))
             if ids != expected:
                 self._refuse(other, rank, "should have the same batch and have not", counts_GMLCN)
 

@@ -124,7 +124,16 @@ class Probing(Callback):
 
     def _joined(self, local: NDArray[Any]) -> NDArray[Any]:
         """What all data ranks have of the probe, [..., P], in the order of its windows, whichever ranks had them."""
-        ends = np.cumsum([int(batch.real.sum()) for batch in self._batches])
+        ends = np.cumsum(torch.cat([batch.real.sum(1) for batch in self._batches]).numpy())
         ranks: list[Any] = [None] * self._groups.data_size
         dist.all_gather_object(ranks, np.split(local, ends[:-1], axis=-1), group=self._groups.data_group)
-        return np.concatenate([part for turn in zip(*ranks, strict=True) for part in turn], axis=-1)
+        # Turn by turn, reader by reader, sequence by sequence, and of that part by part.
+        parts, sequences = self._groups.sequence, len(self._batches[0].ids)
+        ordered = [
+            ranks[first + part][turn + sequence]
+            for turn in range(0, len(ends), sequences)
+            for first in range(0, len(ranks), parts)
+            for sequence in range(sequences)
+            for part in range(parts)
+        ]
+        return np.concatenate(ordered, axis=-1)

@@ -116,10 +116,19 @@ def simulate(
     for number in updates:
         windows, position = position.take(plan.sequences_per_step)
         sequences = np.stack([dataset[window]["tokens"].numpy() for window in windows])
-        # Tokens of a micro-batch stand sequence first, t = s * B + b.
-        ids = sequences[dealt].swapaxes(2, 3).reshape(plan.data_parallel, plan.accumulation, -1)
+        ids = ids_of_ranks(sequences[dealt], plan.sequence)
         counts = count_dispatches(ids, table, run.parallel.tensor, run.parallel.dispatch_parts)
         yield judge_update(number, counts, layout)
+
+
+def ids_of_ranks(ids: NDArray[np.int64], parts: int) -> NDArray[np.int64]:
+    """int64 [data ranks, M, T]: the tokens of each data rank, of which ``parts`` in a row share sequences.
+
+    ids: int64 [groups of such ranks, M, B, S]. Tokens of a micro-batch stand sequence first, t = s * B + b.
+    """
+    readers, micro_batches, sequences, length = ids.shape
+    cut_up = ids.reshape(readers, micro_batches, sequences, parts, length // parts)
+    return cut_up.transpose(0, 3, 1, 4, 2).reshape(readers * parts, micro_batches, -1)
 
 
 def count_dispatches(ids: NDArray[np.int64], table: RoutingTable, tensor: int, parts: int) -> NDArray[np.int64]:

@@ -69,7 +69,7 @@ class Trainer:
         resolved = resolve(run, world.size, known, before.run if before else None)
         self.run, self.world, self.plan = resolved.run, world, resolved.batch
         run, fingerprint = self.run, self.tokenizer.fingerprint if self.tokenizer else ""
-        self.groups = Groups(world, run.parallel.tensor, run.parallel.expert)
+        self.groups = Groups(world, run.parallel.tensor, run.parallel.expert, run.parallel.sequence)
         self.data = RunData(run, self.plan, self.groups, self.tokenizer)
         counts = self.token_counts = token_counts(run.data.train, self.tokenizer, resolved.vocab_size)
         self.reporter = Reporter(run, world.is_main)
@@ -279,12 +279,13 @@ class Trainer:
         if run.parallel.expert_placement == "load" and run.parallel.expert > 1:
             known = all(layer.place_N is not None for layer in self.model.moe_layers)
             placed = " placed by load" if known else " by number, as no table is known before the switch"
+        shared = f"sequence {plan.sequence}, " if plan.sequence > 1 else ""
         two = f"stage 2 from update {planned + 1}" if planned is not None else "stage 2 when routing settles"
         stages = two if two_stages(run) else "one stage"
         self.reporter.say(
             f"{run.name}: router {run.moe.router}, {self.world.size} x {self.world.device.type}, "
             f"data {plan.data_parallel}, tensor {run.parallel.tensor}, expert {run.parallel.expert}{placed}, "
-            f"ZeRO {run.parallel.zero_stage}, {run.precision.dtype}",
+            f"{shared}ZeRO {run.parallel.zero_stage}, {run.precision.dtype}",
             "bold",
         )
         self.reporter.say(

@@ -60,6 +60,13 @@ def test_a_planned_step_waits_for_the_norm_alone(step: dict[str, dict[str, Any]]
     assert sum(step["stage 2"]["host_waits"].values()) == 1
 
 
+@pytest.mark.distributed
+def test_ranks_that_share_a_long_sequence_hold_less_each() -> None:
+    (row,) = result_of("long_sequence")["rows"]
+    alone, shared, recomputing = (way["peak_bytes"] for way in row["ways"].values())
+    assert recomputing < shared < alone
+
+
 def test_data_prepares_as_megatron_does_and_says_how_long_a_step_waits() -> None:
     result = result_of("data")
     (row,) = result["rows"]

@@ -92,5 +92,5 @@ def _accumulate(engine: Any, whole: Batch, step: int, routes: Any = LEARNED) -> 
     from stablemoe_ds.training.routed_batch import RoutedBatch
 
     groups = engine.groups
-    mine: Sequence[RoutedBatch] = [RoutedBatch(share(whole, groups.data_rank, groups.data_size))]
+    mine: Sequence[RoutedBatch] = [RoutedBatch(share(whole, groups))]
     return engine.accumulate(mine, routes, step)

@@ -49,6 +49,7 @@ LAYOUTS: dict[str, Layout] = {
     "expert 2, ZeRO 3": (2, {"expert": 2, "zero": 3}),
     "data 4, expert 2, ZeRO 3": (4, {"expert": 2, "zero": 3}),
     "tensor 2, expert 2, ZeRO 3": (2, {"tensor": 2, "expert": 2, "zero": 3}),
+    "sequence 2, expert 2, ZeRO 2": (2, {"sequence": 2, "expert": 2, "zero": 2}),
     "data 2, tensor 2, expert 4, ZeRO 1": (4, {"tensor": 2, "expert": 4, "zero": 1}),
 }
 PARAMETERS, BUFFER = "stablemoe", "topk"
@@ -79,6 +80,8 @@ MOVES = [
     ("data 4, expert 2, ZeRO 3", "tensor 2, expert 2, ZeRO 3"),
     ("tensor 2, expert 2, ZeRO 3", "expert 2, ZeRO 3"),
     ("expert 2, ZeRO 3", "data 2, bf16, ZeRO 2"),
+    ("sequence 2, expert 2, ZeRO 2", "1 process, ZeRO 1"),
+    ("data 4, expert 2, ZeRO 3", "sequence 2, expert 2, ZeRO 2"),
 ]
 CASES = [
     *((*move, PARAMETERS) for move in MOVES),

@@ -141,6 +141,16 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_recomputation(mak
     assert activation_bytes(thin, batch_plan(thin, 1)) < activation_bytes(one, batch_plan(one, 1))
 
 
+def test_sequence_ranks_share_activations_and_are_sharded_over_like_data_ranks(make: Make) -> None:
+    data, sequence = make("parallel.micro_batch=1"), make("parallel.micro_batch=1", "parallel.sequence=4")
+    plans = batch_plan(data, 4), batch_plan(sequence, 4)
+    assert plans[1].data_parallel == 1
+    assert plans[1].accumulation == 4 * plans[0].accumulation
+    one, other = memory_per_rank(data, plans[0], 4)[3], memory_per_rank(sequence, plans[1], 4)[3]
+    assert other.activations * 4 == one.activations
+    assert (other.weights, other.gradients, other.optimizer) == (one.weights, one.gradients, one.optimizer)
+
+
 def test_report_has_the_keys_scripts_read_and_is_json(make: Make) -> None:
     run = make("parallel.expert=2", "parallel.tensor=2")
     facts = report(run)

@@ -88,6 +88,21 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
             "stages.plateau.latest: got 0.004: of 100 updates that is none",
             "0.01",
         ),
+        (
+            "data.sequence_length=48 parallel.sequence=3",
+            "parallel.sequence: got 3: expected a divisor of model.heads 4",
+            "4",
+        ),
+        (
+            "parallel.tensor=2 parallel.sequence=4",
+            "parallel.sequence: got 4: expected a divisor of the 2 heads of a tensor rank",
+            "2",
+        ),
+        (
+            "data.sequence_length=30 parallel.sequence=4",
+            "parallel.sequence: got 4: expected a divisor of data.sequence_length 30",
+            "2",
+        ),
         ("parallel.expert=3", "parallel.expert: got 3: expected a divisor of moe.experts 8", "4"),
         ("DENSE parallel.expert=2", "parallel.expert: got 2: router 'dense' has no experts to spread", "1"),
         (

@@ -15,6 +15,9 @@ LAYOUTS = {
     "expert 4": (4, {"expert": 4}),
     "tensor 2 x expert 2, 2 processes": (2, {"tensor": 2, "expert": 2}),
     "tensor 2 x expert 2, 4 processes": (4, {"tensor": 2, "expert": 2}),
+    "sequence 2": (2, {"sequence": 2}),
+    "sequence 4 x expert 2": (4, {"sequence": 4, "expert": 2}),
+    "sequence 2 x tensor 2 x expert 2": (4, {"sequence": 2, "tensor": 2, "expert": 2}),
 }
 
 

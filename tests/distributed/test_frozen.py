@@ -48,9 +48,7 @@ def routes_of(kind: str, world: int, dtype: str, **layout: Any) -> tuple[torch.T
     run = run_of("modern", {"distilled": {"kind": kind}}, dtype, **layout)
     whole = batch(4)
     count = 8 // (layout["micro"] * world) if "micro" in layout else 1
-    micro_batches = [
-        type(whole)(*fields) for fields in zip(*(f.chunk(count) for f in vars(whole).values()), strict=True)
-    ]
+    micro_batches = [whole.map(lambda field, m=m: field.chunk(count)[m]) for m in range(count)]
     ranks = run_distributed(world, train, run, start("modern", kind), [micro_batches], 0)
     pieces = [ranks[r].routes[m] for m in range(count) for r in range(world)]
     by_sequence = [piece.unflatten(1, (LENGTH, -1)).transpose(1, 2) for piece in pieces]

@@ -73,12 +73,18 @@ def test_drops_are_counted_over_all_ranks() -> None:
         assert step["dropped"] == wanted > 0
 
 
-@pytest.mark.parametrize("zero", [1, 2])
-def test_bf16_is_close_to_fp32(zero: int) -> None:
+BF16: list[tuple[int, dict[str, Any]]] = [
+    (2, {"expert": 2, "zero": 1}),
+    (2, {"expert": 2, "zero": 2}),
+    (4, {"tensor": 2, "sequence": 2, "expert": 2, "zero": 1, "micro": 4, "recompute": True, "dispatch_parts": 2}),
+]
+
+
+@pytest.mark.parametrize(("world", "layout"), BF16, ids=str)
+def test_bf16_is_close_to_fp32(world: int, layout: dict[str, Any]) -> None:
     def run(dtype: str) -> Outcome:
-        return run_distributed(
-            2, train, run_of("modern", None, dtype, expert=2, zero=zero), start("modern"), three_updates(1), 2
-        )[0]
+        updates = three_updates(SEQUENCES // layout.get("micro", SEQUENCES))
+        return run_distributed(world, train, run_of("modern", None, dtype, **layout), start("modern"), updates, 2)[0]
 
     full, half = run("fp32"), run("bf16")
     for got, wanted in zip(half.steps, full.steps, strict=True):

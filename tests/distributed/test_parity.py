@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.compiler import needs_compiler
 from tests.distributed.cases import SEQUENCES, assert_same, reference, run_of, start, table_of, three_updates
 from tests.distributed.launch import run_distributed
 from tests.distributed.worker import assemble, train
@@ -55,6 +56,25 @@ LAYOUTS: list[tuple[int, str, dict[str, Any]]] = [
     (2, "paper, shared", {"expert": 2, "zero": 3, "micro": 2, "recompute": True}),
     (4, "modern", {"tensor": 2, "expert": 2, "zero": 3, "micro": 4, "recompute": True}),
     (4, "paper", {"expert": 2, "zero": 3}),
+    (2, "paper", {"sequence": 2, "zero": 0, "micro": 4, "recompute": True, "dispatch_parts": 2}),
+    (2, "modern", {"sequence": 2, "expert": 2, "zero": 1, "micro": 4, "recompute": True}),
+    (4, "modern", {"sequence": 2, "expert": 4, "zero": 2, "micro": 2, "dispatch_parts": 2}),
+    (4, "paper", {"sequence": 4, "expert": 2, "zero": 1}),
+    (4, "modern", {"sequence": 2, "tensor": 2, "expert": 2, "zero": 2, "recompute": True}),
+    (4, "paper, learned gate", {"sequence": 2, "expert": 2, "zero": 3}),
+]
+
+COMPILED = [
+    pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.timeout(900), needs_compiler])
+    for case in (
+        (1, "paper", {"compile": True, "zero": 0}),
+        (2, "modern", {"compile": True, "tensor": 2, "zero": 2}),
+        (
+            2,
+            "modern",
+            {"compile": True, "sequence": 2, "expert": 2, "micro": 4, "recompute": True, "dispatch_parts": 2},
+        ),
+    )
 ]
 
 
@@ -67,12 +87,14 @@ def label(case: Any) -> str:
     return " ".join(f"{k}{v}" for k, v in case.items()) if isinstance(case, dict) else str(case)
 
 
-@pytest.mark.parametrize(("world", "shape", "layout"), LAYOUTS, ids=label)
+@pytest.mark.parametrize(("world", "shape", "layout"), [*LAYOUTS, *COMPILED], ids=label)
 def test_layout_trains_the_reference_model(world: int, shape: str, layout: dict[str, Any]) -> None:
     run = run_of(shape, **layout)
     micro = layout.get("micro")
-    accumulation = SEQUENCES // (micro * world // run.parallel.tensor) if micro else 1
-    ranks = run_distributed(world, train, run, start(shape), three_updates(accumulation), SWITCH, table_of(shape))
+    accumulation = SEQUENCES // (micro * world // (run.parallel.tensor * run.parallel.sequence)) if micro else 1
+    patience = 900.0 if run.parallel.compile else 200.0
+    updates = three_updates(accumulation)
+    ranks = run_distributed(world, train, run, start(shape), updates, SWITCH, table_of(shape), timeout=patience)
 
     wanted, weights = reference_of(shape, accumulation)
     assert_same(ranks, wanted, weights)

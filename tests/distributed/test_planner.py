@@ -23,13 +23,14 @@ LAYOUTS = [
     (2, {"tensor": 2, "expert": 2}),
     (4, {"expert": 2, "dispatch_parts": 3}),
     (4, {"tensor": 2, "expert": 4}),
+    (4, {"sequence": 2, "expert": 4}),
 ]
 UPDATES = 5
 
 
-def updates(rank: int, ranks: int) -> list[list[Batch]]:
+def updates(groups: Any) -> list[list[Batch]]:
     """Two micro-batches an update; more updates than are planned ahead."""
-    return [[share(batch(10 * update + micro), rank, ranks) for micro in range(2)] for update in range(UPDATES)]
+    return [[share(batch(10 * update + micro), groups) for micro in range(2)] for update in range(UPDATES)]
 
 
 def facts(plan: Any) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def plans_beside_those_of_the_step(run: RunConfig) -> list[tuple[Any, Any]]:
     with engine_of(run) as engine:
         groups, layers = engine.groups, engine.model.moe_layers
         table = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2)).table
-        planner = Planner(iter(updates(groups.data_rank, groups.data_size)), table, groups, run.parallel)
+        planner = Planner(iter(updates(groups)), table, groups, run.parallel)
         for step in planner:
             for micro in step:
                 assert list(micro.known) == list(micro.plans) == [layer.block for layer in layers]
@@ -79,7 +80,7 @@ def losses(run: RunConfig, planned: bool) -> list[float]:
         groups = engine.groups
         engine.freeze_distilled()
         routing = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2))
-        steps = updates(groups.data_rank, groups.data_size)
+        steps = updates(groups)
         planner = Planner(iter(steps), routing.table, groups, run.parallel) if planned else None
         for step in planner or ([RoutedBatch(micro) for micro in step] for step in steps):
             engine.set_learning_rate(run.optimizer.lr)
@@ -108,9 +109,9 @@ def disagree(run: RunConfig, how: str) -> tuple[str, float]:
         expert_LVK = np.arange(2 * 64, dtype=np.int32).reshape(2, 64, 1) % 4
         if how == "table" and odd:
             expert_LVK[1, 7] = (expert_LVK[1, 7] + 1) % 4
-        steps = updates(groups.data_rank, groups.data_size)
+        steps = updates(groups)
         if how == "batch" and odd:
-            steps = updates(groups.data_rank, groups.data_size)[1:]
+            steps = updates(groups)[1:]
         began = time.perf_counter()
         planner = Planner(iter(steps), RoutingTable(expert_LVK, 4, (1, 2)), groups, run.parallel)
         try:
@@ -137,25 +138,29 @@ def test_every_rank_says_what_differs(world: int, how: str, layout: dict[str, An
         assert seconds < 30  # a hang would last the group's timeout, a minute
 
 
-def stop_early(run: RunConfig) -> tuple[bool, list[int]]:
-    """Ranks that stop after the same update, however far each had planned; a number of each update, given or left."""
+def stop_early(run: RunConfig) -> tuple[bool, list[int], list[int]]:
+    """Ranks that stop after the same update, however far each had planned.
+
+    A number of each update that was given or is left, and of all updates.
+    """
     from stablemoe_ds.routing.fixed import freeze
     from stablemoe_ds.training.planner import Planner
 
     with engine_of(run) as engine:
         groups = engine.groups
         table = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2)).table
-        source = iter(updates(groups.data_rank, groups.data_size))
+        source = iter(updates(groups))
         planner = Planner(source, table, groups, run.parallel)
         given = [routed.batch for routed in next(iter(planner))]
         if groups.world.rank == 1:
             time.sleep(0.5)
         left = planner.close()
-        return planner._thread.is_alive(), [int(batches[1].ids.sum()) for batches in (given, *left, *source)]
+        found, every = (given, *left, *source), updates(groups)
+        return planner._thread.is_alive(), *([int(b[1].ids.sum()) for b in way] for way in (found, every))
 
 
 def test_closing_leaves_no_thread_behind_and_loses_no_update() -> None:
     ended = run_distributed(2, stop_early, run_of("paper", expert=2, zero=1))
-    for rank, (alive, numbers) in enumerate(ended):
+    for alive, numbers, every in ended:
         assert not alive
-        assert numbers == [int(batches[1].ids.sum()) for batches in updates(rank, 2)]
+        assert numbers == every

@@ -49,15 +49,16 @@ def engine_of(run: RunConfig) -> Iterator[Any]:
     from stablemoe_ds.training.engine import Engine
 
     world = start_world(timeout_minutes=1.0)
-    groups = Groups(world, run.parallel.tensor, run.parallel.expert)
+    groups = Groups(world, run.parallel.tensor, run.parallel.expert, run.parallel.sequence)
     model = StableMoEGPT(run, run.model.vocab_size or 0, groups.placement)
     yield Engine(run, batch_plan(run, world.size), groups, model)
     stop_world()
 
 
-def share(batch: Batch, rank: int, ranks: int) -> Batch:
-    """A data rank's sequences of a global micro-batch."""
-    return batch.map(lambda whole: whole.chunk(ranks)[rank])
+def share(batch: Batch, groups: Any) -> Batch:
+    """A data rank's sequences of a global micro-batch, or its part of them."""
+    mine = batch.map(lambda whole: whole.chunk(groups.reading_size)[groups.reading_rank])
+    return mine.part(groups.sequence_rank, groups.sequence)
 
 
 def train(
@@ -72,8 +73,9 @@ def train(
     weights: whole tensors to start from; None: as the run itself starts. table: of the layers that follow one from the
     first update.
     """
+    from stablemoe_ds.moe.routing_pass import view_of
     from stablemoe_ds.routing.fixed import TableRouting, freeze
-    from stablemoe_ds.routing.source import LEARNED
+    from stablemoe_ds.routing.source import LEARNED, routes_of
     from stablemoe_ds.training.routed_batch import RoutedBatch
     from stablemoe_ds.training.sharded_weights import gathered
 
@@ -90,7 +92,7 @@ def train(
                     routes = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.learned_layers))
                 routes = TableRouting(routes.table.joined_to(table)) if table else routes
                 outcome.frozen.append(parts(engine))
-            mine = [share(batch, groups.data_rank, groups.data_size) for batch in micro_batches]
+            mine = [share(batch, groups) for batch in micro_batches]
             engine.set_learning_rate(run.optimizer.lr)
             sums = engine.accumulate([RoutedBatch(batch) for batch in mine], routes, step).totals()
             engine.update()
@@ -105,7 +107,7 @@ def train(
                 }
             )
             if step >= switch:
-                outcome.routes += [torch.stack([*routes(batch.ids).values()]) for batch in mine]
+                outcome.routes += [torch.stack([*routes_of(view_of(batch), routes).values()]) for batch in mine]
                 outcome.frozen.append(parts(engine))
                 if routes.table is not None:
                     outcome.tables.append(routes.table.sha256)

@@ -18,13 +18,11 @@ from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.fixed import TableRouting, freeze
+from tests.compiler import needs_compiler
 from tests.tiny import VOCAB
 from tests.training.runs import checkpoint_of, history, run_file, small_run, tensors_of, tiny_data, train_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler: g++, or what CXX names"
-)
 PAPER = {"positions": "learned", "norm": "layernorm", "activation": "relu", "bias": True, "kv_heads": None}
 
 

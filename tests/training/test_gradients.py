@@ -48,7 +48,7 @@ def gradients_of_an_update(run: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
 
         adamw = engine.optimizer.optimizer if run.parallel.zero_stage else engine.optimizer
         adamw.register_step_pre_hook(look)
-        mine = [share(batch(n, SEQUENCES), groups.data_rank, groups.data_size) for n in range(MICRO_BATCHES)]
+        mine = [share(batch(n, SEQUENCES), groups) for n in range(MICRO_BATCHES)]
         engine.set_learning_rate(1e-3)
         engine.accumulate([RoutedBatch(one) for one in mine], LEARNED, 0)
         scale = getattr(engine.optimizer, "loss_scale", 1.0)

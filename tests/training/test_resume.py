@@ -49,6 +49,7 @@ CASES: dict[str, tuple[int, dict[str, Any], tuple[int, ...]]] = {
         (SWITCH - 1, SWITCH + 1),
     ),
     "2 processes, expert 2, ZeRO 3": (2, {"parallel": {"expert": 2, "zero_stage": 3}}, (SWITCH, SWITCH + 1)),
+    "2 processes, sequence 2, expert 2": (2, {"parallel": {"sequence": 2, "expert": 2}}, (SWITCH,)),
     "2 processes, expert 2, ZeRO 2, bf16, accumulation": (
         2,
         {"parallel": {"expert": 2, "zero_stage": 2, "micro_batch": 1}, "precision": {"dtype": "bf16"}},
@@ -141,12 +142,13 @@ def test_what_was_read_is_not_read_again_by_other_updates(data: TinyData, tmp_pa
 
 
 @pytest.mark.distributed
-def test_probe_is_the_same_however_many_ranks_there_are(data: TinyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [{"expert": 2}, {"sequence": 2}], ids=str)
+def test_probe_is_the_same_however_many_ranks_there_are(layout: dict[str, int], data: TinyData, tmp_path: Path) -> None:
     """A table never moves a token, so churn would show tokens in another order."""
     whole = small_run(data, tmp_path / "whole", moe={"router": "hash"}, checkpoint=KEEP_ALL, logging={"probe_every": 1})
     train_run(whole)
     resumed = restarted(whole, tmp_path / "resumed", SWITCH)
-    train_run(resumed.model_copy(update={"parallel": whole.parallel.model_copy(update={"expert": 2})}), 2)
+    train_run(resumed.model_copy(update={"parallel": whole.parallel.model_copy(update=layout)}), 2)
     ids = [np.load(Path(run.directory) / PROBE_IDS) for run in (whole, resumed)]
     assert np.array_equal(*ids)
     assert {line["churn"] for line in history(resumed, "probe")} == {None, 0.0}

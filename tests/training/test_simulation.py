@@ -50,6 +50,7 @@ def observed_here(run: RunConfig) -> list[tuple[int, list[int], list[int]]]:
         (4, {"expert": 4, "micro_batch": 1}, 2, 12),
         (4, {"expert": 2, "tensor": 2, "dispatch_parts": 2}, 1, 12),
         (4, {"expert": 4, "expert_placement": "load"}, 1, 100),
+        (4, {"expert": 4, "sequence": 2, "micro_batch": 2}, 1, 12),
     ],
     ids=str,
 )
