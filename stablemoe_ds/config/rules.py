@@ -125,13 +125,13 @@ def _start_table(run: RunConfig) -> Iterator[str]:
         return
     if not moe.facts.routed or moe.facts.fixed:
         near = "null, or moe.router table and moe.table" if moe.facts.fixed else "null"
-        yield _breach("moe.start_table", moe.start_table, f"router '{moe.router}' learns no routes", near)
+        yield breach("moe.start_table", moe.start_table, f"router '{moe.router}' learns no routes", near)
     elif moe.table_layers:
         reason = "a start is for all MoE layers, and those of moe.table_layers follow moe.table"
-        yield _breach("moe.start_table", moe.start_table, reason, "null, or moe.table_layers []")
+        yield breach("moe.start_table", moe.start_table, reason, "null, or moe.table_layers []")
     elif moe.facts.distilled and moe.distilled.kind != "word":
         reason = f"a {moe.distilled.kind} router sees more than the id, so no table says what it chooses at the start"
-        yield _breach("moe.start_table", moe.start_table, reason, "null, or moe.distilled.kind word")
+        yield breach("moe.start_table", moe.start_table, reason, "null, or moe.distilled.kind word")
 
 
 def _placement(run: RunConfig) -> Iterator[str]:
