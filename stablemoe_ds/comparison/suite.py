@@ -17,7 +17,8 @@ from stablemoe_ds.config.load import load_run, load_section
 from stablemoe_ds.config.paths import PathText
 from stablemoe_ds.config.resolved import settled
 from stablemoe_ds.config.rules import check
-from stablemoe_ds.config.schema import RunConfig, Section
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.section import Section
 from stablemoe_ds.errors import UserError
 
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from stablemoe_ds.config import yamltext
 from stablemoe_ds.config.messages import cut, error_messages, printable, show
 from stablemoe_ds.config.paths import WRITTEN
-from stablemoe_ds.config.schema import RunConfig, Section
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.section import Section
 from stablemoe_ds.config.textfile import LARGEST_YAML, read_text
 from stablemoe_ds.errors import UserError
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from stablemoe_ds.config.schema import RunConfig, Section
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.section import Section
 
 MOST = 20
 CONTEXT = 16

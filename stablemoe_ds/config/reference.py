@@ -13,7 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from stablemoe_ds.config.messages import section_of, show
-from stablemoe_ds.config.schema import RunConfig, Section
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.section import Section
 
 HEAD = """# Configuration
 

@@ -15,9 +15,10 @@ from stablemoe_ds.checkpoint.attached import to_attach
 from stablemoe_ds.checkpoint.convert.conversion import write_first_checkpoint
 from stablemoe_ds.checkpoint.reader import Progress
 from stablemoe_ds.config.messages import show_both
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.config.resolved import settled
 from stablemoe_ds.config.rules import check, with_document_end, with_vocabulary
-from stablemoe_ds.config.schema import MoEConfig, ParallelConfig, RunConfig
+from stablemoe_ds.config.schema import ParallelConfig, RunConfig
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.groups import Groups, start_world
 from stablemoe_ds.errors import UserError

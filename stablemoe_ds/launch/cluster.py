@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_
 from stablemoe_ds.config.load import load_section
 from stablemoe_ds.config.messages import cut, printable
 from stablemoe_ds.config.paths import PathText, expanded, if_written
-from stablemoe_ds.config.schema import Section
+from stablemoe_ds.config.section import Section
 from stablemoe_ds.config.textfile import LARGEST_LIST, read_text
 from stablemoe_ds.errors import UserError
 

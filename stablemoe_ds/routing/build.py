@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 
-from stablemoe_ds.config.schema import MoEConfig
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.hashed import HashRouter
 from stablemoe_ds.routing.router import Router

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablemoe_ds.config.schema import MoEConfig
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.router import best_experts
 from stablemoe_ds.routing.routes import KnownRoutes

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stablemoe_ds.config.schema import MoEConfig
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.routing.distilled import Fp32Module
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stablemoe_ds.config.schema import MoEConfig
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.routing.chosen import chosen_affinity
 from stablemoe_ds.routing.distilled import DistilledRouter, Fp32Module
 from stablemoe_ds.routing.gates import Gate, make_gate

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from stablemoe_ds.config.schema import MoEConfig
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.gates import Gate
 from stablemoe_ds.routing.router import CentroidRouter, best_experts

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from stablemoe_ds.checkpoint.convert.resize_experts import check_replication, merge, replicate
-from stablemoe_ds.config.schema import MoEConfig, RunConfig, StagesConfig
+from stablemoe_ds.config.moe_section import MoEConfig
+from stablemoe_ds.config.schema import RunConfig, StagesConfig
 from stablemoe_ds.errors import UserError
 from tests.checkpoint.moves import loss_here, train_here
 from tests.distributed.cases import run_of

@@ -21,22 +21,30 @@ from stablemoe_ds.export.exported_folder import export
 from tests.export.opened import opened, some_ids
 from tests.export.small_checkpoints import SavedModel
 
-ALONE = """
+ALONE = '''
 import sys
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("stablemoe_ds", "deepspeed", "megatron"):
-            raise ImportError(f"{name} is not here")
+class Without:
+    """A finder of modules that does not find these, as where they are not installed."""
 
-sys.meta_path.insert(0, Blocker())
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        missing = name.partition(".")[0] in ("stablemoe_ds", "deepspeed", "megatron")
+        return None if missing else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 import torch
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])
 assert not any(name.partition(".")[0] == "stablemoe_ds" for name in sys.modules)
-"""
+'''
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.config.routers import ROUTERS
-from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.base_layers import BaseLayersRouter
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.expert_choice import ExpertChoiceRouter

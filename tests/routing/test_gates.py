@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stablemoe_ds.config.gate_facts import GATES
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.config.routers import ROUTERS
-from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.gates import LearnedGate, make_gate
 from stablemoe_ds.routing.router import CentroidRouter

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from stablemoe_ds.config.schema import MoEConfig
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.routing.fixed import hash_table
 from stablemoe_ds.routing.hashed import HashRouter
 from stablemoe_ds.tables.builders import even_table, random_table

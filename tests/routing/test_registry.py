@@ -11,8 +11,8 @@ from typing import get_args
 import pytest
 
 from stablemoe_ds.config.gate_facts import GATES, GateName
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.config.routers import ROUTERS, RouterName
-from stablemoe_ds.config.schema import MoEConfig
 from stablemoe_ds.routing.router import Router
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import re
 import torch
 from torch import Tensor
 
-from stablemoe_ds.config.schema import MoEConfig
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.errors import UserError
 
 _EXPERT = re.compile(r"(.+\.experts\.)(\d+)(\..+)")

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from stablemoe_ds.config.schema import MoEConfig, RunConfig
+from stablemoe_ds.config.moe_section import MoEConfig
+from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.placement import ALONE
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import build_moe_layer
