@@ -31,6 +31,6 @@ def launch_all(runs: Sequence[SuiteRun], path: str, dry_run: bool) -> int:
         return 0
     for one in missing:
         one.folder.parent.mkdir(parents=True, exist_ok=True)
-        one.beside("yaml").write_text(dump_run(one.run), encoding="utf-8")
-    runs_on_disk = [load_run(one.beside("yaml")) for one in missing]
+        one.sibling("yaml").write_text(dump_run(one.run), encoding="utf-8")
+    runs_on_disk = [load_run(one.sibling("yaml")) for one in missing]
     return start(make_jobs(runs_on_disk, cluster, look_around()))

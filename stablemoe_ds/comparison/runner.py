@@ -48,7 +48,7 @@ def train_all(runs: Sequence[SuiteRun], jobs: int, say: Say) -> list[SuiteRun]:
 
     SIGINT, SIGTERM and SIGUSR1 make every run save and stop, and no other begin; a second Ctrl-C ends them at once.
     """
-    stop, told = StopRequest(), False
+    stop, said_so = StopRequest(), False
     waiting = deque((number, run) for number, run in enumerate(runs, 1) if state_of(run) != "finished")
     if len(waiting) < len(runs):
         say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
@@ -60,12 +60,12 @@ def train_all(runs: Sequence[SuiteRun], jobs: int, say: Say) -> list[SuiteRun]:
                 while waiting and len(active) < jobs and not stop.asked:
                     number, run = waiting.popleft()
                     if child := _start(number, run, threads_of_each(jobs)):
-                        say(f"[{number}/{len(runs)}] {run}: {state_of(run)}, log {run.beside('log')}")
+                        say(f"[{number}/{len(runs)}] {run}: {state_of(run)}, log {run.sibling('log')}")
                         active.append(child)
                     else:
                         say(f"[{number}/{len(runs)}] {run}: {LEFT_ALONE}")
-                if stop.asked and not told:
-                    told = True
+                if stop.asked and not said_so:
+                    said_so = True
                     say(f"asked to stop: {len(active)} run(s) save first")
                     for child in active:
                         child.process.send_signal(signal.SIGUSR1)  # heard while the libraries still load, too
@@ -85,13 +85,13 @@ def _start(number: int, run: SuiteRun, threads: int) -> Child | None:
     if writer_of(run.folder) is not None:
         return None
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with run.beside("log").open("ab") as log:
-        run.beside("yaml").write_text(dump_run(run.run), encoding="utf-8")
+    with run.sibling("log").open("ab") as log:
+        run.sibling("yaml").write_text(dump_run(run.run), encoding="utf-8")
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         environment = {"OMP_NUM_THREADS": str(threads), **environment, "PYTHONUNBUFFERED": "1"}
         environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "stablemoe_ds", "train", str(run.beside("yaml"))],
+            [sys.executable, "-m", "stablemoe_ds", "train", str(run.sibling("yaml"))],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -109,6 +109,6 @@ def _ending(child: Child) -> str:
         return f"stopped after {took}"
     if code == BAD_INPUT and writer_of(child.run.folder) is not None:  # it began in the same moment as this one
         return LEFT_ALONE
-    lines = child.run.beside("log").read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = child.run.sibling("log").read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     return f"FAILED after {took} with exit code {code}: {last}"

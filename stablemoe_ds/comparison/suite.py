@@ -61,8 +61,8 @@ class SuiteRun:
     def folder(self) -> Path:
         return Path(self.run.directory)
 
-    def beside(self, ending: str) -> Path:
-        """A file next to the run directory: ``run.beside("log")``."""
+    def sibling(self, ending: str) -> Path:
+        """A file next to the run directory: ``run.sibling("log")``."""
         return self.folder.with_name(f"{self.folder.name}.{ending}")
 
     @property
@@ -119,8 +119,8 @@ def _runs(path: Path, config: SuiteConfig) -> Iterator[SuiteRun]:
                 if not run.data.valid:
                     raise UserError("data.valid: got []: runs are compared by the perplexity on it; name a corpus")
             except UserError as error:
-                told = "\n".join(f"{path}: variant {label}: {line}" for line in str(error).splitlines())
-                raise UserError(told) from error
+                lines = "\n".join(f"{path}: variant {label}: {line}" for line in str(error).splitlines())
+                raise UserError(lines) from error
             yield SuiteRun(label, seed, run, base, overrides)
 
 

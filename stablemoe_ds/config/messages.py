@@ -111,13 +111,13 @@ def nearest_key(location: tuple[int | str, ...], schema: type[Section] = RunConf
     *parents, last = location
     wrong = str(last)[:60]
     section = _section(parents, schema)
-    beside = list(section.model_fields) if section else []
+    known = list(section.model_fields) if section else []
     elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(known_keys(schema))}
-    if close := difflib.get_close_matches(wrong, beside, 1, 0.6):
+    if close := difflib.get_close_matches(wrong, known, 1, 0.6):
         return dotted((*parents, close[0]))
     if close := difflib.get_close_matches(wrong, elsewhere, 1, 0.8):
         return elsewhere[close[0]]
-    return dotted((*parents, *difflib.get_close_matches(wrong, beside, 1, 0.0)))
+    return dotted((*parents, *difflib.get_close_matches(wrong, known, 1, 0.0)))
 
 
 def _reason(details: ErrorDetails, schema: type[Section]) -> str:

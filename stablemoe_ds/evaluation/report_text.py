@@ -36,8 +36,8 @@ def _summary(report: dict[str, Any]) -> list[str]:
         rows.append(["Validation perplexity", f"{ppl['final']:,.2f} at the end"])
     if ppl["stage1"] is not None and switch:
         distilled = ppl["stage1_distilled"]
-        beside = f", {distilled:,.2f} with the distilled one" if distilled is not None else ""
-        rows.append(["", f"{ppl['stage1']:,.2f} in stage 1 with the learned router{beside}"])
+        also = f", {distilled:,.2f} with the distilled one" if distilled is not None else ""
+        rows.append(["", f"{ppl['stage1']:,.2f} in stage 1 with the learned router{also}"])
     if report["test_ppl"] is not None:
         rows.append(["Test perplexity", f"{report['test_ppl']:,.2f}"])
     if switch and switch.get("agreement") is not None:

@@ -15,7 +15,7 @@ TEMPLATE = """\
 library_name: transformers
 pipeline_tag: text-generation
 tags: [mixture-of-experts, stablemoe]
-# license: to be filled in by whoever publishes this model
+# license: to be filled in before this model is published
 ---
 
 # {name}

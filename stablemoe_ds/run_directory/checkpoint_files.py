@@ -56,10 +56,10 @@ def flush(path: Path) -> None:
 
 def write_at_once(path: Path, text: str) -> None:
     """Replace a file: a reader finds either the old text or the new one, even after a power failure."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    flush(beside)
-    beside.replace(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    flush(part)
+    part.replace(path)
     flush(path.parent)
 
 

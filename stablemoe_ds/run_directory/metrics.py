@@ -101,8 +101,8 @@ def validations(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
 
 def probe_seconds(lines: Sequence[Line]) -> float | None:
     """What recording the routing of the probe took in all; None if no line says."""
-    told = [line["seconds"] for line in lines if line["kind"] == "probe" and line.get("seconds") is not None]
-    return sum(told) if told else None
+    spent = [line["seconds"] for line in lines if line["kind"] == "probe" and line.get("seconds") is not None]
+    return sum(spent) if spent else None
 
 
 def plain(value: Any) -> Any:

@@ -91,7 +91,7 @@ class RoutingTable:
         return RoutingTable(self.expert_LVK[rows], self.experts, tuple(blocks), self.tokenizer, self.made)
 
     def joined_to(self, other: RoutingTable) -> RoutingTable:
-        """The layers of both, in the order of their blocks; the other's are told apart in ``made``."""
+        """The layers of both, in the order of their blocks; the other's keep their own entry in ``made``."""
         layers = dict(zip(self.blocks + other.blocks, [*self.expert_LVK, *other.expert_LVK], strict=True))
         blocks = tuple(sorted(layers))
         made = {**self.made, "joined_to": {"blocks": list(other.blocks), **other.made}}

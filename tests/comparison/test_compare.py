@@ -45,9 +45,9 @@ def set_back(suite: TinySuite, label: str, seed: int, step: int) -> None:
 def test_every_run_is_finished_and_leaves_what_it_was(compared: TinySuite):
     for one in load_suite(compared.file).runs:
         assert state_of(one) == "finished"
-        assert load_run(one.beside("yaml")) == one.run
+        assert load_run(one.sibling("yaml")) == one.run
         assert f"step 12: test perplexity {compared.lines(one.label, one.seed, 'test')[-1]['perplexity']:.3f}" in (
-            one.beside("log").read_text()
+            one.sibling("log").read_text()
         )
 
 
@@ -159,4 +159,4 @@ def test_ctrl_c_saves_and_stops(data: TinyData, tmp_path: Path):
     assert "switch, seed 1" not in out.split("not finished")[0], "nothing begins after that"
     first = load_suite(suite.file).runs[0]
     assert state_of(first) == "begun"
-    assert "asked to stop: saved at step" in first.beside("log").read_text()
+    assert "asked to stop: saved at step" in first.sibling("log").read_text()

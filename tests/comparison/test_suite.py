@@ -53,7 +53,7 @@ def test_runs_have_a_directory_a_name_and_a_seed_of_their_own(tmp_path: Path):
     suite = load_suite(suite_file(tmp_path))
     run = suite.runs[1].run
     assert (run.directory, run.name, run.seed) == ("runs/compare/two/theirs/seed-3", "theirs-3", 3)
-    assert suite.runs[1].beside("log") == Path("runs/compare/two/theirs/seed-3.log")
+    assert suite.runs[1].sibling("log") == Path("runs/compare/two/theirs/seed-3.log")
     elsewhere = load_suite(suite_file(tmp_path, output="out/here"))
     assert elsewhere.runs[0].run.directory == "out/here/ours/seed-3"
 

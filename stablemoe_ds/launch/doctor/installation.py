@@ -93,10 +93,10 @@ def mpi() -> Iterator[Finding]:
 def launchers() -> Iterator[Finding]:
     """Which launchers a shell would find, and which are there but not on PATH."""
     on_path = [name for name in LAUNCHERS if shutil.which(name)]
-    beside = [name for name in LAUNCHERS if name not in on_path and find_program(name)]
-    if beside:
+    off_path = [name for name in LAUNCHERS if name not in on_path and find_program(name)]
+    if off_path:
         activate = Path(sys.prefix) / "bin" / "activate"
-        found = f"{', '.join(on_path) or 'none'} on PATH; {', '.join(beside)} in {activate.parent} only"
+        found = f"{', '.join(on_path) or 'none'} on PATH; {', '.join(off_path)} in {activate.parent} only"
         yield Finding("launchers", "warn", found, f"source {activate}")
     else:
         yield Finding("launchers", "ok", ", ".join(on_path) or "none")

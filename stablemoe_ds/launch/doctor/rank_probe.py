@@ -130,8 +130,8 @@ def _unseen(report: Report, others: Iterable[Report], folder: Path) -> list[str]
     if not report.leads:
         return []
     # Not in this folder but next to it: under torchrun each machine's command has one of its own.
-    beside = folder.resolve().parent
-    awaited = [(other.host, beside / other.folder / other.file) for other in others if other.leads]
+    parent = folder.resolve().parent
+    awaited = [(other.host, parent / other.folder / other.file) for other in others if other.leads]
     end = time.monotonic() + SEEING_SECONDS
     while (unseen := [host for host, path in awaited if not path.exists()]) and time.monotonic() < end:
         time.sleep(0.2)

@@ -110,8 +110,8 @@ def meeting(probed: Probed) -> Iterator[Finding]:
     """How far the ranks got with each other, except those that see another number of ranks."""
     counted = [report for report in probed.reports if report.size == probed.cluster.world_size]
     stopped = [report for report in counted if report.stage != "done"]
-    told = _grouped(((report.stage, report.problem), report.host) for report in stopped)
-    for (stage, problem), hosts in told.items():
+    problems = _grouped(((report.stage, report.problem), report.host) for report in stopped)
+    for (stage, problem), hosts in problems.items():
         found = problem or f"ended while {DOING[stage]}"
         yield Finding("meeting", "fail", f"{', '.join(hosts)}: {found}", REMEDIES[stage])
     if counted and not stopped:
@@ -172,9 +172,9 @@ def bandwidth(probed: Probed) -> Iterator[Finding]:
 
 def by_itself(probed: Probed) -> Iterator[Finding]:
     """What ``stablemoe doctor`` says on each node: all that is not well, and one line for what is well everywhere."""
-    told = [(report, Finding(**finding)) for report in probed.first for finding in report.findings]
-    for name in dict.fromkeys(finding.name for _, finding in told):
-        mine = [(report, finding) for report, finding in told if finding.name == name]
+    findings = [(report, Finding(**finding)) for report in probed.first for finding in report.findings]
+    for name in dict.fromkeys(finding.name for _, finding in findings):
+        mine = [(report, finding) for report, finding in findings if finding.name == name]
         bad = [(report, finding) for report, finding in mine if finding.verdict != "ok"]
         for report, finding in bad:
             yield Finding(name, finding.verdict, f"{report.host}: {finding.found}", finding.remedy)
