@@ -34,5 +34,5 @@ def test_runs_become_one_array(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_cluster_with_a_place_of_its_own_for_runs_is_refused(tmp_path: Path):
     suite = load_suite(tiny_suite(DATA, tmp_path).file)
-    with pytest.raises(UserError, match="run_dir: got elsewhere: a suite says itself where its runs go"):
+    with pytest.raises(UserError, match="run_dir: got elsewhere: a suite decides where its runs go"):
         launch_all(suite.runs, cluster_file(tmp_path, run_dir="elsewhere"), dry_run=True)
