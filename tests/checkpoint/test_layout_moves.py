@@ -128,7 +128,8 @@ def test_a_move_changes_neither_weights_nor_moments_nor_the_next_loss(
     saved = tensors_of(source)
     if not computes_alike(LAYOUTS[old][1], layout):
         (loss, *_) = run_distributed(ranks, place_here, run, saved)
-    assert all(value.any() for name, value in saved.items() if "exp_avg" in name and ".experts.0." in name)
+    moments = {name: value.any() for name, value in saved.items() if "exp_avg" in name and ".experts." in name}
+    assert sum(moments.values()) >= len(moments) / 2, "most experts have been trained"
     assert any("bias_N" in name and value.any() for name, value in saved.items()) == (router == BUFFER)
     assert differing(tensors_of(checkpoint_of(run, 2)), saved) == []
     assert losses == [pytest.approx(loss, abs=EQUAL)] * ranks

@@ -19,7 +19,7 @@ def generated(run: RunConfig, *words: str) -> Answer:
 
 
 def test_empty_prompt_starts_a_document(finished: RunConfig) -> None:
-    answer = generated(finished, "--prompt", "", "--prompt", "def a", "--json")
+    answer = generated(finished, "--prompt", "", "--prompt", "def a", "--temperature", "5", "--json")
     assert (answer.code, answer.err) == (0, "")
     empty, other = answer.json
     assert (empty["prompt"], other["prompt"]) == ("", "def a")

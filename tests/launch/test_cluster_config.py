@@ -41,7 +41,7 @@ def complaint(text: str, folder: Path) -> str:
         ("launcher: slurm\nenvironment: {HF_TOKEN: abc}", "looks like a secret, which would end up in files"),
         ("launcher: slurm\nenvironment: {A-B: abc}", "'A-B' is no name of a variable"),
         ("launcher: slurm\nforward: [A]\nenvironment: {A: x}", "A is both in environment and in forward"),
-        ('launcher: slurm\npython: "a\\nb"', "the character U+000A cannot be seen"),
+        ('launcher: slurm\npython: "a\\nb"', "the character U+000A is invisible"),
         ('launcher: slurm\nsetup: ["a\\nb"]', "expected one line of printable text"),
         ("launcher: slurm\nrun_dir: ~nobody-here/runs", "there is no user 'nobody-here'"),
         ("launcher: mpi\nhosts: [-oProxyCommand=x]", "is no name or address of a machine"),

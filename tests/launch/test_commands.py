@@ -79,10 +79,10 @@ def test_a_queue_that_refuses_is_told(
     monkeypatch.setenv("PATH", stubbed(tmp_path / "seen")["PATH"])
     (tmp_path / "seen" / "bin" / "sbatch").write_text("#!/bin/bash\necho 'invalid partition' >&2\nexit 1\n")
     assert launch("one.yaml", "--submit") == 2
-    assert "the queue did not take the job" in capsys.readouterr().err
+    assert "the queue did not accept the job" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["status", "runs/one"])
-    assert "one: refused by the queue (slurm)" in capsys.readouterr().out
+    assert "one  refused by the queue  slurm  " in capsys.readouterr().out
 
 
 def test_runs_follow_each_other_where_there_is_no_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def table_of(model: StableMoEGPT) -> TableRouting:
 def trained(model: StableMoEGPT, stage: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of a batch, auxiliary losses among it, and every gradient by name."""
     batch = some_batch()
-    out = model.train()(batch, table_of(model)(batch.ids) if stage == 2 else None)
+    out = model.train()(batch, table_of(model)(batch.ids) if stage == 2 else {})
     loss = out.loss_sum
     for name in ("balance", "distill"):
         auxiliary = out.auxiliary_sum(name)
