@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stablemoe_ds.commands.named_tables import write_table
+from stablemoe_ds.commands.named_tables import check_load, write_table
 from stablemoe_ds.commands.parsing import Subparsers, add_command, json_argument, settle_libraries, tell
-from stablemoe_ds.errors import UserError
 
 
 def add_to(table: Subparsers) -> None:
@@ -26,8 +25,7 @@ def add_to(table: Subparsers) -> None:
 
 
 def _distil(arguments: argparse.Namespace) -> int:
-    if arguments.max_load is not None and not 1 <= arguments.max_load < float("inf"):
-        raise UserError(f"--max-load: got {arguments.max_load}: expected at least 1, the mean")
+    check_load(arguments.max_load)
     settle_libraries()
     from stablemoe_ds.evaluation.layer_tables import distil_layers, layers_text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stablemoe_ds.commands import table_bounds, table_distil, table_exchange, table_simulate
-from stablemoe_ds.commands.named_tables import open_table, write_table
+from stablemoe_ds.commands.named_tables import check_load, open_table, write_table
 from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, settle_libraries, tell
 from stablemoe_ds.errors import UserError
 
@@ -125,7 +125,7 @@ def _from_corpus(arguments: argparse.Namespace) -> int:
 
 
 def _frozen(arguments: argparse.Namespace) -> int:
-    _check_load(arguments.max_load)
+    check_load(arguments.max_load)
     settle_libraries()
     from stablemoe_ds.evaluation.observed_routes import frozen
 
@@ -133,7 +133,7 @@ def _frozen(arguments: argparse.Namespace) -> int:
 
 
 def _observed(arguments: argparse.Namespace) -> int:
-    _check_load(arguments.max_load)
+    check_load(arguments.max_load)
     settle_libraries()
     from stablemoe_ds.evaluation.observed_routes import observe
 
@@ -145,7 +145,7 @@ def _observed(arguments: argparse.Namespace) -> int:
 def _balanced(arguments: argparse.Namespace) -> int:
     from stablemoe_ds.tables.resize import rebalanced_table
 
-    _check_load(arguments.max_load)
+    check_load(arguments.max_load)
     table, _ = open_table(arguments.table)
     corpus = _corpus(arguments.data, None, table.vocab_size)
     return _finish(rebalanced_table(table, corpus, arguments.max_load), arguments, corpus)
@@ -223,8 +223,3 @@ def _tokenizer(path: str | Path | None) -> Tokenizer | None:
 def _pieces(tokenizer: Tokenizer | None) -> Callable[[int], str]:
     """Ids in readable form; as numbers without a tokenizer, and where a model has more ids than that."""
     return lambda index: tokenizer.piece(index) if tokenizer and index < tokenizer.vocab_size else str(index)
-
-
-def _check_load(max_load: float | None) -> None:
-    if max_load is not None and not 1 <= max_load < float("inf"):
-        raise UserError(f"--max-load: got {max_load}: expected at least 1, the mean")

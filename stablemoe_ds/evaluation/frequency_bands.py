@@ -17,18 +17,17 @@ from torch import Tensor
 
 from stablemoe_ds.checkpoint.attached import check_corpora, find_corpora, token_counts_of
 from stablemoe_ds.checkpoint.reader import Checkpoint
-from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.config.text_table import aligned
 from stablemoe_ds.data.batch import Batch
-from stablemoe_ds.data.run_data import eval_set
 from stablemoe_ds.distributed.figures import Figures
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.inference import inference
-from stablemoe_ds.evaluation.on_checkpoint import loaded
+from stablemoe_ds.evaluation.on_checkpoint import eval_text, loaded
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
+from stablemoe_ds.moe.routing_pass import view_of
 from stablemoe_ds.routing.routes import SumOverRanks
-from stablemoe_ds.routing.source import LEARNED, RouteSource
+from stablemoe_ds.routing.source import RouteSource, routes_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ def measure_bands(
     with inference(model):
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            _add(figures, batch, model(batch, routes(batch.ids)), band_V, bands, model.run_config.moe.experts)
+            output = model(batch, routes_of(view_of(batch), routes))
+            _add(figures, batch, output, band_V, bands, model.run_config.moe.experts)
     totals = figures.totals(sum_over_ranks)
     tokens, loss = (np.array(totals.rows(name)) for name in ("tokens", "loss"))
     served, gate = (np.array(totals.rows(name)) for name in ("served", "gate"))  # [layers, bands, N]
@@ -142,13 +142,12 @@ def bands_of_checkpoints(paths: list[str], corpora: list[str], bands: int) -> tu
             raise UserError("the run names no validation text: name a prepared corpus with --data")
         check_corpora(checkpoint, sources)
         with loaded(checkpoint) as trained:
-            groups, run = trained.groups, trained.run
-            data = eval_set(sources, run.data.sequence_length, batch_plan(run, groups.world.size).micro_batch, groups)
-            routes = trained.routes if checkpoint.progress.stage == 2 else LEARNED
-            found = measure_bands(
-                trained.model, data.loader, routes, groups.sum_over_data_ranks, groups.world.device, counts, bands
-            )
-        facts.append({"checkpoint": str(checkpoint.path), "run": run.name, "bands": [asdict(band) for band in found]})
+            groups, batches = trained.groups, eval_text(trained, sources).loader
+            sums, device = groups.sum_over_data_ranks, groups.world.device
+            found = measure_bands(trained.model, batches, trained.trained_with, sums, device, counts, bands)
+        facts.append(
+            {"checkpoint": str(checkpoint.path), "run": checkpoint.run.name, "bands": [asdict(band) for band in found]}
+        )
     return facts, render_bands(facts)
 
 

@@ -11,8 +11,8 @@ from stablemoe_ds.config.schema import Source
 from stablemoe_ds.config.text_table import aligned
 from stablemoe_ds.data.run_data import EvalSet
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.evaluation.observed_routes import served_by_id, text_of
-from stablemoe_ds.evaluation.on_checkpoint import loaded
+from stablemoe_ds.evaluation.observed_routes import served_by_id
+from stablemoe_ds.evaluation.on_checkpoint import eval_text, loaded
 from stablemoe_ds.evaluation.perplexity import Evaluation, evaluate
 from stablemoe_ds.evaluation.trained_model import TrainedModel
 from stablemoe_ds.progress_bar import progress_bar
@@ -42,8 +42,8 @@ def distil_layers(
         )
     watched, measured = _corpora(checkpoint, text, held_out)
     with loaded(checkpoint) as trained:
-        validation = text_of(trained, measured)
-        served_LVN, held_out_LVN = (served_by_id(trained, text) for text in (text_of(trained, watched), validation))
+        validation = eval_text(trained, measured)
+        served_LVN, held_out_LVN = (served_by_id(trained, text) for text in (eval_text(trained, watched), validation))
         made = how_made("observed", options={"max_load": max_load}, router=moe.router, step=step)
         expert_LVK = observed_table(served_LVN, moe.top_k, max_load)
         table = RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), checkpoint.tokenizer, made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from stablemoe_ds.checkpoint.attached import check_corpora, find_corpora, token_counts_of
 from stablemoe_ds.checkpoint.reader import Checkpoint
-from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.loader import EvalLoader
-from stablemoe_ds.data.run_data import EvalSet, eval_set
+from stablemoe_ds.data.run_data import EvalSet
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.inference import inference
-from stablemoe_ds.evaluation.on_checkpoint import loaded
+from stablemoe_ds.evaluation.on_checkpoint import eval_text, loaded
 from stablemoe_ds.evaluation.trained_model import TrainedModel
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.moe.routing_pass import view_of
@@ -71,17 +70,11 @@ def observe(path: str, corpora: list[str], max_load: float | None) -> tuple[Rout
     sources = named or find_corpora(checkpoint, checkpoint.run.data.train)
     check_corpora(checkpoint, sources)
     with loaded(checkpoint) as trained:
-        served_LVN = served_by_id(trained, text_of(trained, sources))
+        served_LVN = served_by_id(trained, eval_text(trained, sources))
     expert_LVK = observed_table(served_LVN, moe.top_k, max_load)
     shares = explained(served_LVN, expert_LVK)
     made = how_made("observed", options={"max_load": max_load}, router=moe.router, step=progress.step, explained=shares)
     return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), checkpoint.tokenizer, made), shares
-
-
-def text_of(trained: TrainedModel, sources: Sequence[Source]) -> EvalSet:
-    """Prepared corpora in batches of this model."""
-    groups, length = trained.groups, trained.run.data.sequence_length
-    return eval_set(sources, length, batch_plan(trained.run, groups.world.size).micro_batch, groups)
 
 
 def served_by_id(trained: TrainedModel, text: EvalSet) -> NDArray[np.int64]:

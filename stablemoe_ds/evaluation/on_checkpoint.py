@@ -11,7 +11,7 @@ from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import Source
-from stablemoe_ds.data.run_data import eval_set
+from stablemoe_ds.data.run_data import EvalSet, eval_set
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.groups import start_world, stop_world
 from stablemoe_ds.errors import UserError
@@ -31,6 +31,12 @@ def loaded(checkpoint: Checkpoint) -> Iterator[TrainedModel]:
         stop_world()
 
 
+def eval_text(trained: TrainedModel, sources: Sequence[Source]) -> EvalSet:
+    """Prepared corpora in batches of this model."""
+    groups, length = trained.groups, trained.run.data.sequence_length
+    return eval_set(sources, length, batch_plan(trained.run, groups.world.size).micro_batch, groups)
+
+
 def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], str]:
     """Perplexity of a checkpoint on a prepared corpus, or on its run's validation text: (facts, text).
 
@@ -43,8 +49,7 @@ def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], 
         raise UserError("the run names no validation text: name a prepared corpus with --data")
     check_corpora(checkpoint, sources)  # before anything slow begins
     with loaded(checkpoint) as trained:
-        micro_batch = batch_plan(trained.run, trained.groups.world.size).micro_batch
-        data = eval_set(sources, trained.run.data.sequence_length, micro_batch, trained.groups)
+        data = eval_text(trained, sources)
 
         def measure(routes: RouteSource) -> Evaluation:
             device = trained.groups.world.device

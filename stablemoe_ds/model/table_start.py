@@ -41,9 +41,8 @@ def start_from_table(model: StableMoEGPT, table: RoutingTable, token_counts: NDA
         router.centroids.copy_(centroids_of_table(expert_VK, count_V, word_VD, router.centroids.double()))
         if router.distilled is not None:
             features, centroids = router.distilled.features, router.distilled.centroids
-            centroids.copy_(
-                F.normalize(centroids) * run.moe.centroid_gain
-            )  # with more experts than dimensions they differ
+            # With more experts than dimensions their lengths differ.
+            centroids.copy_(F.normalize(centroids) * run.moe.centroid_gain)
             vector_VI = vectors_of_table(expert_VK, features.embedding.weight.double(), centroids.double())
             features.embedding.weight.copy_(vector_VI)
 

@@ -19,8 +19,7 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.groups import DeepSpeedMpu, Groups, limit_waiting
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.gpt import ForwardOutput, StableMoEGPT
-from stablemoe_ds.moe.routing_pass import view_of
-from stablemoe_ds.routing.source import RouteSource, routes_of
+from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.training.gradients import Zero3Optimizer, adopt
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
 from stablemoe_ds.training.routed_batch import RoutedBatch
@@ -122,8 +121,7 @@ class Engine:
         shares = groups.data_size * len(routed)
         for number, micro in enumerate(routed):
             self._seed_dropout(seed, number)
-            known = micro.known or routes_of(view_of(micro.batch), routes)
-            output = model(micro.batch, known, seed * len(routed) + number, micro.plans, counts_LN)
+            output = model(micro.batch, micro.follow(routes), seed * len(routed) + number, micro.plans, counts_LN)
             loss = output.loss_sum * (shares / scored)
             for name, weight in (("balance", moe.balance_weight), ("distill", moe.distill_weight)):
                 auxiliary = output.auxiliary_sum(name)
@@ -145,8 +143,7 @@ class Engine:
         counts = []
         for number, micro in enumerate(routed):
             self._seed_dropout(seed, number)
-            known = micro.known or routes_of(view_of(micro.batch), routes)
-            counts.append(self.model.choices(micro.batch, known, seed * len(routed) + number))
+            counts.append(self.model.choices(micro.batch, micro.follow(routes), seed * len(routed) + number))
         return self.groups.sum_over_data_ranks(torch.stack(counts).sum(0).float())
 
     def _seed_dropout(self, seed: int, number: int) -> None:

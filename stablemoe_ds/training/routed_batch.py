@@ -10,7 +10,9 @@ from torch import Tensor
 
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.moe.plan import LayerPlan
+from stablemoe_ds.moe.routing_pass import view_of
 from stablemoe_ds.routing.routes import KnownRoutes
+from stablemoe_ds.routing.source import RouteSource, routes_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class RoutedBatch:
     batch: Batch
     known: KnownRoutes = field(default_factory=dict)
     plans: Mapping[int, LayerPlan] = field(default_factory=dict)
+
+    def follow(self, routes: RouteSource) -> KnownRoutes:
+        """Its routes: those that were looked up, or else what ``routes`` says."""
+        return self.known or routes_of(view_of(self.batch), routes)
 
     def to(self, device: torch.device | str) -> RoutedBatch:
         """The same on another device, copied without waiting where memory is pinned."""

@@ -113,6 +113,10 @@ def test_two_processes_train_what_one_does_and_what_was_simulated(
 def test_evaluation_generation_and_the_exported_table(trained: RunConfig, tmp_path: Path) -> None:
     (final,) = (line for line in history(trained, "valid") if line["step"] == STEPS)
     assert command("eval", trained.directory, "--json").json["perplexity"] == pytest.approx(final["perplexity"])
+    (measured,) = command("routing", "bands", trained.directory, "--json").json["checkpoints"]
+    bands = measured["bands"]
+    total = sum(band["loss"] * band["tokens"] for band in bands if band["tokens"])
+    assert total / final["tokens"] == pytest.approx(final["loss"])
     asked = ("generate", trained.directory, "--prompt", "def wrap(self", "--tokens", "6", "--json")
     assert command(*asked).json == command(*asked, "--no-cache").json
     output = tmp_path / "tid2eid.safetensors"
