@@ -1,7 +1,7 @@
 """Standard output belongs to what a command answers; whatever libraries print goes to standard error.
 
-DeepSpeed, megatron-core and the compilers they start print to standard output as they please, from Python and from
-elsewhere, which a script that reads ``--json`` cannot bear.
+DeepSpeed, megatron-core and the compilers that they start all print to standard output. A script that reads ``--json``
+needs it to hold nothing but the answer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _reserved: list[tuple[TextIO, int]] = []
 
 @contextmanager
 def reserve_stdout() -> Iterator[None]:
-    """Inside, only :func:`stream` writes to standard output.
+    """Within this context, only :func:`stream` writes to standard output.
 
-    ``sys.stdout`` and file descriptor 1, which compiled code and started processes write to, are standard error.
+    ``sys.stdout`` and file descriptor 1, to which compiled code and child processes write, lead to standard error.
     """
     before = sys.stdout
     before.flush()
@@ -52,22 +52,22 @@ def _writes_to(file: TextIO, number: int) -> bool:
 
 
 def stream() -> TextIO:
-    """Where answers go."""
+    """The stream that answers are written to."""
     return _reserved[-1][0] if _reserved else sys.stdout
 
 
 def descriptor() -> int | None:
-    """The ``stdout`` of a process that is started because its output is the answer; None: what this process has."""
+    """``stdout`` for a child process whose output is the answer; None: that of this process."""
     return _reserved[-1][1] if _reserved else None
 
 
 def answer(text: str, end: str = "\n") -> None:
-    """Say this on standard output, at once."""
+    """Write a text to standard output and flush it."""
     print(text, end=end, file=stream(), flush=True)
 
 
 def nobody_listens() -> None:
-    """The reader of standard output has seen enough and closed it, as ``head`` does: let the rest go nowhere."""
+    """Discard further output, because the reader of standard output has closed it, as ``head`` does."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream().fileno())
     os.close(nowhere)

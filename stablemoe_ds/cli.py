@@ -1,4 +1,4 @@
-"""The ``stablemoe`` command: collects the files in ``commands/``, calls one, turns errors into lines."""
+"""The ``stablemoe`` command: collects the files in ``commands/``, calls one, turns errors into one-line messages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _error_text(error: UserError) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands, in the order in which one meets them."""
+    """The parser of all commands, in the order in which a user needs them."""
     from stablemoe_ds.commands import (
         checkpoint,
         compare,

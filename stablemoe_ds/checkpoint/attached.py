@@ -1,7 +1,7 @@
-"""What a checkpoint needs besides its model: the tokenizer and the counts of the training text, which it carries, and
-the corpora that its run names, which are looked for.
+"""What a checkpoint needs besides its model: the tokenizer and the token counts of the training text, which are stored
+in it, and the corpora that its run names, which are searched for.
 
-A checkpoint of an earlier version carries neither; then both are taken from where its run had them, if they are there.
+Checkpoints of earlier versions store neither. Then both are read from the paths that the run names, if they exist.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKENIZER, TOKEN_COUNTS = "tokenizer", "token_counts.npy"
 
 
 def to_attach(tokenizer: Tokenizer | None, counts: NDArray[np.int64] | None) -> dict[str, bytes]:
-    """The files that a checkpoint is to carry, content by name. counts: int64 [V], of the training text."""
+    """Files to store in a checkpoint: content by name. counts: int64 [V], of the training text."""
     files: dict[str, bytes] = {}
     if tokenizer is not None:
         files |= {path.name: path.read_bytes() for path in tokenizer.files}
@@ -40,9 +40,9 @@ def to_attach(tokenizer: Tokenizer | None, counts: NDArray[np.int64] | None) -> 
 
 
 def carried(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Content by name of the files that another checkpoint takes over from this one, as :func:`to_attach` gives them.
+    """The files that a checkpoint made from this one takes over: content by name, as :func:`to_attach` returns it.
 
-    A tokenizer that it does not carry is taken from where its run had it; if that is gone, it is left out.
+    A tokenizer that is not stored in it is read from the path that its run names; if that is gone, it is left out.
     """
     names = [name for name in checkpoint.files if name.startswith(TOKENIZER) or name == TOKEN_COUNTS]
     files = {name: (checkpoint.path / name).read_bytes() for name in names}
@@ -53,10 +53,10 @@ def carried(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def open_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with: ``given``, else the one it carries, else the one its run names.
+    """The tokenizer that a checkpoint was trained with: ``given``, else the stored one, else the one its run names.
 
-    Raises UserError if it is not found, or if it is another one. Which one it was is unknown if the run named none;
-    then ``given`` only has to have no more ids than the model.
+    Raises UserError if it is not found, or if it is not the one of the training run. If the run named none, it is not
+    known which one that was; then ``given`` only has to have no more ids than the model.
     """
     if given is not None:
         tokenizer = Tokenizer(given)
@@ -101,7 +101,7 @@ def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> None
 def token_counts_of(checkpoint: Checkpoint) -> NDArray[np.int64]:
     """int64 [V]: how often each id occurs in the text that a checkpoint was trained on.
 
-    Raises UserError if they are damaged, or if it carries none and the training text is gone.
+    Raises UserError if they are damaged, or if none are stored and the training text is gone.
     """
     if TOKEN_COUNTS in checkpoint.files:
         _check_unchanged(checkpoint, [TOKEN_COUNTS])
@@ -118,9 +118,9 @@ def token_counts_of(checkpoint: Checkpoint) -> NDArray[np.int64]:
 
 
 def find_corpora(checkpoint: Checkpoint, sources: Sequence[Source]) -> list[Source]:
-    """The corpora that a checkpoint's run names, by paths at which they are found from here.
+    """The corpora that a checkpoint's run names, with paths that lead to them from the working directory.
 
-    Raises UserError if one is nowhere.
+    Raises UserError if one is not found.
     """
     found = []
     for source in sources:
@@ -136,7 +136,7 @@ def find_corpora(checkpoint: Checkpoint, sources: Sequence[Source]) -> list[Sour
 
 
 def check_corpora(checkpoint: Checkpoint, sources: Sequence[Source]) -> None:
-    """Raise UserError unless a checkpoint's model can read these corpora: they have to be of its tokenizer."""
+    """Raise UserError unless these corpora were made with the checkpoint's tokenizer."""
     for info in read_sources(sources):
         if checkpoint.tokenizer and info.tokenizer != checkpoint.tokenizer:
             raise UserError(
@@ -151,7 +151,7 @@ def check_corpora(checkpoint: Checkpoint, sources: Sequence[Source]) -> None:
 
 
 def _own_tokenizer(checkpoint: Checkpoint) -> str | None:
-    """Name of the tokenizer's file in a checkpoint; others may belong to it. None if it carries none."""
+    """Name of the tokenizer's main file in a checkpoint; None if no tokenizer is stored in it."""
     return next((name for name in checkpoint.files if Path(name).stem == TOKENIZER), None)
 
 
@@ -163,10 +163,10 @@ def _check_unchanged(checkpoint: Checkpoint, names: list[str]) -> None:
 
 
 def _places(checkpoint: Checkpoint, path: str) -> list[Path]:
-    """Where a path that a run names may be, the likeliest first.
+    """Candidates for a path that a run names, the likeliest first.
 
-    A relative one begins where training was started; if the run directory has moved since, perhaps what it names has
-    moved with it. The directory this command was started in comes last.
+    A relative path starts in the directory where training was started. If the run directory was moved since, the file
+    may have been moved with it. The working directory comes last.
     """
     roots, run_dir, named = [], checkpoint.run_directory, Path(checkpoint.run.directory)
     if run_dir is not None and not named.is_absolute() and run_dir.parts[-len(named.parts) :] == named.parts:

@@ -134,7 +134,7 @@ class Checkpoint:
 
     @property
     def files(self) -> list[str]:
-        """Names of its files, the manifest not among them."""
+        """Names of its files, without the manifest."""
         return list(self.manifest["files"])
 
     @property

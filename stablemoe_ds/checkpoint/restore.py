@@ -1,4 +1,4 @@
-"""From a checkpoint into a model, under whatever layout it has; and which checkpoint to take."""
+"""Choosing a checkpoint to continue from, and loading it into a model under any layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stablemoe_ds.run_directory.checkpoint_files import DamagedError, check_hash
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to go on from. warning: why it is not the newest."""
+    """A checkpoint to continue from. warning: why it is not the newest."""
 
     checkpoint: Checkpoint
     warning: str | None = None
@@ -89,10 +89,10 @@ def _from_main(value: list[Path], groups: Groups) -> list[Path]:
 
 
 def restore(state: TrainingState, checkpoint: Checkpoint) -> None:
-    """Bring weights, master weights and moments to the checkpoint's, under whatever layout that is in training."""
+    """Load weights, master weights and moments into a model in training, under any layout."""
     fp32, groups = Fp32State(state.deepspeed), state.groups
     fp32.prepare(state.model.parameters(), checkpoint.optimizer_steps)
-    # What was converted has made no update: its moments are zero, and in no file.
+    # A converted checkpoint has made no update: its moments are zero and are not stored.
     for key in (WEIGHT, *MOMENTS) if checkpoint.optimizer_steps else (WEIGHT,):
         for parameter, value in _local_tensors(state.model, groups, checkpoint, key):
             fp32.write(parameter, key, value.to(parameter.device))

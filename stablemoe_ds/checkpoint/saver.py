@@ -1,9 +1,9 @@
 """Writing checkpoints while training goes on.
 
 An update waits only until what this rank writes has been copied to host memory. A thread writes it, flushes it to the
-disk, reads it back and compares. Ranks tell each other by files, not by collectives: each leaves a receipt next to
-what it wrote; rank 0 waits for all of them, writes the manifest and publishes the folder. A checkpoint that was
-copied is therefore finished even if the run breaks in the meantime.
+disk, reads it back and compares. Ranks communicate through files, not collectives: each writes a receipt next to
+its data; rank 0 waits for all receipts, writes the manifest and publishes the folder. A checkpoint that was copied is
+therefore completed even if the run fails in the meantime.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from stablemoe_ds.run_directory.checkpoint_files import (
 from stablemoe_ds.tables.table import RoutingTable
 
 GRACE_SECONDS = 10.0
-"""How long rank 0 waits for the others' receipts once the run is breaking: they began to write when it did."""
+"""How long rank 0 waits for the others' receipts once the run is failing: they began to write when it did."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save went. path: the checkpoint. error: what kept it from being made; the run can go on."""
+    """The outcome of a save. path: of the checkpoint. error: why it failed; the run can continue."""
 
     step: int
     path: Path
@@ -58,7 +58,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the thread of one rank has to write. manifest: of rank 0, without what only the receipts tell."""
+    """What one rank's thread has to write. manifest: on rank 0, without the entries that come from receipts."""
 
     step: int
     final: Path
@@ -124,17 +124,17 @@ class Saver:
         self._pending = self._writer.submit(self._work, job)
 
     def poll(self) -> None:
-        """Tell the outcome if a save has ended. Does not wait."""
+        """Report the outcome if a save has ended. Does not wait."""
         if self._pending is not None and self._pending.done():
             self._collect()
 
     def finish(self) -> Saved | None:
-        """Wait for the save that is under way; the outcome of the last one, the same on all ranks. Collective."""
+        """Wait for a save in progress; returns the outcome of the last one, the same on all ranks. Collective."""
         self._collect()
         return self._from_main(self._last)
 
     def close(self) -> None:
-        """Let the save that is under way come to its end, as far as it can in a run that may be breaking."""
+        """Wait for a save in progress to finish, as far as it can in a run that may be failing."""
         self._breaking.set()
         self._collect()
         self._writer.shutdown()
@@ -145,13 +145,13 @@ class Saver:
             self._tell(self._last)
 
     def _prepare(self, part: Path) -> OSError | None:
-        """Make the folder to write into, on rank 0; what keeps it from being made is known to all ranks."""
+        """Create the folder to write into, on rank 0; if that fails, all ranks learn why."""
         if self._world.size > 1:
             dist.barrier()  # no rank may still be writing into what is removed here
         obstacle = None
         if self._world.is_main:
             try:
-                _make_anew(part)
+                _make_empty(part)
             except OSError as error:
                 obstacle = error
         return self._from_main(obstacle)
@@ -223,7 +223,7 @@ def write_share(
     table: RoutingTable | None,
     attached: Mapping[str, bytes],
 ) -> dict[str, Any]:
-    """Write what one rank has, and see that the disk holds it; its receipt: sizes, hashes, names of tensors.
+    """Write one rank's share and verify it on disk; returns its receipt: sizes, hashes, names of tensors.
 
     part: the rank's number, in the names of its files. attached: content of other files by name. Raises OSError.
     """
@@ -263,8 +263,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(int(number[1]) if number else 0, reason, str(path)) from error
 
 
-def _make_anew(folder: Path) -> None:
-    """An empty folder, whatever an earlier attempt has left there."""
+def _make_empty(folder: Path) -> None:
+    """Create an empty folder in place of what an earlier attempt left."""
     try:
         folder.mkdir()
     except FileNotFoundError:
@@ -283,7 +283,7 @@ def _leave(part: Path, rank: int, receipt: dict[str, Any]) -> None:
 
 
 def _give_up(part: Path, rank: int, error: OSError) -> None:
-    """Make room, then tell rank 0; it may have gone by itself already."""
+    """Free the disk space, then inform rank 0, which may have given up already."""
     with suppress(OSError):
         for name in (weights_file(f"{rank:04d}"), moments_file(f"{rank:04d}")):
             (part / name).unlink(missing_ok=True)

@@ -27,7 +27,7 @@ PROMPT = "class Node:\n    def __init__(self, name, parent=None):\n"
 
 
 def demo(overrides: list[str]) -> int:
-    """Make data, train two stages under the deepspeed launcher, and tell what came out. Returns an exit status."""
+    """Make data, train two stages under the deepspeed launcher, and print the results. Returns an exit status."""
     began = time.perf_counter()
     processes = _processes()
     settings = [*overrides, f"parallel.expert={processes}"]

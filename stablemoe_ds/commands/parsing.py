@@ -10,7 +10,7 @@ from typing import Any
 from stablemoe_ds.answers import answer
 
 Subparsers = Any
-"""What ``add_subparsers`` returns; argparse keeps its type to itself."""
+"""What ``add_subparsers`` returns, whose type is private to argparse."""
 Command = Callable[[argparse.Namespace], int]
 """Does what was asked; returns the exit status."""
 

@@ -63,7 +63,7 @@ def _bounds(arguments: argparse.Namespace) -> int:
 
 
 def _question(arguments: argparse.Namespace) -> Question:
-    """What was asked for. Raises UserError, a line for each number that is out of range."""
+    """The question that the arguments ask. Raises UserError, a line for each number that is out of range."""
     from stablemoe_ds.evaluation.bounds_report import Question
 
     numbers = {"--experts": arguments.experts, "--top-k": arguments.top_k, "--batch-tokens": [arguments.batch_tokens]}
@@ -88,7 +88,7 @@ def _question(arguments: argparse.Namespace) -> Question:
 
 
 def _texts(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[Corpus, Corpus]:
-    """What tables are made from and what they are judged by, both of the same ids."""
+    """The text to build tables from and the text to judge them by, with the same ids."""
     from stablemoe_ds.config.schema import Source
     from stablemoe_ds.data.table_corpus import table_corpus
     from stablemoe_ds.tables.held_out import split_documents

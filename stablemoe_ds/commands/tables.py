@@ -159,7 +159,7 @@ def _resized(arguments: argparse.Namespace) -> int:
 
 
 def _finish(table: RoutingTable, arguments: argparse.Namespace, corpus: Corpus | None = None, text: str = "") -> int:
-    """Write the table and say what it is: load and cohesion, too, if there is a corpus."""
+    """Write the table and describe it, with load and cohesion if there is a corpus."""
     from stablemoe_ds.evaluation.table_report import facts_text, measured_facts, measured_text, table_facts
 
     write_table(table, arguments.output)

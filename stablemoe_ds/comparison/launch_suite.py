@@ -1,4 +1,4 @@
-"""A suite on a cluster: its runs go the way of ``stablemoe launch``, under SLURM as one array job."""
+"""A suite on a cluster: its runs are launched as by ``stablemoe launch``, under SLURM as one array job."""
 
 from __future__ import annotations
 

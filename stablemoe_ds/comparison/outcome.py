@@ -1,4 +1,4 @@
-"""What a finished run of a suite has come to: its figures, and the curves of its diagnostics."""
+"""The results of a finished run of a suite: its figures, and the curves of its diagnostics."""
 
 from __future__ import annotations
 

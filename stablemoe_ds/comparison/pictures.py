@@ -1,4 +1,4 @@
-"""One picture a diagnostic, all variants on it: thick the mean over seeds, thin each seed."""
+"""One picture per diagnostic with all variants: the mean over seeds as a thick line, each seed as a thin one."""
 
 from __future__ import annotations
 

@@ -7,12 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-STUDENT_975 = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
-)
-"""97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; a library for thirty numbers would be a heavy one."""
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,5 @@ def paired_difference(ours: Mapping[int, float], reference: Mapping[int, float])
         return None
     if found.deviation is None:
         return Difference(found.mean, None)
-    # More than 31 pairs get the interval of 31, which is a little too wide.
-    quantile = STUDENT_975[min(found.count - 1, len(STUDENT_975)) - 1]
+    quantile = float(stdtrit(found.count - 1, 0.975))  # of Student's t
     return Difference(found.mean, quantile * found.deviation / math.sqrt(found.count))

@@ -1,4 +1,4 @@
-"""What a run of a suite has come to so far, read from its directory."""
+"""Whether a run of a suite is finished, read from its directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batch sum: tokens of an update = sequence length x data-parallel ranks x micro-batch x accumulation."""
+"""Sizes of a batch: tokens of an update = sequence length x data-parallel ranks x micro-batch x accumulation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stablemoe_ds.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one update's tokens are cut.
+    """How the tokens of one update are divided.
 
     data_parallel: ranks that see different sequences; sequence: how many ranks share each of these.
     micro_batch: sequences a rank handles at once, whole or its part of them.

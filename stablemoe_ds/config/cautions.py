@@ -1,4 +1,4 @@
-"""Settings that are allowed and probably not what was meant: each is said before a run begins, none is refused.
+"""Settings that are allowed but probably not intended: each gives a warning before a run begins, none is refused.
 
 What cannot work is refused by ``rules.check``; here is what works and quietly trains something else.
 """

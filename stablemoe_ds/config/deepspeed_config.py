@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, derived from the run; and what may not be laid over it."""
+"""DeepSpeed's configuration, derived from the run, and the keys that a run may not override."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In what two runs differ, as far as it changes what is learned."""
+"""The settings in which two runs differ, as far as they affect what is learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run with what only its tokenizer, its processes and the checkpoint it goes on from decide, worked out once."""
+"""A run with everything that depends on its tokenizer, its processes and the checkpoint it continues from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stablemoe_ds.config.rules import check, with_document_end, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 
 FORMER: dict[str, dict[str, Any]] = {"model": {"embedding": "scaled"}, "moe": {"router_input": "raw"}}
-"""Defaults that were others when the first checkpoints were written."""
+"""Defaults as they were when the first checkpoints were written, where they have changed since."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rules that join sections of a run, each with its reason and the nearest setting that keeps it."""
+"""Rules across sections of a run, each with its reason and the nearest setting that satisfies it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
 
 
 def two_stages(run: RunConfig) -> bool:
-    """True if a router is learned first and frozen on the way."""
+    """True if a router learns first and is frozen during the run."""
     return run.moe.facts.distilled and not run.stages.never
 
 

@@ -19,7 +19,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
         table.add_column(justify="right" if number in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    # Of a width that nothing reaches, as a table shrinks to a narrow terminal; no terminal, so no colours.
+    # Wider than any row, because rich shrinks tables to the terminal; not a terminal, so no colours.
     console = Console(
         width=1 << 20, color_system=None, force_terminal=False, markup=False, emoji=False, highlight=False
     )

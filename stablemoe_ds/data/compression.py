@@ -57,8 +57,8 @@ def decompressed(file: BinaryIO, compression: Compression) -> BinaryIO:
 class _Members(io.RawIOBase):
     """The members of a bzip2, xz or zstd file, one after the other.
 
-    ``bz2.open`` and ``lzma.open`` drop without a word whatever follows the last member they understand, and with it
-    all text after a damaged one; here it raises.
+    ``bz2.open`` and ``lzma.open`` silently drop whatever follows the last member that they understand, and so all text
+    after a damaged one. This class raises instead.
     """
 
     def __init__(self, file: BinaryIO, make: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""What in a file could not be read as text: counted where it is read, judged once the whole file has been."""
+"""What could not be read as text in a file: counted while reading, judged once the whole file was read."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Judge:
         self.worst = max(self.worst, (flaws.share, file.path), key=lambda pair: pair[0])
 
     def warn(self) -> None:
-        """Tell what was read all the same. Silent if there was nothing."""
+        """Warn about flaws that were accepted. Silent if there were none."""
         if self.total.broken:
             logger.warning("%d of %d records have no text: left out", self.total.broken, self.total.records)
         if self.total.share:

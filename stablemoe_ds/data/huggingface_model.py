@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# A text at a time, by as many processes as were asked for: threads would only get into their way, and after a fork the
-# library complains of them. It reads this when it encodes.
+# Texts are encoded one at a time, by as many processes as were asked for. The library's own threads would compete with
+# them, and it warns about threads after a fork. It reads this variable when it encodes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
@@ -97,7 +97,7 @@ class HuggingFaceModel:
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
-        """Make whatever the library raises a UserError; a panic of its Rust code is no Exception."""
+        """Turn whatever the library raises into a UserError; a panic of its Rust code is not an Exception."""
         try:
             yield
         except BaseException as error:

@@ -1,8 +1,8 @@
 """Megatron's ``.idx``: where the documents of a corpus begin. What it must hold, to the last byte.
 
 A head, then int32 lengths and int64 places in bytes of all sequences, then the int64 numbers of the sequences at
-which documents begin (megatron-core, ``datasets/indexed_dataset.py``). Nobody but megatron-core reads it for its
-content, and it believes all it finds there.
+which documents begin (megatron-core, ``datasets/indexed_dataset.py``). Only megatron-core reads its
+content, and it does not check what it reads.
 """
 
 from __future__ import annotations

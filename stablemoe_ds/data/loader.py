@@ -77,7 +77,7 @@ class TrainLoader(Generic[Index]):
             generator=torch.Generator(),
         )
         steps = iter(loader)
-        # Python ends what processes are left by SIGTERM, to which these are deaf, and then waits for them without end.
+        # Python ends remaining processes with SIGTERM, which these ignore, and then waits for them forever.
         ending = Finalize(None, _end_workers, args=(steps,), exitpriority=BEFORE_QUEUES)
         try:
             for step in steps:
@@ -101,12 +101,12 @@ def _end_workers(steps: Any) -> None:
     if hasattr(steps, "_shutdown_workers"):
         steps._shutdown_workers()
         for worker in steps._workers:
-            if worker.is_alive():  # stuck, and deaf to SIGTERM
+            if worker.is_alive():  # stuck, and it ignores SIGTERM
                 worker.kill()
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave requests to stop, which launchers send to all processes, to the trainer, which saves and then ends us."""
+    """Ignore requests to stop, which launchers send to all processes: the trainer saves, then ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

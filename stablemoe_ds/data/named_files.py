@@ -1,4 +1,4 @@
-"""The files a run names, looked at without training: are they here, and are they what ``train`` can read?"""
+"""The files that a run names, checked without training: do they exist, and can ``train`` read them?"""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ State = Literal["sound", "missing", "unusable"]
 class NamedFile:
     """One of them. key: the setting that names it. found: as text, and for an unusable one what to do about it.
 
-    A missing file is no error of the configuration, which may be meant for another machine, or come before its data.
-    One that is there and that ``train`` would refuse is one.
+    A missing file is not an error: the configuration may be for another machine, or may be written before its data. A
+    file that exists but that ``train`` would refuse is an error.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""What a run that goes on finds of the data it has read: said in tokens and epochs, before training goes on."""
+"""What a continued run reports about the data that it has read, in tokens and epochs, before training continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What launchers tell the processes they start, through the environment."""
+"""What launchers pass to the processes they start, through the environment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_launcher_environment() -> tuple[int, int, int]:
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What a launcher has to tell process ``rank`` of ``ranks`` that all run on this machine and meet at ``port``."""
+    """Variables that a launcher sets for process ``rank`` of ``ranks`` on this machine, which connect at ``port``."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

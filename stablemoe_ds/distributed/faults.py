@@ -1,7 +1,7 @@
 """What ends a run from outside or inside. Every rank reports it in one line: who noticed, where, why, what to do.
 
-Each rank that fails leaves ``<run_dir>/launch/fault-<rank>.txt``: the line, and the traceback under it. The others
-read there what it was that took a peer from them.
+Each rank that fails leaves ``<run_dir>/launch/fault-<rank>.txt``: the line, and the traceback under it. The other
+ranks read there why they have lost it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def naming_faults(world: World, run_dir: str, place: Place) -> Iterator[None]:
     try:
         yield
     except InUseError:
-        raise  # nothing is written into the directory of another process, not even word of that
+        raise  # another process owns the directory, so nothing is written into it
     except UserError as error:
         line = _last_line(error) if _WORKER in str(error) else str(error)  # a reader's comes wrapped in a traceback
         if world.size > 1:  # alone there is nobody to read it, and bad input is refused before anything is written
@@ -145,7 +145,7 @@ def _function(error: Exception) -> str:
 
 
 def _others(folder: Path, world: World) -> str:
-    """What the other ranks left word of: a fault of their own before all, else who is silent."""
+    """What the other ranks have reported: a fault of their own if there is one, otherwise who is silent."""
     ranks = [rank for rank in range(world.size) if rank != world.rank]
     end = time.monotonic() + REPORT_SECONDS
     while True:

@@ -32,7 +32,7 @@ def keep_freed_memory() -> None:
 
 
 def settle_libraries() -> None:
-    """Choose DeepSpeed's accelerator and keep the libraries from talking about what does not concern a user.
+    """Choose DeepSpeed's accelerator, and silence messages of the libraries that do not concern a user.
 
     Both say at import that TransformerEngine, apex or a GPU are missing, which this project does not need.
     """

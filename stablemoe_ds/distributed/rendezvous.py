@@ -49,7 +49,7 @@ def _rendezvous(rank: int, size: int) -> tuple[str, int]:
 
 
 def agree_on_size(rank: int, size: int, patience: timedelta) -> dist.Store | None:
-    """Make sure that all ranks count as many of them; otherwise some would wait for others who do not exist.
+    """Make sure that all ranks see the same number of ranks; otherwise some would wait for others that do not exist.
 
     Returns the store they met at, to be kept until the process group is there. Raises UserError on all ranks that
     rank 0 knows of. torchrun hands out the numbers itself and keeps a store over restarts: nothing to do there.
@@ -70,7 +70,7 @@ def agree_on_size(rank: int, size: int, patience: timedelta) -> dist.Store | Non
         verdict = f"rank {differs[0]} sees {differs[1]} processes, rank 0 sees {size}" if differs else "agreed"
         store.set(VERDICT, verdict)
         for other in range(1, size if not differs else differs[0] + 1):
-            store.get(f"stablemoe/read/{other}")  # nobody may miss it because rank 0 has gone
+            store.get(f"stablemoe/read/{other}")  # rank 0 must not leave before all have read it
     else:
         store.set(f"stablemoe/size/{rank}", str(size))
         verdict = store.get(VERDICT).decode()

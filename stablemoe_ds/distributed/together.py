@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def of_first_rank(make: Callable[[], T]) -> T:
-    """What one rank makes or does, on all, who wait meanwhile. Its UserError is raised on all of them. Collective."""
+    """Call a function on one rank; returns its result, or raises its UserError, on all ranks. Collective."""
     if not distributed.is_initialized():
         return make()
     made: list[Any] = [None, UserError("the first rank failed")]

@@ -1,4 +1,4 @@
-"""How restless routing is: churn between records, and when each token last changed its expert.
+"""How much routing fluctuates: churn between records, and when each token last changed its expert.
 
 The paper's definition: a token's last fluctuation is the last record that differs from the final one. With
 several MoE layers every (layer, token) pair counts as a token of its own.

@@ -1,4 +1,4 @@
-"""What is asked of a checkpoint that takes its model: how well it predicts a text, how it continues one."""
+"""What a checkpoint's model does: how well it predicts a text, and how it continues one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routing report as one picture: loss, restlessness, load, last changes."""
+"""The routing report as one picture: loss, fluctuation, load, last changes."""
 
 from __future__ import annotations
 

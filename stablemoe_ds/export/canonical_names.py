@@ -1,4 +1,4 @@
-"""From the tensors of a folder back to those of a checkpoint: the way of ``tensor_names``, backwards."""
+"""From the tensors of an exported folder back to those of a checkpoint: the inverse of ``tensor_names``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example clusters in ``launch/`` come to, kept next to them in ``launch/rendered/``.
+"""What is rendered for the example clusters in ``launch/``, kept next to them in ``launch/rendered/``.
 
 ``python -m stablemoe_ds.launch.examples``, from the root of a checkout, writes them again.
 """

@@ -95,7 +95,7 @@ class Order:
 
     @property
     def launch_name(self) -> str:
-        """The same for all attempts of a launch. Under torchrun each host launches, and they are one by the meeting."""
+        """The same for all attempts of a launch. Under torchrun each host launches; their rendezvous makes them one."""
         if self.cluster.launcher == "torchrun" and self.cluster.nodes > 1:
             return f"{self.run.name}@{(self.cluster.hosts or ['localhost'])[0]}:{self.port}"
         return self.facts.stamp

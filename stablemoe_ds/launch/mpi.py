@@ -15,8 +15,8 @@ SEEN_INSIDE = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_
 def mpi_job(order: Order) -> Job:
     """``mpirun`` for one run. mpirun hands USR1 on to its ranks; upon TERM it would give them no time to save."""
     cluster, hosts = order.cluster, f"{order.folder}/hostfile"
-    meeting = {"MASTER_ADDR": (cluster.hosts or ["127.0.0.1"])[0], "MASTER_PORT": str(order.port)}
-    variables = order.variables | meeting
+    rendezvous = {"MASTER_ADDR": (cluster.hosts or ["127.0.0.1"])[0], "MASTER_PORT": str(order.port)}
+    variables = order.variables | rendezvous
     words = ["mpirun", "-n", str(cluster.world_size), "--hostfile", hosts]
     words += ["--map-by", f"ppr:{cluster.processes_per_node}:node", "--bind-to", "none"]
     words += own_mpi_options(order)

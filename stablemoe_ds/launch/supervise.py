@@ -29,7 +29,7 @@ SAVE_SECONDS, LEFTOVER_SECONDS, LOOK_SECONDS = 60.0, 5.0, 0.2
 
 
 class Supervisor:
-    """Runs one job until it is finished, is asked to stop, or makes no progress any more."""
+    """Runs one job until it is finished, is asked to stop, or no longer makes progress."""
 
     def __init__(self, job: Job) -> None:
         """job: written already, and one that does not submit."""

@@ -77,8 +77,8 @@ class SdpaAttention(nn.Module):
 class UlyssesAttention(SdpaAttention):
     """Core attention of ranks that share sequences: each has S consecutive positions of all heads.
 
-    For the time of attention they trade them, each for all positions of its share of the heads, by DeepSpeed's
-    all-to-alls (Jacobs et al. 2023, arXiv 2309.14509).
+    DeepSpeed's all-to-alls exchange these before attention, so that each rank has all positions of its share of the
+    heads, and exchange them back afterwards (Jacobs et al. 2023, arXiv 2309.14509).
     """
 
     def __init__(self, config: Any, layer_number: int, *, group: dist.ProcessGroup, **options: Any) -> None:

@@ -14,7 +14,7 @@ from stablemoe_ds.routing.router import CentroidRouter
 from stablemoe_ds.routing.routes import NOT_ROUTED, Routes, SumOverRanks, TokenView
 
 MEMORY = 0.9
-"""How much of a threshold stays at an update."""
+"""Share of a threshold that an update keeps (a moving average)."""
 
 
 class ExpertChoiceRouter(CentroidRouter):

@@ -1,4 +1,4 @@
-"""How far the run of a directory is, and what its launches have left word of. No torch here."""
+"""How far the run of a directory is, and what its launches have reported. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.run_directory.checkpoint_files import check_sizes, read_manifest, saved_checkpoints
 
 REFUSED = "bad input"
-"""In the word of a rank that ends with a UserError: its peers, started again, would lose it again."""
+"""In the report of a rank that ends with a UserError: if its peers were restarted, they would lose it again."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Setting a run directory back: what was written after the step that a run goes on from belongs to no run any more."""
+"""Rewinding a run directory: removes what was written after the step from which a run continues."""
 
 from __future__ import annotations
 

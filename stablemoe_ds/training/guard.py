@@ -46,7 +46,7 @@ class Guard:
         return self._faults.spike_factor is not None
 
     def objection(self, totals: UpdateTotals) -> str | None:
-        """What speaks against an update with these losses, None if nothing does."""
+        """Why an update with these losses should be dropped; None if it should not."""
         loss, auxiliary = totals.mean_loss, totals.mean_auxiliary
         if not math.isfinite(loss) or not math.isfinite(auxiliary):
             return f"the loss is {loss}" if not math.isfinite(loss) else f"an auxiliary loss is {auxiliary}"

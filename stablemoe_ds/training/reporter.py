@@ -1,4 +1,4 @@
-"""What a run tells: its history on disk, experiment trackers, and the lines that a person reads."""
+"""What a run records and shows: its history on disk, experiment trackers, and the lines that a person reads."""
 
 from __future__ import annotations
 

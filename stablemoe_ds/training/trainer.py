@@ -249,7 +249,7 @@ class Trainer:
         return find_checkpoint(self.run.directory, self.model, self.groups, self.run.checkpoint)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        """Become what the checkpoint says."""
+        """Load weights, routes and progress of a checkpoint."""
         check_tokenizer(checkpoint, self.tokenizer)
         restore(self.engine, checkpoint)
         progress = checkpoint.progress
@@ -272,7 +272,7 @@ class Trainer:
                 self.reporter.say(f"wrote {path}")
 
     def _announce(self, before: RunConfig | None) -> None:
-        """Say what is about to be trained. before: the run that is continued, perhaps with other settings."""
+        """Print what is about to be trained. before: the run that is continued, perhaps with other settings."""
         run, plan = self.run, self.plan
         planned = self.switch.schedule.planned
         placed = ""

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from stablemoe_ds.comparison.statistics import STUDENT_975, paired_difference, spread
-
-
-def test_table_is_students():
-    assert list(STUDENT_975) == pytest.approx([stats.t.ppf(0.975, n) for n in range(1, 31)], abs=1e-4)
+from stablemoe_ds.comparison.statistics import paired_difference, spread
 
 
 def test_spread_by_hand():
@@ -19,7 +15,7 @@ def test_spread_by_hand():
     assert spread([4.0]).deviation is None
 
 
-@pytest.mark.parametrize("pairs", [2, 3, 7])
+@pytest.mark.parametrize("pairs", [2, 3, 7, 60])
 def test_interval_is_that_of_a_paired_t_test(pairs: int):
     ours = {seed: 30.0 + seed * 1.5 + seed**2 % 3 for seed in range(pairs)}
     reference = {seed: 29.0 + seed * 1.4 for seed in range(pairs)}
@@ -27,7 +23,7 @@ def test_interval_is_that_of_a_paired_t_test(pairs: int):
     low, high = stats.ttest_rel(list(ours.values()), list(reference.values())).confidence_interval(0.95)
     assert found is not None
     assert found.half_width is not None
-    assert (found.mean, found.half_width) == pytest.approx(((low + high) / 2, (high - low) / 2), rel=1e-4)
+    assert (found.mean, found.half_width) == pytest.approx(((low + high) / 2, (high - low) / 2), rel=1e-9)
 
 
 def test_only_seeds_that_both_have_are_compared():
@@ -41,12 +37,3 @@ def test_one_pair_has_no_interval_and_none_no_difference():
     assert one is not None
     assert (one.mean, one.half_width) == (1.0, None)
     assert paired_difference({1: 5.0}, {2: 4.0}) is None
-
-
-def test_more_pairs_than_the_table_has_get_a_wider_interval():
-    ours, reference = {n: float(n % 5) for n in range(60)}, {n: float(n % 3) for n in range(60)}
-    found = paired_difference(ours, reference)
-    low, high = stats.ttest_rel(list(ours.values()), list(reference.values())).confidence_interval(0.95)
-    assert found is not None
-    assert found.half_width is not None
-    assert (high - low) / 2 < found.half_width < 1.05 * (high - low) / 2

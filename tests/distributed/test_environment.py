@@ -44,7 +44,7 @@ def test_the_world_seen_must_be_the_world_meant(monkeypatch: pytest.MonkeyPatch)
         check_world_size(1)
 
 
-def test_a_meeting_point_that_has_no_address_is_named_at_once() -> None:
+def test_a_rendezvous_that_has_no_address_is_named_at_once() -> None:
     resolve("127.0.0.1")
     with pytest.raises(RunError, match=r"MASTER_ADDR=nowhere\.invalid: ") as told:
         resolve("nowhere.invalid")

@@ -120,7 +120,7 @@ def test_auto_is_one_rank_a_gpu_and_one_without(container: Container, listed: st
     assert container.became(TRAIN, {"PET_NPROC_PER_NODE": "auto"})[0] == command
 
 
-def test_several_containers_without_a_meeting_point_are_refused(container: Container) -> None:
+def test_several_containers_without_a_rendezvous_are_refused(container: Container) -> None:
     done = container.start(TRAIN, {"NNODES": "2"})
     assert (done.returncode, done.stdout) == (2, "")
     assert "no MASTER_ADDR" in done.stderr

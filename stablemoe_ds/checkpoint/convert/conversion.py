@@ -1,7 +1,7 @@
-"""From one model's checkpoint to another model's: dense to experts, more experts, fewer. No model is built for it.
+"""Converts a checkpoint to another model: from dense to experts, to more experts, or to fewer. No model is built.
 
-The new checkpoint is the first of its run: ``stablemoe train`` continues from it. Moments of the optimizer are left
-out: they belong to gradients of another model, and Adam begins again.
+The new checkpoint is the first of its run: ``stablemoe train`` continues from it. The optimizer's moments are
+left out: they belong to the gradients of another model, so Adam starts from zero.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stablemoe_ds.tables.table import RoutingTable
 
 
 def convert(source: Checkpoint, target: RunConfig) -> tuple[Path, str]:
-    """Write the first checkpoint of ``target`` from ``source``; its path, and a description of what was done.
+    """Write the first checkpoint of ``target`` from ``source``; returns its path and a description of what was done.
 
     Raises UserError if the two models differ in more than their experts, if there is nothing to convert, or if the
     target's run has checkpoints already or is being trained. Holds the whole model's weights in memory.
@@ -90,7 +90,7 @@ def _regrouped(
 
 
 def _check_same(old: RunConfig, new: RunConfig, moe_differs: bool) -> None:
-    """Raise UserError unless the models are the same but for what the conversion changes."""
+    """Raise UserError if the models differ in anything but what the conversion changes."""
     sections = {"model": (old.model, new.model)} | ({} if moe_differs else {"moe": (old.moe, new.moe)})
     free = {"model.dropout", "model.vocab_size", "model.init", "model.init_std", "moe.experts", "moe.capacity_factor"}
     free |= {
@@ -121,11 +121,11 @@ def write_first_checkpoint(
     attached: Mapping[str, bytes],
     origin: str,
 ) -> Path:
-    """Write the checkpoint that ``target`` begins from; its path.
+    """Write the checkpoint that ``target`` starts from; returns its path.
 
     weights: every tensor of its model by canonical name. tokenizer: its fingerprint. attached: see :func:`to_attach`.
-    origin: where the weights come from. Raises UserError if the run has checkpoints already or is being trained, and if
-    the disk does not take it.
+    origin: where the weights come from. Raises UserError if the run already has checkpoints or is being trained,
+    or if the checkpoint cannot be written.
     """
     if target.moe.start_table is not None:
         raise UserError(

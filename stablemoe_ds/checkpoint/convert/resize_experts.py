@@ -1,9 +1,10 @@
 """More experts or fewer, as functions on whole tensors by name.
 
-Replication makes r copies of each expert: expert e becomes e * r to e * r + r - 1. Along a frozen table the model
-computes what it did: id v goes to copy v mod r of each expert it went to. Where routers still choose, equal copies
-would tie and the first would take all, so centroids are moved apart by a thousandth of their size, and the function by
-about as much. Merging takes the mean of r neighbours; it undoes replication, else it is a place to train on from.
+Replication makes r copies of each expert: expert e becomes e * r to e * r + r - 1. With a frozen table the
+model computes the same as before: id v goes to copy v mod r of each of its experts. Where routers still choose, equal
+copies would tie and the first would get every token, so the centroids of the copies are moved apart by a thousandth of
+their size, which changes the output by about as much. Merging takes the mean of r neighbours. It undoes replication;
+otherwise it is a starting point for further training.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def check_replication(moe: MoEConfig, stage: int) -> None:
 
 
 def replicate(weights: dict[str, Tensor], times: int, seed: int | None) -> dict[str, Tensor]:
-    """``times`` copies of each expert. seed: draws what moves centroids apart; None: nothing does."""
+    """Make ``times`` copies of each expert. seed: of the offsets that move centroids apart; None: no offsets."""
     grown: dict[str, Tensor] = {}
     for name, value in weights.items():
         match = _EXPERT.fullmatch(name)
@@ -60,7 +61,7 @@ def replicate(weights: dict[str, Tensor], times: int, seed: int | None) -> dict[
 
 
 def merge(weights: dict[str, Tensor], times: int) -> dict[str, Tensor]:
-    """The mean of each ``times`` experts that stand side by side."""
+    """Replace each ``times`` neighbouring experts by their mean."""
     merged: dict[str, Tensor] = {}
     groups: dict[str, list[Tensor]] = {}
     for name, value in weights.items():

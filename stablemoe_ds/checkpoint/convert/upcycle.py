@@ -1,12 +1,12 @@
 """A Mixture of Experts from a dense model, as a function on whole tensors by name.
 
-The new model begins by computing what the dense one did:
+At first the new model computes the same as the dense one:
 
-- Experts after a block start as fresh ones do, with W2 = 0: they add nothing, whatever the router.
-- Experts instead of a block's feed-forward layer are copies of it, W2 and its bias divided by what the gates of a token
-  add up to when all experts are equally good (:func:`neutral_gate`). For a gate of 1 (router ``hash``) and for router
-  ``topk`` with two experts a token or more that is always so. Other gates move with the token from the first update on:
-  what an expert layer adds differs from the dense layer by as much as they depart from that value.
+- Experts after a block start as in a new model, with W2 = 0: they add nothing, whatever the router chooses.
+- Experts instead of a block's feed-forward layer are copies of it, with W2 and its bias divided by the
+  sum of a token's gates when all experts are equally good (:func:`neutral_gate`). With a gate of 1 (router ``hash``),
+  and with router ``topk`` and at least two experts per token, the sum always has this value. Other gates depend on
+  the token: the layer's output differs from the dense layer's as far as the sum of its gates differs from that value.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COPIED = {
     "mlp.linear_fc2.weight": "w2",
     "mlp.linear_fc2.bias": "b2",
 }
-"""A block's feed-forward layer by name, and what an expert's first sublayer calls the same tensor."""
+"""Names of a block's feed-forward tensors -> names of the same tensors in an expert's first sublayer."""
 
 
 def upcycle(dense: dict[str, Tensor], target: RunConfig, vocab_size: int) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def upcycle(dense: dict[str, Tensor], target: RunConfig, vocab_size: int) -> dic
 
 
 def neutral_gate(moe: MoEConfig) -> float:
-    """What a token's gates add up to when all experts are equally good.
+    """The sum of a token's gates when all experts are equally good.
 
     Raises UserError for a router that gives tokens different numbers of experts.
     """

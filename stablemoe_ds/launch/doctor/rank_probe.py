@@ -2,9 +2,9 @@
 
     python -m stablemoe_ds.launch.doctor.rank_probe FOLDER
 
-under any launcher. Every rank reports twice over: as a file in the folder, where a rank that cannot connect is heard as
-well, and to the others when they meet, who write down what does not come to the folder by itself. It exits with 0
-whatever it finds; its report has it.
+under any launcher. Every rank reports twice: as a file in the folder, which works even if it cannot connect, and to the
+other ranks once they are connected, which write down reports that do not reach the folder otherwise. It exits with 0
+whatever it finds: that is in its report.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def probe(folder: Path, patience: float = PATIENCE_SECONDS) -> Report:
 
 
 def _meet(report: Report, folder: Path, patience: float) -> None:
-    """Find the others, hear them, measure with them; once they are found, errors are reported to them as well.
+    """Connect to the others, exchange reports, measure together; once connected, errors are reported to them as well.
 
     Raises RunError if they cannot be found, RuntimeError if rank 0 goes away.
     """
-    report.stage = "meeting"
+    report.stage = "rendezvous"
     report.write(folder)
     end = time.monotonic() + patience
     store = _store(report.rank, patience)
@@ -95,7 +95,7 @@ def _store(rank: int, patience: float) -> Store:
     except RuntimeError as error:
         why = _first_line(error) if rank == 0 else _refusal(address, port)
         verb = "cannot keep" if rank == 0 else "cannot reach"
-        text = f"{verb} the meeting point {address}:{port} within {patience:g} s: {why}"
+        text = f"{verb} the rendezvous {address}:{port} within {patience:g} s: {why}"
         raise RunError(text, CLUSTER_FAULT) from error
 
 
@@ -109,7 +109,7 @@ def _refusal(address: str, port: int) -> str:
 
 
 def _exchange(store: Store, name: str, mine: Report, ranks: Iterable[int], end: float) -> dict[int, Report]:
-    """Tell the others and hear those who speak before ``end``; a rank hears itself in any case."""
+    """Send a report to the others and collect those that arrive before ``end``; a rank's own is always among them."""
     store.set(f"{name}/{mine.rank}", mine.as_json())
     heard = {}
     for rank in ranks:
@@ -154,7 +154,7 @@ def _measure(report: Report, store: Store, gpu: bool) -> None:
 
 
 def _leave(store: Store, rank: int, ranks: int, end: float) -> None:
-    """Rank 0, who keeps the store, goes last."""
+    """Leave the store; rank 0, which keeps it, leaves last."""
     left = store.add("left", 1)
     while rank == 0 and left < ranks and time.monotonic() < end:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What one rank of a probe has to tell: what it sees by itself, and how it got on with the others."""
+"""What one rank of a probe reports: what it sees alone, and how far it got with the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stablemoe_ds.distributed.environment import read_launcher_environment
 from stablemoe_ds.launch.doctor import installation, machine
 from stablemoe_ds.launch.doctor.findings import Finding
 
-Stage = Literal["looking", "meeting", "joining", "measuring", "done"]
+Stage = Literal["looking", "rendezvous", "joining", "measuring", "done"]
 PATTERN = "report-*.json"
 
 

@@ -16,13 +16,13 @@ SLOW = {"nccl": 2.0, "gloo": 0.05}
 """GB/s between nodes below which something is likely to be wrong: the speed of a 16, and of a 0.4 gigabit wire."""
 DOING: dict[Stage, str] = {
     "looking": "loading torch and looking around",
-    "meeting": "waiting for the others",
+    "rendezvous": "waiting for the others",
     "joining": "connecting to all others",
     "measuring": "measuring",
 }
 REMEDIES: dict[Stage, str] = {
     "looking": "its log says more; a slow network disk? run it again",
-    "meeting": "start what is missing; is network.port open on the first node, and do all nodes know its name?",
+    "rendezvous": "start what is missing; is network.port open on the first node, and do all nodes know its name?",
     "joining": "all ports between the nodes have to be open; name the interface that joins them: network.interface",
     "measuring": "does the network drop large packets (MTU)? NCCL_DEBUG=INFO in environment shows more",
 }
@@ -106,16 +106,16 @@ def interface(probed: Probed) -> Iterator[Finding]:
         yield Finding("interface", "ok", f"{wanted} on {_nodes(probed)}")
 
 
-def meeting(probed: Probed) -> Iterator[Finding]:
+def rendezvous(probed: Probed) -> Iterator[Finding]:
     """How far the ranks got with each other, except those that see another number of ranks."""
     counted = [report for report in probed.reports if report.size == probed.cluster.world_size]
     stopped = [report for report in counted if report.stage != "done"]
     problems = _grouped(((report.stage, report.problem), report.host) for report in stopped)
     for (stage, problem), hosts in problems.items():
         found = problem or f"ended while {DOING[stage]}"
-        yield Finding("meeting", "fail", f"{', '.join(hosts)}: {found}", REMEDIES[stage])
+        yield Finding("rendezvous", "fail", f"{', '.join(hosts)}: {found}", REMEDIES[stage])
     if counted and not stopped:
-        yield Finding("meeting", "ok", "all ranks have connected to the first node and to each other")
+        yield Finding("rendezvous", "ok", "all ranks have connected to the first node and to each other")
 
 
 def run_directory(probed: Probed) -> Iterator[Finding]:
@@ -189,7 +189,7 @@ CHECKS: tuple[Callable[[Probed], Iterator[Finding]], ...] = (
     ranks,
     versions,
     interface,
-    meeting,
+    rendezvous,
     run_directory,
     gpus,
     by_itself,

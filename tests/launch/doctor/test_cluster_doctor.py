@@ -96,8 +96,8 @@ def test_two_ranks_of_this_machine_are_well(capsys: pytest.CaptureFixture[str]) 
     findings = {found["name"]: found for found in json.loads(capsys.readouterr().out)}
     assert [found for found in findings.values() if found["verdict"] == "fail"] == []
     assert ending.value.code == 0
-    wanted = {"python", "torch", "deepspeed", "megatron-core", "stablemoe_ds", "interface", "meeting", "run directory"}
-    assert wanted | {"disk", "torch extensions", "all-reduce", "all-to-all"} <= set(findings)
+    wanted = {"python", "torch", "deepspeed", "megatron-core", "stablemoe_ds", "interface", "rendezvous"}
+    assert wanted | {"run directory", "disk", "torch extensions", "all-reduce", "all-to-all"} <= set(findings)
     assert findings["ranks"]["found"] == "2 on 1 node have reported"
     assert "MiB a rank; gloo, 2 ranks on 1 node" in findings["all-to-all"]["found"]
 
@@ -143,17 +143,17 @@ def test_a_folder_that_is_not_there_is_told_by_the_others() -> None:
     ("rank", "told"),
     [
         (0, "rank 1 did not come within 2 s"),
-        (1, "cannot reach the meeting point 127.0.0.1:{port} within 2 s: Connection refused"),
+        (1, "cannot reach the rendezvous 127.0.0.1:{port} within 2 s: Connection refused"),
     ],
 )
 def test_a_rank_whose_peer_never_comes_says_so(rank: int, told: str) -> None:
     Path("shared").mkdir()
     port = str(free_port())
     alone = one_probe(RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    assert (alone.stage, alone.problem) == ("meeting", told.format(port=port))
+    assert (alone.stage, alone.problem) == ("rendezvous", told.format(port=port))
     silent, met = bad([replace(alone, host=f"n{rank + 1}")])
     assert (silent.name, silent.found) == ("ranks", f"n{2 - rank}: no report of rank {1 - rank}")
-    assert (met.name, met.verdict, met.found) == ("meeting", "fail", f"n{rank + 1}: {alone.problem}")
+    assert (met.name, met.verdict, met.found) == ("rendezvous", "fail", f"n{rank + 1}: {alone.problem}")
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_different_versions_name_the_odd_node(tmp_path: Path) -> None:
     [
         ({"interfaces": ["lo", "eth1"]}, {"network": {"interface": "eth1"}}, "interface", "n1 has no eth1"),
         ({"size": 1}, {}, "ranks", "n2: a rank counts 1 ranks of 2"),
-        ({"stage": "joining"}, {}, "meeting", "n2: ended while connecting to all others"),
+        ({"stage": "joining"}, {}, "rendezvous", "n2: ended while connecting to all others"),
         ({"clock": 75.0}, {}, "clocks", "n2 is 75000 ms ahead of n1"),
         ({"findings": [Finding("disk", "fail", "full", "rm").as_dict()]}, {}, "disk", "n2: full"),
     ],
