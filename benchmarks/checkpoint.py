@@ -1,12 +1,12 @@
-"""How long an update waits for a checkpoint: our saver, blocking and in the background, against torch.save.
+"""How long an update waits for a checkpoint: our saver, blocking and in the background, and torch.save.
 
-One process, an engine with ZeRO 1. All ways run in turn, round after round, over the same 12 bytes a parameter; each
-figure is the median over rounds.
+One process, an engine with ZeRO 1. All variants take turns, round after round, over the same 12 bytes per parameter.
+Figures are medians over rounds.
 
-    raw copy     each tensor copied once into host memory that is there already: the least an update can wait for
-    background   what our saver makes the update wait for; a thread writes, flushes, reads back, compares, hashes
-    blocking     our saver, waited for to the end
-    torch.save   the same tensors, with a flush to the disk and nothing checked
+    raw copy     each tensor copied once into existing host memory: the least that an update can wait for
+    background   what our saver makes the update wait for; a thread writes, flushes, reads back, compares and hashes
+    blocking     our saver, waited for until it is done
+    torch.save   the same tensors, flushed to the disk, without any check
 """
 
 from __future__ import annotations

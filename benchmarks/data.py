@@ -1,15 +1,15 @@
-"""Preparing data against megatron's own way, and how long a step waits for the loader.
+"""Preparing data, compared with megatron's own way, and how long a step waits for the loader.
 
-Text is Python's standard library, a document a file, or FILE, a document a line. Megatron's way is that of its
-tools/preprocess_data.py: a pool of processes parses and encodes JSON lines, whole documents at a time, with
-sentencepiece, and IndexedDatasetBuilder writes them one by one. Both take the same documents and the same tokenizer,
-and must write the same bytes before anything is timed. Its checks, digests and counts are part of our way.
+The text is Python's standard library, one document per file, or FILE, one document per line. Megatron's way is that
+of its tools/preprocess_data.py: a pool of processes parses and encodes JSON lines, whole documents at a time, with
+sentencepiece, and IndexedDatasetBuilder writes them one by one. Both use the same documents and the same tokenizer,
+and have to write the same bytes before anything is timed. Our figures include our checks, digests and counts.
 
-In-process figures leave out starting Python and importing libraries; whole commands, left out with --quick, are timed
-from start to end.
+In-process figures leave out starting Python and importing libraries. Whole commands, which --quick leaves out, are
+timed from start to end.
 
-The loader's figure is the share of a training step (stage 1, one process, the model of benchmarks.step) in which no
-batch was there; without a worker the step reads for itself, and waits as long as that takes. The goal is 2 %.
+The loader's figure is the share of a training step (stage 1, one process, the model of benchmarks.step) spent waiting
+for a batch. Without a worker the step reads for itself and waits as long as that takes. The goal is 2 %.
 """
 
 from __future__ import annotations

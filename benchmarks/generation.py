@@ -1,9 +1,9 @@
-"""Generation: tokens a second along frozen routes, with and without the key-value cache, compared with a dense model.
+"""Generation: tokens per second along frozen routes, with and without the key-value cache, compared with a dense model.
 
-Prompts of 32 ids are continued, by 64 ids (8 with --quick), in one call of evaluation/generate.py, at batch 1 and 16,
-the likeliest id each time. Without the cache the whole text is read again for each id: that is the reference, and both
-must give the same ids before anything is timed. The dense model has a feed-forward layer of equal FLOPs where the
-other has experts. One process, random weights; fp32, and bf16 on a GPU, where the cache may change a late id.
+Prompts of 32 ids are continued by 64 ids (8 with --quick), in one call of evaluation/generate.py, at batch 1 and 16,
+greedily. Without the cache the whole text is read again for each id. That is the reference, and both have to give the
+same ids before anything is timed. The dense model has a feed-forward layer of equal FLOPs in place of the experts.
+One process, random weights, in fp32; in bf16 on a GPU, where the cache may change a late id.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """One long sequence, trained by one rank that recomputes activations and by four ranks that share it.
 
-An update of stage 1 of a small model on a single sequence, forward, backward and optimizer. Seconds of the slowest
-rank, and processor seconds of all ranks together, both the median over rounds; and the most memory that the fullest
-rank holds at once beyond weights and gradients. Every rank is a process of one thread, and all share the cores of this
-machine: four ranks on two cores can at best be twice as fast as one. Where other work shares the machine, compare
-processor seconds. All ways are held to the same loss.
+An update of stage 1 of a small model on a single sequence: forward, backward and optimizer. Reported are the seconds
+of the slowest rank and the processor seconds of all ranks together, both as medians over rounds, and the peak memory
+of the fullest rank in addition to weights and gradients. Every rank is a process with one thread, and all share the
+cores of this machine: four ranks on two cores can be at most twice as fast as one. If other programs run, compare
+processor seconds. All variants have to reach the same loss.
 """
 
 from __future__ import annotations

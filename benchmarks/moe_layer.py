@@ -1,19 +1,21 @@
 """The MoE layer, forward and backward, relative to the dense layer of equal FLOPs.
 
-Top-1, one process, on a CPU one thread. All layers take turns, round after round; a figure is the median over rounds
-of a layer's time over the dense layer's in the same round. Before a shape is timed, our layer's outputs are held
-against each token's expert computed by itself. Stage 2 is planned beforehand, as it is in training.
+Top-1, one process, with one thread on a CPU. The layers take turns, round after round. A figure is the median over
+rounds of a layer's time divided by the dense layer's time in the same round. Before a shape is timed, our layer's
+output is compared with each token's expert computed alone. In stage 2 the dispatch is planned beforehand, as in
+training.
 
-Our layer follows given routes in stage 2, uniform or as skewed as Zipf's law has token ids, and routes by itself in
-stage 1. The others route by their own gates, whose load on these random states is about uniform. BASE is one rank of
-its own layout, one expert a rank, without the exchange. DeepSpeed's einsum path has masks of [tokens, experts,
-capacity] and is left out where they are large. On a GPU, stage 2 runs also in plain torch, without Triton's kernels,
-and once with compiled experts. A layer that fails has an empty column; why it failed stands below the tables.
+Our layer follows given routes in stage 2, either uniform or as skewed as Zipf's law makes token ids, and routes by
+itself in stage 1. The others route by their own gates, whose load on these random states is about uniform. BASE is
+one rank of its own layout, with one expert per rank and without the exchange. DeepSpeed's einsum path needs masks of
+[tokens, experts, capacity] and is left out where they are large. On a GPU, stage 2 also runs in plain torch, without
+Triton's kernels, and once with compiled experts. A layer that fails has an empty column; the reason is below the
+tables.
 
-The bound is the dense layer, and reading the other experts' weights in both passes and writing their gradients at the
-rate of a large copy: what any layer of that many experts must do, if its weights are not in a cache.
+The bound is the dense layer's time plus the time to read the other experts' weights in both passes and to write their
+gradients, at the rate of a large copy. Any layer with that many experts has to do this if its weights are not cached.
 
-Peak memory is what forward and backward take besides weights and their gradients, relative to the dense layer.
+Peak memory is what forward and backward need in addition to weights and their gradients, relative to the dense layer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""An MoE layer over several ranks, stage 2: what it saves that tokens travel while something else is computed.
+"""An MoE layer over several ranks in stage 2: what it saves to compute while tokens travel.
 
-Forward and backward of one layer with a shared expert, its routed experts spread over the ranks; all ways take turns.
-"in turn" waits for every exchange where it begins. "overlapped" is what runs do: the shared expert works while tokens
-travel, forwards, and the gradients' exchange likewise. "2 parts" and "4 parts" cut the tokens, so that one part travels
-while experts serve another (parallel.dispatch_parts). Ratios are to "in turn", of the same round, on rank 0.
+Forward and backward of one layer with a shared expert, whose routed experts are spread over the ranks. All variants
+take turns. "in turn" waits for every exchange where it begins. "overlapped" is what runs do: the shared expert
+computes while tokens travel, and so it is for the gradients in the backward pass. "2 parts" and "4 parts" cut the
+tokens into parts, so that one part travels while experts compute on another (parallel.dispatch_parts). Ratios are
+relative to "in turn" in the same round, on rank 0.
 """
 
 from __future__ import annotations

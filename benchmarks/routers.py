@@ -1,10 +1,11 @@
 """Routers, tables and gates on the same real text: perplexity against tokens read and against seconds.
 
-Every recipe trains the same backbone in a process of its own, through ``stablemoe train``, for as many tokens, on text
-that comes as a folder of ``benchmarks.carry``; without one, on Python's standard library, which is small. Perplexity is
-of the same validation text throughout, along the routes of the moment. Tables come from the training text, before the
-first update. Seconds are those of the updates alone, and comparable only where a run has the device to itself. One that
-is cut off at its limit has the points it came to.
+Every recipe trains the same backbone in its own process, through ``stablemoe train``, for the same number of tokens.
+The text comes in a folder of ``benchmarks.carry``; without one it is Python's standard library, which is small.
+Perplexity is measured on the same validation text throughout, along the routes that the model follows at that moment.
+Tables are built from the training text before the first update. Seconds are those of the updates alone, and
+comparable only if a run has the device to itself. A run that is cut off at its time limit keeps the points it has
+reached.
 """
 
 from __future__ import annotations

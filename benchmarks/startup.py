@@ -1,11 +1,12 @@
 """Start-up: seconds until ``stablemoe --help`` has answered, and from ``stablemoe train`` to the first update.
 
-Whole processes, started one after the other. Then an interpreter that does nothing and, unless --quick, one that
-only imports what every training needs: torch, DeepSpeed and megatron-core's GPT. The first update is there when its
-line is in metrics.jsonl; the model is tiny, so that what is measured is the start. The goal for ``--help`` is 0.5 s.
+Whole processes are started one after the other. For comparison, an interpreter that does nothing and, unless --quick,
+one that only imports what every training needs: torch, DeepSpeed and megatron-core's GPT. The first update counts as
+done when its line is in metrics.jsonl. The model is tiny, so that the start is what is measured. The goal for
+``--help`` is 0.5 s.
 
-Where the time goes is what ``python -X importtime`` says, added up by top-level package: seconds spent in a package's
-own modules, which reading the clock makes somewhat longer.
+Import times are those of ``python -X importtime``, added up by top-level package: seconds spent in a package's own
+modules, slightly increased by the measurement itself.
 """
 
 from __future__ import annotations

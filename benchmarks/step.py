@@ -1,20 +1,20 @@
 """The training step of a whole model: stage 1, stage 2, Switch through DeepSpeed's MoE layer, and dense.
 
 All train the same backbone on the same tokens with this package's engine and loader: read, forward, backward, reduce,
-clip, update, sum up for the log. They live in one set of processes and take turns, step by step. The dense model has
-a feed-forward layer of equal FLOPs where the others have experts. The learning rate is next to nothing, so that all
-stay the same model: their losses are compared, step by step, before anything is reported.
+clip, update, and sum up for the log. They share one set of processes and take turns, step by step. The dense model
+has a feed-forward layer of equal FLOPs in place of the experts. The learning rate is close to zero, so that all
+models stay the same: their losses are compared at every step before anything is reported.
 
-Collectives and host waits are of one update of rank 0, counted in the thread that trains; the planner's thread has a
-column of its own. On a CPU nothing waits for a device: counted are the calls that would (item, bool, tolist, cpu,
-nonzero), some of them on tensors that are on the host everywhere. Waiting is the share of a step in which the loader
-or the planner was waited for.
+Collectives and host waits are counted for one update of rank 0, in the thread that trains; the planner's thread has
+its own column. On a CPU nothing waits for a device, so the calls are counted that would (item, bool, tolist, cpu,
+nonzero); some of them are on tensors that are on the host everywhere. "waiting" is the share of a step spent waiting
+for the loader or the planner.
 
-MFU takes 6 FLOPs for each active weight of a matrix product (output matrix counted, embedding lookup not) and
-12 x blocks x width x sequence for attention, over the peak of the device: the data sheet's, or measured where it is not
-known. The bounds are those FLOPs over the measured rate of a large matrix product, and the bytes that weights,
-gradients and optimizer state cannot but move (activations left out) over the measured rate of a copy. On one GPU the
-models do not fit in next to each other, so each has a process of its own there, and only the two stages take turns.
+MFU counts 6 FLOPs per active weight of a matrix product (with the output matrix, without the embedding lookup) and 12
+x blocks x width x sequence for attention, relative to the device's peak: from its data sheet, or measured if it has
+none. The bounds are these FLOPs divided by the measured rate of a large matrix product, and the bytes of weights,
+gradients and optimizer state that must be moved (without activations) divided by the measured rate of a copy. On one
+GPU the models do not fit together, so each has its own process there, and only the two stages take turns.
 """
 
 from __future__ import annotations
