@@ -125,7 +125,8 @@ def _draw_load(axis: Any, report: dict[str, Any]) -> None:
     axis.set_xlim(0.3, len(rank) + 0.7)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("experts, the busiest first")
-    axis.set_ylabel("multiple of the mean")
+    first = any(layer["counted"] < layer["top_k"] for layer in layers)
+    axis.set_ylabel("multiple of the mean" + (", first experts alone" if first else ""))
     axis.grid(axis="x", visible=False)
     axis.legend(loc="upper right", ncols=1 if len(layers) == 1 else 2)
 

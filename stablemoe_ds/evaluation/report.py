@@ -30,13 +30,14 @@ def routing_report(
     records: RouteRecords | None,
     uses: Sequence[IdUse],
     piece: Piece,
+    top_k: int = 1,
     pieces_per_expert: int = 12,
 ) -> dict[str, Any]:
     """Everything the project says about one run.
 
     steps, tokens_per_step: updates of the whole run, tokens of each. metrics: lines of its ``metrics.jsonl``.
     records: of its probe tokens, in layers that can fluctuate. uses: which ids each expert serves, one an MoE layer.
-    piece: an id in readable form.
+    piece: an id in readable form. top_k: experts of a token, of which ``uses`` from records know the first alone.
     """
     switch = _last(metrics, "switch")
     since = switch["step"] if switch else None
@@ -66,7 +67,7 @@ def routing_report(
             "churn": list(zip(records.steps[1:], churn(records), strict=True)) if records else [],
         },
         "fluctuation": _fluctuation(records, steps, since) if records else None,
-        "layers": [_layer(use, piece, pieces_per_expert) for use in uses],
+        "layers": [_layer(use, piece, top_k, pieces_per_expert) for use in uses],
     }
     return plain(report)
 
@@ -92,9 +93,11 @@ def _probe_share(metrics: Sequence[Line], tokens_per_step: int) -> float | None:
     return probes / (probes + updates[-1][1]) if probes is not None and updates else None
 
 
-def _layer(use: IdUse, piece: Piece, pieces_per_expert: int) -> dict[str, Any]:
+def _layer(use: IdUse, piece: Piece, top_k: int, pieces_per_expert: int) -> dict[str, Any]:
     return {
         "block": use.block,
+        "top_k": top_k,
+        "counted": use.top_k,
         "load": use.load_N,
         "max_load": use.load_N.max(),
         "least_load": use.least_load,

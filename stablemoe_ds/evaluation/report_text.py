@@ -70,12 +70,14 @@ def _changed(share: float, fluctuation: dict[str, Any]) -> str:
 def _layer(layer: dict[str, Any]) -> list[str]:
     """A head and one line an expert: load, how many ids, how varied they are, and as many pieces as fit."""
     experts, least = layer["experts"], layer["least_load"]
+    first = f"Counted by the first of the {layer['top_k']} experts of each token of the probe."
     return [
         f"MoE layer at block {layer['block']}: {len(experts)} experts, the busiest at {layer['max_load']:.2f} times "
         f"the mean; no table goes below {least:.2f}",
         f"Load entropy {layer['load_entropy']:.3f} of 1, coefficient of variation {layer['load_cv']:.2f}.",
         f"The token id decides {layer['id_decides']:.1%} of the choice; the ids an expert sees have "
         f"{layer['cohesion_bits']:.2f} bits.",
+        *([first] if layer["counted"] < layer["top_k"] else []),
         "",
         *expert_lines(experts, layer["max_load"]),
     ]

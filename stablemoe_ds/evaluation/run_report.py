@@ -47,6 +47,7 @@ def run_report(checkpoint: Checkpoint, tokenizer_file: str | None = None) -> dic
         records=records.of_layers(run.moe.restless_rows) if records else None,
         uses=[uses[block] for block in sorted(uses)],
         piece=tokenizer.piece,
+        top_k=run.moe.top_k,
     )
 
 

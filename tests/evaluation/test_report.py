@@ -13,7 +13,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.plots import draw
 from stablemoe_ds.evaluation.report import routing_report
 from stablemoe_ds.evaluation.report_text import WIDTH, render_text
-from stablemoe_ds.evaluation.specialisation import use_of_table
+from stablemoe_ds.evaluation.specialisation import use_of_pairs, use_of_table
 from stablemoe_ds.run_directory.metrics import MetricsLog
 from stablemoe_ds.run_directory.probe_records import RouteRecords
 from stablemoe_ds.tables.table import RoutingTable
@@ -145,6 +145,17 @@ def test_text_says_it_all_in_a_hundred_columns(report):
     ):
         assert part in text
     assert "xxx" not in text, "a piece that does not fit is left out whole"
+
+
+@pytest.mark.parametrize(("top_k", "said"), [(1, False), (2, True)])
+def test_records_of_first_experts_are_called_that(top_k, said, tmp_path):
+    """Of several experts that a router chooses for a token, records of the probe have the first."""
+    use = use_of_pairs(np.array([0, 1, 1]), np.array([0, 0, 1]), 4, 1)
+    report = routing_report(
+        name="pairs", steps=9, tokens_per_step=9, metrics=[], records=None, uses=[use], piece=str, top_k=top_k
+    )
+    assert (f"Counted by the first of the {top_k} experts of each token" in render_text(report)) == said
+    draw(report, tmp_path / "pairs.png")
 
 
 def test_text_and_picture_of_a_run_without_records(bare, tmp_path):
