@@ -7,6 +7,7 @@ from typing import Any
 
 from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.config.costs import shared_stack
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
 
@@ -24,7 +25,7 @@ def router_of(checkpoint: Checkpoint) -> str | None:
     Where some layers follow a table and others learn, it is what those choose by.
 
     A checkpoint of stage 1 is exported with its learned routers, which are what it was trained with.
-    Raises UserError for routers that the modeling file does not have.
+    Raises UserError for a checkpoint that has not built its table yet.
     """
     moe, stage = checkpoint.run.moe, checkpoint.progress.stage
     if not moe.facts.routed:
@@ -38,12 +39,12 @@ def router_of(checkpoint: Checkpoint) -> str | None:
         )
     if stage == 2:
         return moe.distilled.kind
-    if moe.facts.experts_choose:
-        raise UserError(
-            f"checkpoint {checkpoint.path} has router {moe.router}, in which experts choose tokens; an exported model "
-            "does not have it; nearest that works: moe.router=topk"
-        )
-    return CHOOSES_BY.get(moe.facts.gate, "affinity")
+    return learned_router(moe)
+
+
+def learned_router(moe: MoEConfig) -> str:
+    """What a router that learns chooses by in evaluation: where experts choose tokens, by thresholds."""
+    return "threshold" if moe.facts.experts_choose else CHOOSES_BY.get(moe.facts.gate, "affinity")
 
 
 def model_settings(run: RunConfig, vocab_size: int, router: str | None) -> dict[str, Any]:

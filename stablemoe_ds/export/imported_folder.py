@@ -24,7 +24,7 @@ from stablemoe_ds.distributed.groups import Groups, start_world
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.export.canonical_names import TABLE, canonical_tensors, exported_name
 from stablemoe_ds.export.described_model import PLAIN, described_model, in_words
-from stablemoe_ds.export.folder_settings import BY_ID, CHOOSES_BY, model_settings
+from stablemoe_ds.export.folder_settings import BY_ID, learned_router, model_settings
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.model.layout import pieces
 from stablemoe_ds.tables.table import RoutingTable
@@ -94,8 +94,6 @@ def _check_same(folder: Path, settings: dict[str, object], target: RunConfig) ->
         raise UserError(
             f"{folder} is a dense model: convert it to a run with moe.router=dense first, and that one to experts"
         )
-    if moe.facts.experts_choose:
-        raise UserError(f"moe.router: got {moe.router}, which no folder has; nearest that works: topk")
     if router is not None and moe.facts.routed and router not in _routers(moe):
         what = "follows a table" if router == "table" else f"chooses by {router}"
         raise UserError(f"moe.router: got {moe.router}, but the model in {folder} {what}: expected a router that does")
@@ -114,9 +112,8 @@ def _routers(moe: MoEConfig) -> set[str]:
     """What a folder may call the router of a run's model, in whichever stage."""
     if moe.facts.fixed:
         return {"table"}
-    learned = CHOOSES_BY.get(moe.facts.gate, "affinity")
     frozen = {"table" if moe.distilled.kind == "word" else moe.distilled.kind} if moe.facts.distilled else set()
-    return {learned} | frozen
+    return {learned_router(moe)} | frozen
 
 
 def _read(folder: Path, plain: bool) -> dict[str, Tensor]:

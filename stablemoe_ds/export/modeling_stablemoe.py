@@ -41,9 +41,10 @@ class StableMoEConfig(PreTrainedConfig):
     placement: "after" the block's own feed-forward layer, or "replace" for blocks that have none.
     expert_intermediate_size, expert_sublayers: of each routed expert. shared_*: of the stack that serves every token.
     stack_*: of a dense stack in the place of routed experts; 0 sublayers: there is none.
-    router: "table"; "bigram", "cnn", "transformer"; or what the best experts are best at: "affinity", "softmax",
-    "biased_sigmoid". network_*: of a bigram, cnn or transformer: its width, layers and heads, what stands before a
-    first token ("zero" or "itself"), and the id that ends a document (None: a row is one document, whatever its ids).
+    router: "table"; "bigram", "cnn", "transformer"; what the best experts are best at: "affinity", "softmax",
+    "biased_sigmoid"; or "threshold": all experts whose softmax share reaches their threshold. network_*: of a bigram,
+    cnn or transformer: its width, layers and heads, what stands before a first token ("zero" or "itself"), and the id
+    that ends a document (None: a row is one document, whatever its ids).
     table_blocks: blocks (from 0) that follow a table whatever router says.
     router_input: "raw", or "normalized" to unit root mean square. gate: factor on what an expert adds.
     """
@@ -223,11 +224,12 @@ class Router(nn.Module):
     """Which experts serve a token, and with what factor. All arithmetic is fp32, as in training.
 
     table: int32 [V, K], experts by token id. network: scores by the ids up to a token. centroids: [N, D]. bias: [N],
-    joins the choice but not the gate.
+    joins the choice but not the gate. threshold: [N], the softmax share from which an expert takes a token.
     """
 
     table: Tensor
     bias: Tensor
+    threshold: Tensor
 
     def __init__(self, config: StableMoEConfig, kind: str) -> None:
         """kind: as ``router`` in the configuration."""
@@ -242,6 +244,8 @@ class Router(nn.Module):
             self.centroids = nn.Parameter(torch.zeros(experts, config.hidden_size))
         if kind == "biased_sigmoid":
             self.register_buffer("bias", torch.zeros(experts))
+        if kind == "threshold":
+            self.register_buffer("threshold", torch.full((experts,), 1 / experts))
         if config.gate == "learned":
             self.gate_scale, self.gate_bias = nn.Parameter(torch.ones(experts)), nn.Parameter(torch.zeros(experts))
 
@@ -267,7 +271,10 @@ class Router(nn.Module):
         return self._best(self.network(seen)[:, -new:].flatten(0, 1))
 
     def _best(self, scores_TN: Tensor) -> Tensor:
-        """int64 [T, K]; of equals the lowest."""
+        """int64 [T, K]; of equals the lowest. With thresholds [T, N], -1 where an expert does not take the token."""
+        if self.kind == "threshold":
+            takes_TN = scores_TN.softmax(-1) >= self.threshold.float()
+            return torch.where(takes_TN, torch.arange(takes_TN.shape[1], device=takes_TN.device), -1)
         if self.kind == "softmax":
             scores_TN = scores_TN.softmax(-1)
         elif self.kind == "biased_sigmoid":
@@ -276,7 +283,7 @@ class Router(nn.Module):
         return best.indices[:, : self.config.experts_per_token]
 
     def _gate(self, scores_TN: Tensor, expert_TK: Tensor) -> Tensor:
-        # An expert of -1, in a table that was not loaded, is reported where experts are called.
+        # -1 is no expert, or in a table that was not loaded an error, which is reported where experts are called.
         kind, affinity_TK = self.config.gate, scores_TN.gather(1, expert_TK.clamp_min(0))
         if kind == "one":
             return torch.ones_like(affinity_TK)
@@ -312,6 +319,8 @@ class RoutedExperts(nn.Module):
         added_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         for expert in expert_TK.unique().tolist():
             if expert < 0:
+                if self.router.kind == "threshold":
+                    continue
                 raise ValueError("the weights contain no routing table: a router.table holds -1")
             token_R, choice_R = (expert_TK == expert).nonzero(as_tuple=True)
             rows_RD = self.routed[expert](x_TD[token_R]).float() * gate_TK[token_R, choice_R, None]
@@ -423,6 +432,7 @@ class StableMoEPreTrainedModel(PreTrainedModel):
         "router.network",
         "router.centroids",
         "router.bias",
+        "router.threshold",
         "router.gate_scale",
         "router.gate_bias",
     ]
@@ -435,7 +445,8 @@ class StableMoEPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Router):
-            for name, value in {"table": -1, "bias": 0, "gate_scale": 1, "gate_bias": 0}.items():
+            start = {"table": -1, "bias": 0, "threshold": 0, "gate_scale": 1, "gate_bias": 0}
+            for name, value in start.items():
                 if name in module._buffers or name in module._parameters:
                     nn.init.constant_(getattr(module, name), value)
             if "centroids" in module._parameters:

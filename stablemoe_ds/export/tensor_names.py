@@ -23,7 +23,13 @@ SUBLAYER = {
     "w2": "mlp.down_proj.weight",
     "b2": "mlp.down_proj.bias",
 }
-ROUTER = {"centroids": "centroids", "bias_N": "bias", "gate.scale_N": "gate_scale", "gate.bias_N": "gate_bias"}
+ROUTER = {
+    "centroids": "centroids",
+    "bias_N": "bias",
+    "threshold_N": "threshold",
+    "gate.scale_N": "gate_scale",
+    "gate.bias_N": "gate_bias",
+}
 DISTILLED, NETWORK = "moe.router.distilled.", "moe.router.network."
 BLOCK = {
     "input_layernorm": "input_layernorm",

@@ -61,6 +61,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "moe": {"gate": "one", "table": "even", "table_layers": [2]},
     },
     "BASE layers": {"stage": 1, "moe": {"router": "base"}},
+    "expert choice": {"stage": 1, "moe": {"router": "expert_choice", "top_k": 2}},
+    "expert choice, learned gate, one shared": {
+        "stage": 1,
+        "moe": {"router": "expert_choice", "gate": "learned", "shared_experts": 1},
+    },
     "frozen bigram": {"moe": {"distilled": {"kind": "bigram"}}},
     "frozen bigram, best two": {"moe": {"distilled": {"kind": "bigram", "bigram_start": "itself"}, "top_k": 2}},
     "frozen cnn, gate one": {"moe": {"distilled": {"kind": "cnn"}, "gate": "one"}},

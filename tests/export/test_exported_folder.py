@@ -125,12 +125,6 @@ def test_a_table_that_is_missing_is_an_error_and_not_expert_0(ours: SavedModel, 
         opened(tmp_path / "out")[0](some_ids())
 
 
-def test_experts_that_choose_are_refused(saved: Callable[..., SavedModel], tmp_path: Path) -> None:
-    folder = saved(stage=1, moe={"router": "expert_choice"}).path
-    with pytest.raises(UserError, match=r"router expert_choice.*nearest that works: moe\.router=topk"):
-        export(folder, tmp_path / "out")
-
-
 def test_a_folder_that_is_there_is_left_alone(ours: SavedModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         export(ours.path, tmp_path)
