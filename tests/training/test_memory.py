@@ -57,7 +57,8 @@ def peak_bytes(run: RunConfig, groups: Groups) -> int:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "zero"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("fp16", 1), ("bf16", 2)]
+    ("dtype", "zero"),
+    [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("fp16", 1), ("bf16", 2), ("bf16", 3)],
 )
 def test_memory_is_what_config_check_says(world_groups: Groups, dtype: str, zero: int) -> None:
     run = run_of(dtype, zero)
