@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stablemoe_ds.config.schema import OptimizerConfig, ScheduleConfig
+from stablemoe_ds.model.layout import shape_of
 from stablemoe_ds.moe.experts import Experts
 from stablemoe_ds.routing.distilled import Fp32Module
 
@@ -33,7 +34,7 @@ def _kind(name: str, parameter: nn.Parameter, fp32: set[int], stacked: set[int])
         return DISTILLED
     if id(parameter) in fp32:
         return "router"
-    dims = parameter.ndim - (id(parameter) in stacked)
+    dims = len(shape_of(parameter)) - (id(parameter) in stacked)
     return "decay" if dims > 1 else "plain"
 
 
