@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,11 @@ def _load_router_state(model: StableMoEGPT, checkpoint: Checkpoint) -> None:
 def _local_tensors(
     model: StableMoEGPT, groups: Groups, checkpoint: Checkpoint, key: str
 ) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """Each local parameter with its values from the checkpoint; rows of stacked experts are put together."""
-    values: dict[int, tuple[torch.nn.Parameter, list[Tensor]]] = {}
-    for piece in pieces(model, groups.tensor):
-        whole = checkpoint.read(piece.name, key, piece.shape)
-        local = piece.local_of(whole, groups.tensor_rank, groups.tensor)
-        if not piece.is_expert:
-            yield piece.parameter, local
-            continue
-        parameter, rows = values.setdefault(id(piece.parameter), (piece.parameter, []))
-        rows.append(local)
-        if len(rows) == shape_of(parameter)[0]:
-            yield parameter, torch.stack(rows)
-            del values[id(piece.parameter)]
+    """Each local parameter with its values from the checkpoint, one in memory at a time; experts are stacked."""
+    for _, held in groupby(pieces(model, groups.tensor), key=lambda piece: id(piece.parameter)):
+        rows = list(held)
+        parameter, value = rows[0].parameter, torch.empty(shape_of(rows[0].parameter))
+        for piece in rows:
+            whole = checkpoint.read(piece.name, key, piece.shape)
+            piece.select(value).copy_(piece.local_of(whole, groups.tensor_rank, groups.tensor))
+        yield parameter, value

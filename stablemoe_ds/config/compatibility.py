@@ -70,10 +70,8 @@ class Refusal:
 
 
 WRAPPER = "with {} DeepSpeed's wrapper takes one step on zero gradients at the start, so Adam's count is off"
-ONE_DTYPE = "ZeRO 3 keeps all weights in one dtype, and in {} the routers' stay fp32"
 REFUSALS: tuple[Refusal, ...] = (
     *(Refusal("ZeRO 0", dtype, WRAPPER.format(dtype), "1, or precision.dtype fp32") for dtype in ("bf16", "fp16")),
-    *(Refusal("ZeRO 3", dtype, ONE_DTYPE.format(dtype), "2, or precision.dtype fp32") for dtype in ("bf16", "fp16")),
     Refusal(
         "compile",
         "ZeRO 3",

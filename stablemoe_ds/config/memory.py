@@ -32,8 +32,7 @@ def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[in
     pass are let go one by one. As it reduces them, DeepSpeed makes a second copy of this rank's share, except in bf16:
     ZeRO 1 reduces in place there, and ZeRO 2 in half precision adds to the share itself. ZeRO 3 keeps a share of the
     weights besides the masters and gathers a module's when it is due: the largest one's weights and their gradients are
-    whole for that time. Small models stay gathered longer, up to DeepSpeed's prefetch bucket; and at
-    the start every rank makes all of its weights before they are sharded.
+    whole for that time. Small models stay gathered longer, up to DeepSpeed's prefetch bucket.
     """
     counts, tensor = parameters(run), run.parallel.tensor
     cut = counts.embedding + counts.output + counts.attention + counts.ffn

@@ -176,7 +176,7 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
         description="ZeRO stage, i.e. what is sharded over data ranks: 0 nothing, 1 the optimizer state, 2 also the "
-        "gradients, 3 also the weights (fp32 only)",
+        "gradients, 3 also the weights",
     )
     micro_batch: PositiveInt | None = Field(
         None, description="sequences in a micro-batch of a rank; null: the rank's whole share of an update"

@@ -16,14 +16,17 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from stablemoe_ds.config.costs import shared_stack
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.model.layout import pieces
+from stablemoe_ds.model.layout import Piece, pieces
 
 _EXPERT_ID = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
@@ -107,11 +110,42 @@ def start_value(name: str, shape: tuple[int, ...], run: RunConfig) -> Tensor:
     return _start(name, shape, run, _generator(run.seed, key))
 
 
-@torch.no_grad()
 def initialize_parameters(model: nn.Module, run: RunConfig) -> None:
-    """Fill every parameter of ``model`` in place, whatever part of the whole it holds."""
+    """Fill every parameter of ``model`` in place, whatever part of the whole it holds; not those without memory."""
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    initialize_pieces((piece for piece in pieces(model, ranks) if not piece.parameter.is_meta), run)
+
+
+@torch.no_grad()
+def initialize_pieces(held: Iterable[Piece], run: RunConfig) -> None:
+    """Give the parameters that these pieces are part of their start values, and memory if they have none."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
-    for piece in pieces(model, ranks):
+    for piece in held:
+        if piece.parameter.is_meta:
+            _give_memory(piece.parameter)
         whole = start_value(piece.name, piece.shape, run)
         piece.select(piece.parameter).copy_(piece.local_of(whole, rank, ranks))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Parameters of modules built meanwhile have a shape but no memory (device ``meta``). Buffers are as usual."""
+
+    def release(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+        released = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        vars(released).update(vars(parameter))
+        return released
+
+    hook = register_module_parameter_registration_hook(release)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _give_memory(parameter: nn.Parameter) -> None:
+    """In place: others refer to the parameter, and libraries have left marks on it."""
+    marks = dict(vars(parameter))
+    torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad))
+    vars(parameter).update(marks)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.model.initialize import start_value
+from stablemoe_ds.model.initialize import initialize_pieces, start_value
+from stablemoe_ds.model.layout import pieces
 from stablemoe_ds.routing.router import CentroidRouter
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -29,9 +30,12 @@ CHUNK = 16_384
 def start_from_table(model: StableMoEGPT, table: RoutingTable, token_counts: NDArray[int64]) -> None:
     """Let the routers of a fresh model begin at ``table``; before its weights are handed to an engine.
 
+    Routers without memory (``initialize.without_memory``) get it.
+
     table: with a layer for each MoE layer of the model. token_counts: int64 [V], of the training text.
     """
-    run = model.run_config
+    run, routers = model.run_config, {id(p) for layer in model.moe_layers for p in layer.router.parameters()}
+    initialize_pieces((one for one in pieces(model, 1) if one.parameter.is_meta and id(one.parameter) in routers), run)
     word_VD = start_value(WORDS, (table.vocab_size, run.model.hidden_size), run).double()
     count_V = torch.from_numpy(token_counts).double()
     for layer in model.moe_layers:

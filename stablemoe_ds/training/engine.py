@@ -23,7 +23,7 @@ from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.training.gradients import Zero3Optimizer, adopt
 from stablemoe_ds.training.optimizer import DISTILLED, fp32_parameters, make_adamw, parameter_groups, restore_fp32
 from stablemoe_ds.training.routed_batch import RoutedBatch
-from stablemoe_ds.training.sharded_weights import prepare_for_sharding
+from stablemoe_ds.training.sharded_weights import keep_fp32, shard
 from stablemoe_ds.training.update_figures import UpdateFigures, update_figures
 
 
@@ -44,26 +44,28 @@ class Engine:
         self.run, self.plan, self.groups, self.model = run, plan, groups, model
         self._frozen = False
         self._norm: Tensor | float = 0.0
-        kept = fp32_parameters(model)
+        config, sharded = deepspeed_config(run, plan), run.parallel.zero_stage == 3
+        kept = shard(model, run, groups, config) if sharded else fp32_parameters(model)
 
         def optimizer(_: Any) -> torch.optim.Optimizer:
             # DeepSpeed calls this after it has cast and moved the model, before ZeRO flattens the groups.
-            restore_fp32(model, kept)
+            if not sharded:
+                restore_fp32(kept)
             return make_adamw(parameter_groups(model, run.optimizer.weight_decay), run.optimizer)
 
-        if run.parallel.zero_stage == 3:
-            prepare_for_sharding(model)
         with redirect_stdout(io.StringIO()):  # its optimizer for bf16 prints the memory in use, whatever is asked
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
                 model_parameters=[],
-                config=deepspeed_config(run, plan),
+                config=config,
                 mpu=DeepSpeedMpu(),
                 dist_init_required=False,
             )
-        kept.clear()  # DeepSpeed keeps the function above forever, and so what it refers to
         adopt(self.deepspeed)
+        if sharded:
+            keep_fp32(self.optimizer, kept)
+        kept.clear()  # DeepSpeed keeps the function above forever, and so what it refers to
         limit_waiting(groups.world.timeout)
 
     @property

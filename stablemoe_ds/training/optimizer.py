@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stablemoe_ds.config.schema import OptimizerConfig, ScheduleConfig
+from stablemoe_ds.model.layout import shape_of
 from stablemoe_ds.moe.experts import Experts
 from stablemoe_ds.routing.distilled import Fp32Module
 
@@ -33,7 +34,7 @@ def _kind(name: str, parameter: nn.Parameter, fp32: set[int], stacked: set[int])
         return DISTILLED
     if id(parameter) in fp32:
         return "router"
-    dims = parameter.ndim - (id(parameter) in stacked)
+    dims = len(shape_of(parameter)) - (id(parameter) in stacked)
     return "decay" if dims > 1 else "plain"
 
 
@@ -64,14 +65,13 @@ def make_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def restore_fp32(model: nn.Module, saved: dict[str, Tensor]) -> None:
+def restore_fp32(saved: dict[nn.Parameter, Tensor]) -> None:
     """Put the fp32 values of router parameters back after DeepSpeed has cast every parameter of the model."""
-    for name, parameter in model.named_parameters():
-        if name in saved:
-            parameter.data = saved[name].to(parameter.device)
+    for parameter, value in saved.items():
+        parameter.data = value.to(parameter.device)
 
 
-def fp32_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that must stay fp32, by name."""
-    inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, Fp32Module))
-    return {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith(inside)}
+def fp32_parameters(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Copies of the parameters that must stay fp32."""
+    inside = (module for module in model.modules() if isinstance(module, Fp32Module))
+    return {p: p.detach().clone() for module in inside for p in module.parameters()}

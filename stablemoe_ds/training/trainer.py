@@ -30,7 +30,6 @@ from stablemoe_ds.distributed.signals import StopRequest
 from stablemoe_ds.distributed.together import StopVote, of_first_rank, on_first_rank_within
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.run_report import run_report, write_report
-from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.model.table_start import start_from_table
 from stablemoe_ds.routing.source import RouteMaker
 from stablemoe_ds.run_directory.lock import only_writer
@@ -46,7 +45,7 @@ from stablemoe_ds.training.probing import Probing
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.routed_batch import RoutedBatch
 from stablemoe_ds.training.saving import Saving
-from stablemoe_ds.training.sharded_weights import gathered
+from stablemoe_ds.training.sharded_weights import build_model, gathered
 from stablemoe_ds.training.stage_switch import StageSwitch
 from stablemoe_ds.training.update_figures import UpdateFigures
 from stablemoe_ds.training.update_log import UpdateLog
@@ -77,7 +76,7 @@ class Trainer:
         build = cache(partial(built_table, run, resolved.vocab_size, self.tokenizer, self.reporter.say))
         order_LN = expert_order(run, counts, fingerprint, build)
         placement = replace(self.groups.placement, order_LN=order_LN)
-        self.model = StableMoEGPT(run, resolved.vocab_size, placement)
+        self.model = build_model(run, resolved.vocab_size, placement)
         routers = self.model.distilled_routers
         whole = partial(gathered, routers)
         self.routes = RouteMaker(run, routers, lambda: counts, fingerprint, world.device, build, whole)

@@ -48,6 +48,7 @@ LAYOUTS: dict[str, Layout] = {
     "data 2, ZeRO 3": (2, {"zero": 3}),
     "expert 2, ZeRO 3": (2, {"expert": 2, "zero": 3}),
     "data 4, expert 2, ZeRO 3": (4, {"expert": 2, "zero": 3}),
+    "expert 2, bf16, ZeRO 3": (2, {"expert": 2, "zero": 3, "dtype": "bf16"}),
     "tensor 2, expert 2, ZeRO 3": (2, {"tensor": 2, "expert": 2, "zero": 3}),
     "sequence 2, expert 2, ZeRO 2": (2, {"sequence": 2, "expert": 2, "zero": 2}),
     "data 2, tensor 2, expert 4, ZeRO 1": (4, {"tensor": 2, "expert": 4, "zero": 1}),
@@ -79,7 +80,8 @@ MOVES = [
     ("expert 2, ZeRO 1", "data 4, expert 2, ZeRO 3"),
     ("data 4, expert 2, ZeRO 3", "tensor 2, expert 2, ZeRO 3"),
     ("tensor 2, expert 2, ZeRO 3", "expert 2, ZeRO 3"),
-    ("expert 2, ZeRO 3", "data 2, bf16, ZeRO 2"),
+    ("expert 2, ZeRO 3", "expert 2, bf16, ZeRO 3"),
+    ("expert 2, bf16, ZeRO 3", "data 2, bf16, ZeRO 2"),
     ("sequence 2, expert 2, ZeRO 2", "1 process, ZeRO 1"),
     ("data 4, expert 2, ZeRO 3", "sequence 2, expert 2, ZeRO 2"),
 ]

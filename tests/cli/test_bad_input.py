@@ -41,8 +41,8 @@ def run_yaml(data: TinyData, tmp_path: Path) -> str:
         (["moe.expert=4"], r"moe\.expert: unknown key; did you mean moe\.experts\?"),
         (["optimzer.lr=1"], r"optimzer: unknown key; did you mean optimizer\?"),
         (
-            ["parallel.zero_stage=3", "precision.dtype=bf16"],
-            r"zero_stage: got 3: .* nearest that works: 2",
+            ["parallel.zero_stage=0", "precision.dtype=bf16"],
+            r"zero_stage: got 0: .* nearest that works: 1",
         ),
         (["moe.layers=[7]"], r"moe\.layers: got \[7\]: expected block numbers from 1 to model\.layers 2"),
         (["stages.at_step=99"], r"stages\.at_step: got 99: stage 1 must end inside the run"),

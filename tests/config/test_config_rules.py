@@ -151,16 +151,6 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
             "1, or precision.dtype fp32",
         ),
         (
-            "parallel.zero_stage=3 precision.dtype=bf16",
-            "parallel.zero_stage: got 3: ZeRO 3 keeps all weights in one dtype, and in bf16 the routers' stay fp32",
-            "2, or precision.dtype fp32",
-        ),
-        (
-            "parallel.zero_stage=3 precision.dtype=fp16",
-            "parallel.zero_stage: got 3: ZeRO 3 keeps all weights in one dtype, and in fp16 the routers' stay fp32",
-            "2, or precision.dtype fp32",
-        ),
-        (
             "parallel.zero_stage=3 parallel.compile=true",
             "parallel.compile: got true: blocks are compiled as functions of whole weights",
             "false, or parallel.zero_stage 2",

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.routing.source import LEARNED
+from stablemoe_ds.training.routed_batch import RoutedBatch
 from tests.distributed.cases import SEQUENCES, batch, run_of, start, three_updates
 from tests.distributed.launch import run_distributed
-from tests.distributed.worker import Outcome, assemble, train
+from tests.distributed.worker import Outcome, assemble, engine_of, set_weights, share, train
 
 pytestmark = pytest.mark.distributed
 
@@ -76,6 +80,7 @@ def test_drops_are_counted_over_all_ranks() -> None:
 BF16: list[tuple[int, dict[str, Any]]] = [
     (2, {"expert": 2, "zero": 1}),
     (2, {"expert": 2, "zero": 2}),
+    (2, {"expert": 2, "zero": 3}),
     (4, {"tensor": 2, "sequence": 2, "expert": 2, "zero": 1, "micro": 4, "recompute": True, "dispatch_parts": 2}),
 ]
 
@@ -94,3 +99,39 @@ def test_bf16_is_close_to_fp32(world: int, layout: dict[str, Any]) -> None:
     assert half.steps[0]["distill"] == pytest.approx(full.steps[0]["distill"], rel=1e-2)
     for name, part in half.start.items():
         assert torch.equal(part.tensor, full.start[name].tensor), "fp32 masters keep every bit of the start"
+
+
+def stage_1_routes(zero: int) -> list[torch.Tensor]:
+    """Experts [L, T, K] of a rank's tokens in bf16, before and after three updates of stage 1."""
+    run = run_of("modern", None, "bf16", expert=2, zero=zero)
+    return run_distributed(2, routes_here, run, start("modern"), three_updates(1))[0]
+
+
+def routes_here(run: RunConfig, weights: dict[str, torch.Tensor], updates: list[list[Batch]]) -> list[torch.Tensor]:
+    """What a rank does for it."""
+    with engine_of(run) as engine:
+        set_weights(engine, weights)
+        routes = [experts_of(engine)]
+        for step, (whole,) in enumerate(updates):
+            engine.set_learning_rate(run.optimizer.lr)
+            engine.accumulate([RoutedBatch(share(whole, engine.groups))], LEARNED, step)
+            engine.update()
+        return [*routes, experts_of(engine)]
+
+
+@torch.no_grad()
+def experts_of(engine: Any) -> torch.Tensor:
+    layers = engine.model.eval()(share(batch(9), engine.groups)).layers
+    engine.model.train()
+    return torch.stack([layer.expert_TK for layer in layers])
+
+
+def test_zero_3_in_bf16_routes_as_zero_1_does() -> None:
+    """With equal weights every token goes to the same experts: those of routers are fp32 under both stages.
+
+    After three updates, rounding of sums moves at most one choice in fifty.
+    """
+    (before, after), (before_3, after_3) = stage_1_routes(1), stage_1_routes(3)
+    assert torch.equal(before_3, before)
+    assert (after != before).float().mean() > 0.05, "the updates teach the routers something"
+    assert (after_3 != after).float().mean() <= 0.02

@@ -103,7 +103,9 @@ def test_layout_trains_the_reference_model(world: int, shape: str, layout: dict[
 
 
 @pytest.mark.parametrize("shape", ["paper", "modern"])
-@pytest.mark.parametrize(("world", "layout"), [(2, {"tensor": 2, "expert": 2}), (4, {"expert": 4})], ids=label)
+@pytest.mark.parametrize(
+    ("world", "layout"), [(2, {"tensor": 2, "expert": 2, "zero": 3}), (4, {"expert": 4})], ids=label
+)
 def test_start_does_not_depend_on_the_layout(world: int, layout: dict[str, Any], shape: str) -> None:
     one, many = (
         assemble([rank.start for rank in run_distributed(n, train, run_of(shape, **way), None, [], 0)])

@@ -45,12 +45,12 @@ def engine_of(run: RunConfig) -> Iterator[Any]:
     """An :class:`Engine` over the processes of this test."""
     from stablemoe_ds.config.batch_plan import batch_plan
     from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
-    from stablemoe_ds.model.gpt import StableMoEGPT
     from stablemoe_ds.training.engine import Engine
+    from stablemoe_ds.training.sharded_weights import build_model
 
     world = start_world(timeout_minutes=1.0)
     groups = Groups(world, run.parallel.tensor, run.parallel.expert, run.parallel.sequence)
-    model = StableMoEGPT(run, run.model.vocab_size or 0, groups.placement)
+    model = build_model(run, run.model.vocab_size or 0, groups.placement)
     yield Engine(run, batch_plan(run, world.size), groups, model)
     stop_world()
 

@@ -25,7 +25,9 @@ def stablemoe(*argv: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=["bf16-zero1", "bf16-zero2", "fp16-zero1", "fp32-zero1"])
+@pytest.fixture(
+    scope="module", params=["bf16-zero1", "bf16-zero2", "bf16-zero3", "fp16-zero1", "fp16-zero3", "fp32-zero1"]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A finished run with checkpoints 3 (stage 1), 6 (the switch), 9 and 12."""
     dtype, _, zero = request.param.partition("-zero")

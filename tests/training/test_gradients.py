@@ -27,17 +27,18 @@ def gradients_of_an_update(run: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
     The second is built from what autograd hands to each parameter, micro-batch by micro-batch, before DeepSpeed sees
     it, and summed over ranks here.
     """
-    from stablemoe_ds.checkpoint.fp32_state import Fp32State
+    from stablemoe_ds.checkpoint.fp32_state import WEIGHT, Fp32State
+    from stablemoe_ds.model.layout import shape_of
     from stablemoe_ds.routing.source import LEARNED
     from stablemoe_ds.training.routed_batch import RoutedBatch
 
     with engine_of(run) as engine:
         groups, named = engine.groups, dict(engine.model.named_parameters())
-        random = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in named.values():
-                parameter.add_((torch.randn(parameter.shape, generator=random) * 0.1).to(parameter))
-        sums = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in named.items()}
+        random, fp32 = torch.Generator().manual_seed(3), Fp32State(engine.deepspeed)
+        for parameter in named.values():
+            change = torch.randn(shape_of(parameter), generator=random).to(parameter.device) * 0.1
+            fp32.write(parameter, WEIGHT, fp32.read(parameter, WEIGHT) + change)
+        sums = {name: torch.zeros(shape_of(p), dtype=torch.float64, device=p.device) for name, p in named.items()}
         for name, parameter in named.items():
             parameter.register_hook(partial(_add_to, sums[name]))
         given: dict[int, Tensor] = {}
@@ -54,7 +55,7 @@ def gradients_of_an_update(run: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
         scale = getattr(engine.optimizer, "loss_scale", 1.0)
         engine.update()
 
-        fp32, found = Fp32State(engine.deepspeed), {}
+        found = {}
         squares = torch.zeros((), dtype=torch.float64, device=groups.world.device)
         for name, parameter in named.items():
             wanted = sums[name] / groups.data_size / scale
@@ -101,7 +102,9 @@ LAYOUTS = pytest.mark.parametrize(
 
 @pytest.mark.distributed
 @LAYOUTS
-@pytest.mark.parametrize(("dtype", "zero"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.parametrize(
+    ("dtype", "zero"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+)
 def test_adamw_gets_the_fp32_sum(dtype: str, zero: int, ranks: int, expert: int) -> None:
     found = run_distributed(ranks, gradients_of_an_update, run_of_update(dtype, zero, ranks, expert))
     assert_exact(found)

@@ -14,21 +14,22 @@ from stablemoe_ds.config.memory import memory_per_rank
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.groups import Groups
-from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import LEARNED
 from stablemoe_ds.training.engine import Engine
 from stablemoe_ds.training.routed_batch import RoutedBatch
+from stablemoe_ds.training.sharded_weights import build_model
+from tests.distributed.launch import run_distributed
 from tests.tiny import VOCAB, tiny_run
 
 BUCKET = 1_200_000
 """Elements; no parameter is larger, and so none goes round it."""
 
 
-def run_of(dtype: str, zero: int) -> RunConfig:
+def run_of(dtype: str, zero: int, sublayers: int = 1) -> RunConfig:
     """Nearly all of its parameters are experts', and a micro-batch is 8 tokens: activations hardly count."""
     return tiny_run(
         model={"hidden_size": 128, "ffn_hidden_size": 512},
-        moe={"experts": 16},
+        moe={"experts": 16, "sublayers": sublayers},
         data={"sequence_length": 8},
         schedule={"tokens_per_step": 16},
         parallel={"zero_stage": zero, "micro_batch": 1},
@@ -43,11 +44,16 @@ def peak_bytes(run: RunConfig, groups: Groups) -> int:
     everywhere = torch.ones(1, 8, dtype=torch.bool)
     update = [RoutedBatch(Batch(ids[:, :-1], ids[:, 1:], everywhere, everywhere))] * 2
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        engine = Engine(run, batch_plan(run, 1), groups, StableMoEGPT(run, VOCAB, groups.placement))
+        engine = Engine(run, batch_plan(run, 1), groups, build_model(run, VOCAB, groups.placement))
         for _ in range(2):
             engine.set_learning_rate(1e-3)
             engine.accumulate(update, LEARNED, 0)
             engine.update()
+    return most_held(recorded)
+
+
+def most_held(recorded: profile) -> int:
+    """Bytes of tensors that were held at once, at most."""
     held = peak = 0
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -56,8 +62,34 @@ def peak_bytes(run: RunConfig, groups: Groups) -> int:
     return peak
 
 
+def bytes_at_the_start(run: RunConfig) -> tuple[int, int, int]:
+    """What a rank holds at most while its model is made and sharded; the bytes of all weights, and of the largest."""
+    from stablemoe_ds.config.deepspeed_config import deepspeed_config
+    from stablemoe_ds.distributed.groups import start_world, stop_world
+    from stablemoe_ds.model.layout import shape_of
+    from stablemoe_ds.training.sharded_weights import shard
+
+    world = start_world(timeout_minutes=1.0)
+    groups = Groups(world, 1, 1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model = build_model(run, VOCAB, groups.placement)
+        shard(model, run, groups, deepspeed_config(run, batch_plan(run, world.size)))
+    sizes = [4 * shape_of(p).numel() for p in model.parameters()]
+    stop_world()
+    return most_held(recorded), sum(sizes), max(sizes)
+
+
+@pytest.mark.distributed
+def test_no_rank_ever_holds_all_weights_of_zero_3() -> None:
+    """Its half of them in bf16, and the largest weight in fp32 and in bf16."""
+    for most, whole, largest in run_distributed(2, bytes_at_the_start, run_of("bf16", 3, sublayers=5)):
+        assert whole > 4 * largest
+        assert most < 1.1 * (whole / 4 + 1.5 * largest)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "zero"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("fp16", 1), ("bf16", 2)]
+    ("dtype", "zero"),
+    [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("fp16", 1), ("bf16", 2), ("bf16", 3)],
 )
 def test_memory_is_what_config_check_says(world_groups: Groups, dtype: str, zero: int) -> None:
     run = run_of(dtype, zero)

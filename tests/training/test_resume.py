@@ -48,7 +48,12 @@ CASES: dict[str, tuple[int, dict[str, Any], tuple[int, ...]]] = {
         },
         (SWITCH - 1, SWITCH + 1),
     ),
-    "2 processes, expert 2, ZeRO 3": (2, {"parallel": {"expert": 2, "zero_stage": 3}}, (SWITCH, SWITCH + 1)),
+    "2 processes, expert 2, ZeRO 3": (2, {"parallel": {"expert": 2, "zero_stage": 3}}, (SWITCH + 1,)),
+    "2 processes, expert 2, ZeRO 3, bf16": (
+        2,
+        {"parallel": {"expert": 2, "zero_stage": 3}, "precision": {"dtype": "bf16"}},
+        (SWITCH,),
+    ),
     "2 processes, sequence 2, expert 2": (2, {"parallel": {"sequence": 2, "expert": 2}}, (SWITCH,)),
     "2 processes, expert 2, ZeRO 2, bf16, accumulation": (
         2,
