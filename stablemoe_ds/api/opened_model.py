@@ -28,16 +28,19 @@ Text = str | Sequence[int] | Tensor
 """A text, its ids, or a batch of ids, int64 [B, S]."""
 
 
-def open_model(path: str | Path, tokenizer: str | Path | None = None) -> OpenedModel:
+def open_model(path: str | Path, tokenizer: str | Path | None = None, *, resident_experts: float = 1.0) -> OpenedModel:
     """Open the newest model of a run directory, or the one of a checkpoint in it. Several models can be open at once.
 
     tokenizer: for a checkpoint that does not contain one.
-    Raises UserError if there is no checkpoint, or if it is damaged.
+    resident_experts: fraction of each MoE layer's experts to keep in memory; the others are fetched from the checkpoint
+    when their tokens come. Needs routes that follow from token ids.
+    Raises UserError if there is no checkpoint, if it is damaged, or if its routes are learned and experts are to be
+    fetched.
     """
     checkpoint = Checkpoint.open(path)
     atexit.register(stop_world)  # without it gloo now and then aborts the interpreter
     world = start_world(checkpoint.run.parallel.timeout_minutes)
-    return OpenedModel(TrainedModel(checkpoint, world), tokenizer)
+    return OpenedModel(TrainedModel(checkpoint, world, resident_experts), tokenizer)
 
 
 class OpenedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from stablemoe_ds.commands.parsing import (
     Subparsers,
@@ -33,6 +34,14 @@ def add_to(commands: Subparsers) -> None:
         default=0,
         help="of the draw (default 0); it gives a prompt the same continuation, whatever other prompts there are",
     )
+    generation.add_argument(
+        "--resident-experts",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="keep this fraction of each MoE layer's experts in memory, and fetch the others from the checkpoint when "
+        "tokens are about to need them (default 1: all in memory)",
+    )
     generation.add_argument("--no-cache", action="store_true", help="read everything again for each token")
     json_argument(generation)
 
@@ -59,6 +68,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
         use_cache=not arguments.no_cache,
+        resident_experts=arguments.resident_experts,
+        note=lambda text: print(text, file=sys.stderr, flush=True),
     )
     pairs = list(zip(arguments.prompt, texts, strict=True))
     facts = [{"prompt": prompt, "continuation": text} for prompt, text in pairs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,11 +22,11 @@ from stablemoe_ds.routing.source import RouteSource
 
 
 @contextmanager
-def loaded(checkpoint: Checkpoint) -> Iterator[TrainedModel]:
-    """The model of a checkpoint, alone or under a launcher."""
+def loaded(checkpoint: Checkpoint, resident_experts: float = 1.0) -> Iterator[TrainedModel]:
+    """The model of a checkpoint, alone or under a launcher. resident_experts: see :class:`TrainedModel`."""
     world = start_world(checkpoint.run.parallel.timeout_minutes)
     try:
-        yield TrainedModel(checkpoint, world)
+        yield TrainedModel(checkpoint, world, resident_experts)
     finally:
         stop_world()
 
@@ -85,17 +85,28 @@ def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], 
     return facts, "\n".join(lines)
 
 
-def continue_prompts(path: str, prompts: Sequence[str], tokenizer_file: str | None = None, **options: Any) -> list[str]:
+def continue_prompts(
+    path: str,
+    prompts: Sequence[str],
+    tokenizer_file: str | None = None,
+    *,
+    resident_experts: float = 1.0,
+    note: Callable[[str], object] = lambda _: None,
+    **options: Any,
+) -> list[str]:
     """Continuations of prompts, as text; ``options`` go to ``generate``. An empty prompt starts a new document.
 
-    tokenizer_file: instead of the one that the checkpoint carries.
+    tokenizer_file: instead of the one that the checkpoint carries. resident_experts: see :class:`TrainedModel`.
+    note: is given a line on the experts that were fetched, where not all are in memory.
     Raises UserError for a prompt that is no text or longer than the model.
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = open_tokenizer(checkpoint, tokenizer_file)
     ids = [_ids(tokenizer, number, prompt) for number, prompt in enumerate(prompts, 1)]
-    with loaded(checkpoint) as trained:
+    with loaded(checkpoint, resident_experts) as trained:
         new = generate(trained.model, ids, trained.routes, eos_id=tokenizer.eos_id, **options)
+        if trained.residency and trained.groups.world.is_main:
+            note(str(trained.residency))
     # A model may have more ids than its tokenizer; those spell nothing.
     return [tokenizer.decode([i for i in part if i < tokenizer.vocab_size]) for part in new]
 

@@ -9,22 +9,31 @@ from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.checkpoint.restore import load_weights
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.groups import Groups, World
+from stablemoe_ds.evaluation.resident_experts import Residency
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import RouteMaker, RouteSource
 
 
 class TrainedModel:
-    """Model and routing of a checkpoint, in this process's world. Needs nothing but the checkpoint."""
+    """Model and routing of a checkpoint, in this process's world. Needs nothing but the checkpoint.
 
-    def __init__(self, checkpoint: Checkpoint, world: World) -> None:
+    residency: which experts are in memory; None: all.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, world: World, resident_experts: float = 1.0) -> None:
+        """``resident_experts``: see :class:`Residency`. Raises UserError if the model has no use for it."""
         self.checkpoint = checkpoint
+        self.residency = None if resident_experts == 1 else Residency(checkpoint, resident_experts, world.device)
         self.run = for_world(checkpoint.run, world.size)
         self.groups = Groups(world, self.run.parallel.tensor, self.run.parallel.expert)
-        self.model = StableMoEGPT(self.run, checkpoint.vocab_size, self.groups.placement)
+        experts_of = self.residency.experts_of if self.residency else {}
+        self.model = StableMoEGPT(self.run, checkpoint.vocab_size, self.groups.placement, experts_of)
         load_weights(self.model, self.groups, checkpoint)
         self.model.to(world.device).eval()
         for layer in self.model.moe_layers:
             layer.set_deepspeed_parallelism()
+        if self.residency:
+            self.residency.fill(self.model, self.routes)
 
     @property
     def routes(self) -> RouteSource:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from stablemoe_ds.model.document_mask import Documents, can_be_fast
 from stablemoe_ds.model.initialize import initialize_parameters
 from stablemoe_ds.model.parts import DeviceRotaryEmbedding, Norm, RowLinear
 from stablemoe_ds.model.stack import RoutedStack
-from stablemoe_ds.moe.experts import ExpertShape
+from stablemoe_ds.moe.experts import Experts, ExpertShape, MakeExperts
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import LayerPlan
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass, view_of
@@ -61,9 +62,16 @@ class ForwardOutput:
 class StableMoEGPT(GPTModel):
     """``GPTModel`` that takes routes with the batch and reports what its MoE layers did."""
 
-    def __init__(self, run: RunConfig, vocab_size: int, placement: LayerPlacement) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        vocab_size: int,
+        placement: LayerPlacement,
+        experts_of: Mapping[int, MakeExperts] = MappingProxyType({}),
+    ) -> None:
         """Build on the CPU in fp32, initialised from ``run.seed`` alone: equal under every parallel layout.
 
+        experts_of: by block, what makes the routed experts of an MoE layer, where it is not :class:`Experts`.
         Needs megatron-core's process groups (``distributed.groups``). Raises UserError if the run is to be compiled and
         this machine cannot.
         """
@@ -71,7 +79,7 @@ class StableMoEGPT(GPTModel):
         m = run.model
         if run.parallel.compile:
             require_compiler()
-        specs = block_specs(run, vocab_size, placement)
+        specs = block_specs(run, vocab_size, placement, experts_of)
         config = transformer_config(run, len(specs))
         super().__init__(
             config,
@@ -242,7 +250,9 @@ def _leave(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def block_specs(run: RunConfig, vocab_size: int, placement: LayerPlacement) -> list[ModuleSpec]:
+def block_specs(
+    run: RunConfig, vocab_size: int, placement: LayerPlacement, experts_of: Mapping[int, MakeExperts]
+) -> list[ModuleSpec]:
     """Layer specs of the whole stack: each transformer block, and the MoE layer after or inside it."""
     moe, recompute = run.moe, run.parallel.recompute
     dense = get_gpt_layer_local_spec(normalization="RMSNorm" if run.model.norm == "rmsnorm" else None)
@@ -274,13 +284,20 @@ def block_specs(run: RunConfig, vocab_size: int, placement: LayerPlacement) -> l
             index = moe.layers.index(block)
 
             def build(block: int = block, index: int = index) -> MoELayer:
-                return build_moe_layer(run, vocab_size, placement, block, index)
+                return build_moe_layer(run, vocab_size, placement, block, index, experts_of.get(block, Experts))
 
             specs.append(ModuleSpec(module=MoEBlock, params={"build": build, "recompute": recompute}))
     return specs
 
 
-def build_moe_layer(run: RunConfig, vocab_size: int, placement: LayerPlacement, block: int, index: int) -> MoELayer:
+def build_moe_layer(
+    run: RunConfig,
+    vocab_size: int,
+    placement: LayerPlacement,
+    block: int,
+    index: int,
+    make_experts: MakeExperts = Experts,
+) -> MoELayer:
     """The MoE layer number ``index`` (from 0), at block ``block`` (from 1), uninitialised."""
     m, moe, follows = run.model, run.moe, block in run.moe.table_layers
     positions, eos_id = run.data.sequence_length, document_end(run.data)
@@ -295,6 +312,7 @@ def build_moe_layer(run: RunConfig, vocab_size: int, placement: LayerPlacement, 
         capacity_factor=moe.capacity_factor,
         parts=run.parallel.dispatch_parts,
         compiled=run.parallel.compile,
+        make_experts=make_experts,
     )
 
 

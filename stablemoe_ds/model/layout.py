@@ -59,6 +59,11 @@ class Piece:
         return tensor if self.row is None else tensor[self.row]
 
 
+def expert_tensor(layer: str, expert: int, rest: str) -> str:
+    """Canonical name of one expert's weight. layer: name of the MoE layer in the model. rest: of the weight in it."""
+    return f"{layer}{_EXPERTS}{expert}.{rest}"
+
+
 def shape_of(parameter: nn.Parameter) -> torch.Size:
     """Shape of a rank's parameter, also where ZeRO 3 has left it without values until it is needed."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
@@ -74,7 +79,7 @@ def pieces(model: nn.Module, tensor_ranks: int) -> Iterator[Piece]:
             rest = name[len(owner) + len(_EXPERTS) :]
             of_one = tuple(shape_of(parameter)[1:])
             for row, expert in enumerate(layers[owner].held_experts):
-                yield Piece(f"{owner}{_EXPERTS}{expert}.{rest}", of_one, parameter, row)
+                yield Piece(expert_tensor(owner, expert, rest), of_one, parameter, row)
             continue
         shape, cut_dim = list(shape_of(parameter)), None
         if getattr(parameter, "tensor_model_parallel", False) and tensor_ranks > 1:

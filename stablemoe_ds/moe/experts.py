@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,3 +88,7 @@ class Experts(nn.Module):
         for sublayer in others:
             added_RD = added_RD + sublayer(x_RD + added_RD, offsets)
         return added_RD
+
+
+MakeExperts = Callable[[ExpertShape, int, bool], nn.Module]
+"""Makes experts as :class:`Experts` is made, or what can be called like it."""

@@ -14,7 +14,7 @@ from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.moe.capacity import capacity_of, kept_rows
 from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
 from stablemoe_ds.moe.expert_offsets import ExpertOffsets
-from stablemoe_ds.moe.experts import Experts, ExpertShape
+from stablemoe_ds.moe.experts import Experts, ExpertShape, MakeExperts
 from stablemoe_ds.moe.plan import DispatchPlan, LayerPlan, at_places, cut, inverse, plan_dispatch
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
@@ -47,11 +47,13 @@ class MoELayer(AutoEPMoELayer):
         capacity_factor: float | None = None,
         parts: int = 1,
         compiled: bool = False,
+        make_experts: MakeExperts = Experts,
     ) -> None:
         """``block``: number of the block it belongs to, from 1. ``index``: which MoE layer it is, from 0.
 
         follows: its experts are chosen beforehand in every call, by a table. parts: into how many parts tokens are cut,
         so that one travels while experts serve another. compiled: as in :class:`Experts`.
+        make_experts: makes those that this rank holds.
         """
         nn.Module.__init__(self)  # not the base's, which takes over the weights of a layer from transformers
         ranks = placement.expert_parallel
@@ -68,7 +70,7 @@ class MoELayer(AutoEPMoELayer):
         place_N = None if placement.order_LN is None else inverse(placement.order_LN[index])
         self.register_buffer("place_N", place_N, persistent=False)
         self.router = router
-        self.experts = Experts(shape, self.num_local_experts, compiled)
+        self.experts = make_experts(shape, self.num_local_experts, compiled)
         self.shared = Experts(shared, 1, compiled) if shared else None
         self.expert_group: dist.ProcessGroup | None = None
         for parameter in self.experts.parameters():

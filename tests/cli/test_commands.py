@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_generation(finished: RunConfig) -> None:
     assert greedy == again == uncached
     plain = command(*words).out
     assert plain.startswith("def " + greedy[0]["continuation"])
+
+
+def test_generation_with_a_part_of_the_experts_in_memory(finished: RunConfig) -> None:
+    words = ("generate", finished.directory, "--prompt", "def ", "--prompt", "text", "--tokens", "12", "--json")
+    every, half = (command(*words, *more) for more in ((), ("--resident-experts", "0.5")))
+    assert half.json == every.json
+    assert re.search(r"2 of 4 experts in memory \(.* MB\); of \d+ that had tokens \d+ were fetched", half.err)
+    assert "experts in memory" not in every.err
 
 
 def test_drawn_generation_follows_the_seed(finished: RunConfig) -> None:
