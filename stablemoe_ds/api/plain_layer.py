@@ -146,7 +146,8 @@ class MoELayer(nn.Module):
     def follow(self, table: RoutingTable, layer: int = 0) -> None:
         """Route each token id by ``table`` from now on; ``layer``: which of the table's layers, counted from 0.
 
-        Raises UserError if the table is for another number of experts, choices or ids, or if this router sees no ids.
+        Raises UserError if the table is for another number of experts, choices or ids, if it splits ids, or if this
+        router sees no ids.
         """
         wanted = (self.run.moe.experts, self.run.moe.top_k, self.vocab_size)
         found = (table.experts, table.top_k, table.vocab_size)
@@ -155,6 +156,11 @@ class MoELayer(nn.Module):
                 raise UserError(f"the routing table has {name} {has}, this layer {needs}: expected the same")
         if "table_VK" not in self._buffers:
             raise UserError(f"router '{self.run.moe.router}' follows no table; nearest that works: router='hash'")
+        if table.split is not None:
+            raise UserError(
+                f"the routing table splits {len(table.split.ids_J)} ids by the id before them, which this layer does "
+                "not look at: expected a table without split ids"
+            )
         if not 0 <= layer < len(table.blocks):
             raise UserError(f"layer: got {layer}: expected 0 to {len(table.blocks) - 1}, as the table has")
         self.table_VK.copy_(torch.tensor(table.expert_LVK[layer]))

@@ -33,10 +33,10 @@ def open_table(path: str) -> tuple[RoutingTable, Checkpoint | None]:
     return table, checkpoint
 
 
-def check_load(max_load: float | None) -> None:
-    """Raise UserError for a ``--max-load`` that no table can have."""
+def check_load(max_load: float | None, option: str = "--max-load") -> None:
+    """Raise UserError for a largest max/mean load that no table can have."""
     if max_load is not None and not 1 <= max_load < float("inf"):
-        raise UserError(f"--max-load: got {max_load}: expected at least 1, the mean")
+        raise UserError(f"{option}: got {max_load}: expected at least 1, the mean")
 
 
 def write_table(table: RoutingTable, path: Path, save: Callable[[RoutingTable, Path], None] | None = None) -> None:

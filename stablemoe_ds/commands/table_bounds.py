@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stablemoe_ds.commands.named_tables import open_table
+from stablemoe_ds.commands.named_tables import check_load, open_table
 from stablemoe_ds.commands.parsing import Subparsers, add_command, json_argument, tell
 from stablemoe_ds.errors import UserError
 
@@ -36,6 +36,9 @@ def add_to(table: Subparsers) -> None:
     )
     bounds.add_argument(
         "--cooccurrence", action="store_true", help="also judge cooccurrence tables, which takes minutes"
+    )
+    bounds.add_argument(
+        "--split", type=float, metavar="L", help="also judge an even table whose ids above this load are split"
     )
     bounds.add_argument("--seed", type=int, default=0, help="seed of random choices (default 0)")
     bounds.add_argument("--tokenizer", type=Path, help="tokenizer, to print ids as pieces")
@@ -72,6 +75,7 @@ def _question(arguments: argparse.Namespace) -> Question:
     problems += [
         f"--capacity: got {c}: expected a number above 0" for c in arguments.capacity if not 0 < c < float("inf")
     ]
+    check_load(arguments.split, "--split")
     if arguments.seed < 0:
         problems.append(f"--seed: got {arguments.seed}: expected at least 0")
     if problems:
@@ -84,6 +88,7 @@ def _question(arguments: argparse.Namespace) -> Question:
         capacities=arguments.capacity,
         batch_tokens=arguments.batch_tokens,
         seed=arguments.seed,
+        split=arguments.split,
     )
 
 

@@ -52,6 +52,14 @@ def add_to(commands: Subparsers) -> None:
     balanced.add_argument("table", help="table file, checkpoint or run directory")
     balanced.add_argument("--max-load", type=float, required=True, help="largest max/mean load")
     _data_argument(balanced, required=True)
+    split = _add_builder(
+        build, "split", "another table, with ids too frequent for a load limit split by the id before them", _split
+    )
+    split.add_argument("table", help="table file, checkpoint or run directory")
+    split.add_argument("--max-load", type=float, default=1.1, help="largest max/mean load (default 1.1)")
+    split.add_argument("--heldout", nargs="+", default=[], metavar="PREFIX", help="corpora to judge the table by")
+    split.add_argument("--tokenizer", type=Path, help="tokenizer, to print the ids that are split as pieces")
+    _data_argument(split, required=True)
     resized = _add_builder(build, "resized", "another table, with a multiple or a fraction of its experts", _resized)
     resized.add_argument("table", help="table file, checkpoint or run directory")
     resized.add_argument("--experts", type=int, required=True, help="number of experts of the new table")
@@ -149,6 +157,24 @@ def _balanced(arguments: argparse.Namespace) -> int:
     table, _ = open_table(arguments.table)
     corpus = _corpus(arguments.data, None, table.vocab_size)
     return _finish(rebalanced_table(table, corpus, arguments.max_load), arguments, corpus)
+
+
+def _split(arguments: argparse.Namespace) -> int:
+    from stablemoe_ds.evaluation.split_report import split_facts, split_text
+    from stablemoe_ds.tables.splitting import split_table
+
+    check_load(arguments.max_load)
+    table, _ = open_table(arguments.table)
+    tokenizer = _tokenizer(arguments.tokenizer)
+    texts = {"corpus": _corpus(arguments.data, tokenizer, table.vocab_size)}
+    if arguments.heldout:
+        texts["held-out"] = _corpus(arguments.heldout, tokenizer, table.vocab_size)
+        table.check_ids(texts["held-out"].tokenizer, texts["held-out"].vocab_size, "the held-out corpus")
+    made = split_table(table, texts["corpus"], arguments.max_load)
+    write_table(made, arguments.output)
+    facts = split_facts(table, made, texts, _pieces(tokenizer))
+    tell(facts, f"{split_text(facts)}\nwrote {arguments.output}", arguments.json)
+    return 0
 
 
 def _resized(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stablemoe_ds.evaluation.bounds_report import EVEN_OF_ITSELF, Judged
+from stablemoe_ds.evaluation.bounds_report import EVEN_OF_ITSELF, EVEN_SPLIT, Judged
 from stablemoe_ds.evaluation.plots import (
     BLUE,
     DARK_PURPLE,
@@ -29,10 +29,11 @@ LOOKS = {
     "random": (ORANGE, "^"),
     "cooccurrence": (GREEN, "D"),
     "even": (BLUE, "o"),
+    EVEN_SPLIT: (PURPLE, "*"),
     EVEN_OF_ITSELF: (SKY, "x"),
 }
 """Colour and mark of the tables that are made here; given ones take the others in turn."""
-OTHERS = ((PURPLE, "*"), (DARK_PURPLE, "P"), ("#000000", "v"), (GREY, "X"))
+OTHERS = ((DARK_PURPLE, "P"), ("#000000", "v"), (GREY, "X"))
 
 
 def draw_bounds(judged: Sequence[Judged], token_counts: NDArray[np.int64], path: str | Path) -> None:

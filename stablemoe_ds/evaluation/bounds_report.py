@@ -16,10 +16,14 @@ from stablemoe_ds.tables.builders import build_table, even_table
 from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.held_out import count_batches
 from stablemoe_ds.tables.load_bounds import Bound, Reach, bound, most_experts, reach, round_robin
+from stablemoe_ds.tables.split_ids import SplitIds
+from stablemoe_ds.tables.splitting import split_ids
 from stablemoe_ds.tables.table import RoutingTable
 
 EVEN_OF_ITSELF = "even, of this text"
 """The table that ``even`` makes of the held-out text itself: how close to the bound any table can come."""
+EVEN_SPLIT = "even, split"
+"""The table that ``even`` makes if the commonest ids are split."""
 DEFAULT_RANKS = 8
 
 
@@ -38,6 +42,7 @@ class Question:
 
     shapes: (experts, top_k), each once. named: given tables by name. builders: names of ``build_table``. ranks: None
     for 8, or fewer where that does not divide the experts. capacities: factors. batch_tokens: tokens of one dispatch.
+    split: the load above which an id is split by the id before it, in another ``even`` table; None: there is none.
     """
 
     shapes: Sequence[tuple[int, int]]
@@ -47,6 +52,7 @@ class Question:
     capacities: Sequence[float]
     batch_tokens: int
     seed: int
+    split: float | None = None
 
     def check(self, held_out: Corpus) -> None:
         """Raise UserError, a line for each shape, table and number that cannot be judged."""
@@ -82,33 +88,38 @@ def judge(question: Question, text: Corpus, held_out: Corpus, done: Callable[[in
     """
     question.check(held_out)
     (stream,) = held_out.streams
-    batch_counts = count_batches(stream.ids, held_out.vocab_size, question.batch_tokens)
+    whole_counts = count_batches(stream.ids, held_out.vocab_size, question.batch_tokens)
     judged = []
     for experts, top_k in question.all_shapes():
         ranks = question.ranks or math.gcd(DEFAULT_RANKS, experts)
-        tables = tuple(
-            reach(name, expert_VK, batch_counts, text.token_counts, experts, ranks, question.capacities)
-            for name, expert_VK in _layers(question, text, held_out, experts, top_k)
-        )
-        judged.append(Judged(bound(held_out.token_counts, experts, top_k), ranks, tables))
+        tables = []
+        for split, layers in _tables(question, text, held_out, experts, top_k):
+            counts = whole_counts
+            if split is not None:
+                counts = count_batches(stream.ids, held_out.vocab_size, question.batch_tokens, split)
+            known_counts = text.row_counts(split)
+            for name, expert_VK in layers:
+                tables.append(reach(name, expert_VK, counts, known_counts, experts, ranks, question.capacities))
+        judged.append(Judged(bound(held_out.token_counts, experts, top_k), ranks, tuple(tables)))
         done(1)
     return judged
 
 
-def _layers(
+def _tables(
     question: Question, text: Corpus, held_out: Corpus, experts: int, top_k: int
-) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """Name and int32 [V, K] of every table of a shape."""
-    yield "round-robin", round_robin(held_out.vocab_size, experts, top_k)
+) -> Iterator[tuple[SplitIds | None, list[tuple[str, NDArray[np.int32]]]]]:
+    """Of every table of a shape: the ids that it splits, and name and int32 [V, K] of each layer."""
+    yield None, [("round-robin", round_robin(held_out.vocab_size, experts, top_k))]
     for name in question.builders:
         made = build_table(name, {}, text, experts=experts, top_k=top_k, blocks=[1], seed=question.seed)
-        yield name, made.expert_LVK[0]
+        yield None, [(name, made.expert_LVK[0])]
+    if question.split is not None and (split := split_ids(text, experts, top_k, question.split)):
+        yield split, [(EVEN_SPLIT, even_table(text.row_counts(split), experts, top_k, 1, question.seed)[0])]
     for name, table in question.named:
-        if (table.experts, table.top_k) != (experts, top_k):
-            continue
-        for block, expert_VK in zip(table.blocks, table.expert_LVK, strict=True):
-            yield name if len(table.blocks) == 1 else f"{name}, block {block}", expert_VK
-    yield EVEN_OF_ITSELF, even_table(held_out.token_counts, experts, top_k, 1, question.seed)[0]
+        if (table.experts, table.top_k) == (experts, top_k):
+            names = [name] if len(table.blocks) == 1 else [f"{name}, block {block}" for block in table.blocks]
+            yield table.split, list(zip(names, table.expert_LVK, strict=True))
+    yield None, [(EVEN_OF_ITSELF, even_table(held_out.token_counts, experts, top_k, 1, question.seed)[0])]
 
 
 def bounds_facts(question: Question, text: Corpus, held_out: Corpus, judged: Sequence[Judged]) -> dict[str, Any]:
@@ -165,13 +176,14 @@ def bounds_text(
 def _shape_lines(shape: Judged, capacities: Sequence[float]) -> list[str]:
     limit, held = shape.bound, shape.bound.experts // shape.ranks
     rows = [["table", "max/mean load", "busiest rank", "placed", "idle", *(f"dropped at {c:g}" for c in capacities)]]
+    of_whole_ids = " of whole ids" if any(table.max_load < 0.999 * limit.least for table in shape.tables) else ""
     for table in shape.tables:
         loads = (table.max_load, table.max_rank_load, table.max_placed_load)
         figures = [*(f"{load:.2f}" for load in loads), f"{table.idle:.1%}"]
         rows.append([table.name, *figures, *(f"{share:.1%}" for share in table.dropped)])
     return [
         f"{limit.experts} experts, top-{limit.top_k}, on {shape.ranks} ranks of {held}: p_max N / k = "
-        f"{limit.forced:.2f}; no table goes below a max/mean load of {limit.least:.2f}",
+        f"{limit.forced:.2f}; no table{of_whole_ids} goes below a max/mean load of {limit.least:.2f}",
         *aligned(rows, right=range(1, len(rows[0]))).splitlines(),
     ]
 

@@ -73,7 +73,7 @@ def _layer(layer: dict[str, Any]) -> list[str]:
     first = f"Counted by the first of the {layer['top_k']} experts of each token of the probe."
     return [
         f"MoE layer at block {layer['block']}: {len(experts)} experts, the busiest at {layer['max_load']:.2f} times "
-        f"the mean; no table goes below {least:.2f}",
+        f"the mean; {bound_text(layer['max_load'], least)}",
         f"Load entropy {layer['load_entropy']:.3f} of 1, coefficient of variation {layer['load_cv']:.2f}.",
         f"The token id decides {layer['id_decides']:.1%} of the choice; the ids an expert sees have "
         f"{layer['cohesion_bits']:.2f} bits.",
@@ -81,6 +81,12 @@ def _layer(layer: dict[str, Any]) -> list[str]:
         "",
         *expert_lines(experts, layer["max_load"]),
     ]
+
+
+def bound_text(max_load: float, least_load: float) -> str:
+    """The load that ids force on a table, and whether this one escapes it because it splits them."""
+    what = "no table goes below" if max_load > 0.999 * least_load else "without split ids, no table goes below"
+    return f"{what} {least_load:.2f}"
 
 
 def expert_lines(experts: Sequence[dict[str, Any]], max_load: float) -> list[str]:

@@ -85,15 +85,18 @@ class IdUse:
         return (of_id + of_expert - joint) / of_expert
 
 
-def use_of_table(table: RoutingTable, layer: int, token_counts: NDArray[np.int64]) -> IdUse:
-    """Where a table sends a text in which id x occurs ``token_counts[x]`` times (int64 [V])."""
-    if token_counts.shape != (table.vocab_size,):
-        raise ValueError(f"expected counts of {table.vocab_size} ids, got shape {list(token_counts.shape)}")
-    ids = np.repeat(np.arange(table.vocab_size), table.top_k)
-    experts = table.expert_LVK[layer].reshape(-1).astype(np.int64)
-    counts = token_counts[ids].astype(np.int64)
-    seen = counts > 0
-    return IdUse(table.blocks[layer], ids[seen], experts[seen], counts[seen], table.experts, table.top_k)
+def use_of_table(table: RoutingTable, layer: int, counts: NDArray[np.int64]) -> IdUse:
+    """Where a table sends a text. counts: int64, of ids or rows, as :meth:`RoutingTable.counts_of_rows` takes them."""
+    rows_V = table.counts_of_rows(counts)
+    if rows_V.shape != table.expert_LVK.shape[1:2]:
+        raise ValueError(f"expected counts of {table.vocab_size} ids, got shape {list(counts.shape)}")
+    ids = np.repeat(table.id_of_row, table.top_k)
+    keys = ids * table.experts + table.expert_LVK[layer].reshape(-1)
+    count = np.repeat(rows_V, table.top_k)
+    seen = count > 0
+    pairs, of_key = np.unique(keys[seen], return_inverse=True)  # rows of one id may share an expert
+    ids, experts, total = pairs // table.experts, pairs % table.experts, _sums(of_key, count[seen])
+    return IdUse(table.blocks[layer], ids, experts, total, table.experts, table.top_k)
 
 
 def use_of_pairs(

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from stablemoe_ds.config.text_table import aligned
-from stablemoe_ds.evaluation.report_text import expert_lines
+from stablemoe_ds.evaluation.report_text import bound_text, expert_lines
 from stablemoe_ds.evaluation.specialisation import Piece, describe_experts, use_of_table
 from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.measures import difference, measure
+from stablemoe_ds.tables.split_ids import SplitIds
 from stablemoe_ds.tables.table import RoutingTable
 
 
@@ -24,13 +25,19 @@ def table_facts(table: RoutingTable) -> dict[str, Any]:
         "experts": table.experts,
         "tokenizer": table.tokenizer,
         "sha256": table.sha256,
+        **({"split": _split_facts(table.split)} if table.split else {}),
         "made": dict(table.made),
     }
 
 
+def _split_facts(split: SplitIds) -> dict[str, Any]:
+    return {"ids": split.ids_J.tolist(), "rows": len(split.ids_J) + split.further_rows}
+
+
 def measured_facts(table: RoutingTable, corpus: Corpus, piece: Piece, top: int) -> list[dict[str, Any]]:
     """Each layer on a text: load, its bound, cohesion, and a profile of each expert with ``top`` pieces."""
-    uses = [use_of_table(table, layer, corpus.token_counts) for layer in range(len(table.blocks))]
+    counts = corpus.row_counts(table.split)
+    uses = [use_of_table(table, layer, counts) for layer in range(len(table.blocks))]
     return [
         {**asdict(layer), "experts": [asdict(profile) for profile in describe_experts(use, piece, top)]}
         for layer, use in zip(measure(table, corpus), uses, strict=True)
@@ -40,6 +47,8 @@ def measured_facts(table: RoutingTable, corpus: Corpus, piece: Piece, top: int) 
 def facts_text(facts: Mapping[str, Any]) -> str:
     """:func:`table_facts`, a line each; how the table was made as ``name value`` pairs."""
     shown = {**facts, "made": _made_text(facts["made"])}
+    if split := facts.get("split"):
+        shown["split"] = f"{len(split['ids'])} ids follow one of {split['rows']} rows, by the id before them"
     return aligned([[name, str(value)] for name, value in shown.items()])
 
 
@@ -49,8 +58,8 @@ def measured_text(layers: Sequence[Mapping[str, Any]], experts: bool = True) -> 
     for layer in layers:
         lines += [
             "",
-            f"MoE layer at block {layer['block']}: max/mean load {layer['max_load']:.2f}; no table goes below "
-            f"{layer['least_load']:.2f}",
+            f"MoE layer at block {layer['block']}: max/mean load {layer['max_load']:.2f}; "
+            + bound_text(layer["max_load"], layer["least_load"]),
             f"Cohesion {layer['cohesion']:.3f}, at random {layer['cohesion_random']:.3f}: the share of what an id says "
             "about its neighbours that its expert still says",
         ]
@@ -61,7 +70,7 @@ def measured_text(layers: Sequence[Mapping[str, Any]], experts: bool = True) -> 
 
 def difference_facts(one: RoutingTable, other: RoutingTable, corpus: Corpus | None) -> list[dict[str, Any]]:
     """Each layer: what moved after the best matching of experts; with a text, load and cohesion of both as well."""
-    moved = difference(one, other, corpus.token_counts if corpus else None)
+    moved = difference(one, other, corpus)
     layers: list[dict[str, Any]] = [asdict(layer) for layer in moved]
     if corpus is not None:
         for layer, left, right in zip(layers, measure(one, corpus), measure(other, corpus), strict=True):

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from stablemoe_ds.config.schema import ModelConfig, RunConfig
-from stablemoe_ds.export.tensor_names import BLOCK, DISTILLED, NETWORK, PLAIN_NAMES, ROUTER, SUBLAYER, WHOLE_MODEL
+from stablemoe_ds.export.tensor_names import (
+    BLOCK,
+    DISTILLED,
+    NETWORK,
+    PLAIN_NAMES,
+    ROUTER,
+    SPLIT,
+    SUBLAYER,
+    WHOLE_MODEL,
+)
 
 TABLE = re.compile(r"model\.layers\.\d+\.moe\.router\.table")
 _PARTS = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "up_proj": 1}
@@ -24,13 +33,14 @@ def exported_name(name: str, plain: bool) -> str:
 
 
 def canonical_tensors(tensors: Mapping[str, Tensor], run: RunConfig) -> dict[str, Tensor]:
-    """fp32, by canonical name, from tensors by their names in an exported folder. Tables are left out.
+    """fp32, by canonical name, from tensors by their names in an exported folder. Tables, and what splits their ids,
+    are left out.
 
     Raises ValueError for a name that no exported folder has, and for a part that is alone.
     """
     groups: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
-        if not TABLE.fullmatch(name):
+        if not TABLE.fullmatch(name) and name not in SPLIT.values():
             whole, place = _canonical(name, run.moe.layers)
             groups.setdefault(whole, {})[place] = tensor.float()
     return {name: _joined(name, [parts[i] for i in sorted(parts)], run.model) for name, parts in groups.items()}

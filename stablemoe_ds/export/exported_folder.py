@@ -85,6 +85,8 @@ def _write(
     run, table = checkpoint.run, checkpoint.table()
     special_ids = _special_ids(checkpoint, tokenizer)
     settings = model_settings(run, checkpoint.vocab_size, router)
+    if table is not None and table.split is not None:
+        settings |= {"split_ids": len(table.split.ids_J), "split_rows": table.split.further_rows}
     _json(folder / "config.json", folder_config(settings, str(DTYPES[dtype]).removeprefix("torch."), special_ids))
     _json(folder / "generation_config.json", special_ids)
     plain = plain_class(settings) is not None

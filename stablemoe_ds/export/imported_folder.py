@@ -25,8 +25,10 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.export.canonical_names import TABLE, canonical_tensors, exported_name
 from stablemoe_ds.export.described_model import PLAIN, described_model, in_words
 from stablemoe_ds.export.folder_settings import BY_ID, learned_router, model_settings
+from stablemoe_ds.export.tensor_names import SPLIT
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.model.layout import pieces
+from stablemoe_ds.tables.split_ids import SplitIds
 from stablemoe_ds.tables.table import RoutingTable
 
 
@@ -165,6 +167,7 @@ def _table(found: dict[str, Tensor], moe: MoEConfig, blocks: list[int], tokenize
         return None
     expert_LVK = np.stack([layers[block].numpy() for block in sorted(layers)]).astype(np.int32)
     try:
-        return RoutingTable(expert_LVK, moe.experts, tuple(blocks), tokenizer)
-    except ValueError as error:
+        split = SplitIds(*(found[name].numpy() for name in SPLIT.values())) if found.keys() & SPLIT.values() else None
+        return RoutingTable(expert_LVK, moe.experts, tuple(blocks), tokenizer, split=split)
+    except (ValueError, KeyError) as error:
         raise UserError(f"the routing tables of the folder are damaged: {error}") from error

@@ -5,7 +5,7 @@ table of token ids (``router: table``), from a small network that sees ids only 
 or from the affinity of the residual stream to one centroid an expert.
 
 Names of tensors end in their shape: B sequences, S positions, T = B * S tokens, H positions up to now, D width, N
-experts, K experts of a token, V ids.
+experts, K experts of a token, V ids, J split ids, Q rows that these have besides their own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class StableMoEConfig(PreTrainedConfig):
     "biased_sigmoid"; or "threshold": all experts whose softmax share reaches their threshold. network_*: of a bigram,
     cnn or transformer: its width, layers and heads, what stands before a first token ("zero" or "itself"), and the id
     that ends a document (None: a row is one document, whatever its ids).
-    table_blocks: blocks (from 0) that follow a table whatever router says.
+    table_blocks: blocks (from 0) that follow a table whatever router says. split_ids: ids that take one of several rows
+    of a table, by the id before them; split_rows: rows that these have besides their own.
     router_input: "raw", or "normalized" to unit root mean square. gate: factor on what an expert adds.
     """
 
@@ -86,6 +87,8 @@ class StableMoEConfig(PreTrainedConfig):
         network_start: str = "zero",
         network_document_end: int | None = None,
         table_blocks: list[int] | None = None,
+        split_ids: int = 0,
+        split_rows: int = 0,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
         initializer_range: float = 0.02,
@@ -107,6 +110,7 @@ class StableMoEConfig(PreTrainedConfig):
         self.network_width, self.network_layers, self.network_heads = network_width, network_layers, network_heads
         self.network_start, self.network_document_end = network_start, network_document_end
         self.table_blocks = table_blocks or []
+        self.split_ids, self.split_rows = split_ids, split_rows
         self.use_cache, self.initializer_range = use_cache, initializer_range
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
@@ -162,11 +166,48 @@ class ResidualStack(nn.ModuleList):
 class SeenIds(NamedTuple):
     """Token ids int64 [B, H], of which the last S are those of this call; where in H the document of each begins.
 
-    H is S, and the beginnings are None, for a model that looks at no id but a token's own.
+    H is S, and the beginnings are None, for a model that looks at no id but a token's own. row_BS: the row of a table
+    that each token of this call follows, where ids are split; None: the one of its id.
     """
 
     ids_BH: Tensor  # noqa: N815
     start_BH: Tensor | None = None  # noqa: N815
+    row_BS: Tensor | None = None  # noqa: N815
+
+
+class SplitIds(nn.Module):
+    """Which row of a table each token follows, where some ids have several: the id before it decides.
+
+    ids: int32 [J]. rows: int32 [J, V], the row of each of them behind each id. share: int32 [Q], how much each further
+    row is used, in millionths of its id; kept for ``stablemoe checkpoint convert``.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    share: Tensor
+
+    def __init__(self, config: StableMoEConfig) -> None:
+        super().__init__()
+        shapes = {
+            "ids": [config.split_ids],
+            "rows": [config.split_ids, config.vocab_size],
+            "share": [config.split_rows],
+        }
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.full(shape, -1, dtype=torch.int32))
+
+    def forward(self, seen: SeenIds) -> Tensor:
+        """int64 [B, H]."""
+        ids_BH, start_BH = seen.ids_BH, seen.start_BH
+        assert start_BH is not None
+        place_V = torch.full([self.rows.shape[1]], -1, device=ids_BH.device)
+        place_V[self.ids.long()] = torch.arange(len(self.ids), device=ids_BH.device)
+        place_BH, before_BH = place_V[ids_BH], F.pad(ids_BH, (1, 0))[:, :-1]
+        has_rows = (place_BH >= 0) & (start_BH < torch.arange(ids_BH.shape[1], device=ids_BH.device))
+        row_BH = torch.where(has_rows, self.rows[place_BH, before_BH].long(), ids_BH)
+        if (row_BH < 0).any():
+            raise ValueError("the weights contain no rows of split ids: model.split.rows holds -1")
+        return row_BH
 
 
 class IdNetwork(nn.Module):
@@ -223,8 +264,9 @@ def _earlier(word: Tensor, inside_BH: Tensor, steps: int) -> Tensor:
 class Router(nn.Module):
     """Which experts serve a token, and with what factor. All arithmetic is fp32, as in training.
 
-    table: int32 [V, K], experts by token id. network: scores by the ids up to a token. centroids: [N, D]. bias: [N],
-    joins the choice but not the gate. threshold: [N], the softmax share from which an expert takes a token.
+    table: int32 [V, K], experts by token id; [V + Q, K] where ids are split. network: scores by the ids up to a token.
+    centroids: [N, D]. bias: [N], joins the choice but not the gate. threshold: [N], the softmax share from which an
+    expert takes a token.
     """
 
     table: Tensor
@@ -238,8 +280,8 @@ class Router(nn.Module):
         if kind in NETWORKS:
             self.network = IdNetwork(config)
         if kind == "table":
-            table_VK = torch.full((config.vocab_size, config.experts_per_token), -1, dtype=torch.int32)
-            self.register_buffer("table", table_VK)
+            shape = (config.vocab_size + config.split_rows, config.experts_per_token)
+            self.register_buffer("table", torch.full(shape, -1, dtype=torch.int32))
         if kind not in BY_ID or config.gate != "one":
             self.centroids = nn.Parameter(torch.zeros(experts, config.hidden_size))
         if kind == "biased_sigmoid":
@@ -266,7 +308,8 @@ class Router(nn.Module):
     def _by_id(self, seen: SeenIds, tokens: int) -> Tensor:
         """int64 [T, K], of the last T tokens."""
         if self.kind == "table":
-            return self.table[seen.ids_BH.flatten()].long()
+            row_BS = seen.ids_BH if seen.row_BS is None else seen.row_BS
+            return self.table[row_BS.flatten()].long()
         new = tokens // len(seen.ids_BH)
         return self._best(self.network(seen)[:, -new:].flatten(0, 1))
 
@@ -451,6 +494,9 @@ class StableMoEPreTrainedModel(PreTrainedModel):
                     nn.init.constant_(getattr(module, name), value)
             if "centroids" in module._parameters:
                 nn.init.normal_(module.centroids, std=self.config.initializer_range)
+        if isinstance(module, SplitIds):
+            for buffer in module.buffers():
+                nn.init.constant_(buffer, -1)
 
 
 class StableMoEModel(StableMoEPreTrainedModel):
@@ -462,6 +508,7 @@ class StableMoEModel(StableMoEPreTrainedModel):
         self.embed_positions = None
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.split = SplitIds(config) if config.split_ids else None
         self.layers = nn.ModuleList(Block(config, number) for number in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
@@ -512,8 +559,9 @@ class StableMoEModel(StableMoEPreTrainedModel):
 
     def _seen(self, ids_BS: Tensor, attention_mask: Any, cache: Any, past: int) -> SeenIds:
         """The ids up to now, which the cache remembers as it does keys and values, and where their documents begin."""
-        if not self.config.routed_experts or self.config.router not in NETWORKS:
+        if not self.config.routed_experts or (self.config.router not in NETWORKS and self.split is None):
             return SeenIds(ids_BS)
+        new = ids_BS.shape[1]
         if cache is not None:
             last = self.config.num_hidden_layers
             cache.layers.extend(DynamicLayer() for _ in range(last + 1 - len(cache.layers)))
@@ -528,7 +576,8 @@ class StableMoEModel(StableMoEPreTrainedModel):
             real_BH = attention_mask.bool()
             begins_BH[:, 1:] |= real_BH[:, 1:] & ~real_BH[:, :-1]
         at_H = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-        return SeenIds(ids_BS, torch.where(begins_BH, at_H, 0).cummax(1).values)
+        seen = SeenIds(ids_BS, torch.where(begins_BH, at_H, 0).cummax(1).values)
+        return seen if self.split is None else seen._replace(row_BS=self.split(seen)[:, -new:])
 
     def _positions(self, embeds: Tensor, attention_mask: Any, past: int) -> Tensor:
         """int64 [B or 1, S]: counted from the first token that is no padding."""

@@ -45,6 +45,8 @@ WHOLE_MODEL = {
     "decoder.final_layernorm.bias": "model.norm.bias",
     "output_layer.weight": "lm_head.weight",
 }
+SPLIT = {"ids_J": "model.split.ids", "row_JV": "model.split.rows", "share_Q": "model.split.share"}
+"""What splits ids in a table, and in an exported folder."""
 PLAIN_NAMES = {".feed_forward.norm.": ".post_attention_layernorm.", ".feed_forward.mlp.": ".mlp."}
 """What an exported folder calls parts of a block, and what Llama and Granite do."""
 
@@ -99,6 +101,8 @@ def exported_tensors(
         for block, rows_VK in zip(table.blocks, table.expert_LVK, strict=True):
             name = f"model.layers.{block - 1}.moe.router.table"
             yield Exported(name, rows_VK.shape, torch.int32, partial(torch.tensor, rows_VK))
+        for name, array in table.split_arrays().items():
+            yield Exported(SPLIT[name], array.shape, torch.int32, partial(torch.tensor, array))
 
 
 def block_of_layer(run: RunConfig) -> list[int]:

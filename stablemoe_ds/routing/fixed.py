@@ -29,11 +29,22 @@ class TableRouting:
 
     def __init__(self, table: RoutingTable, device: torch.device | str = "cpu") -> None:
         self.table, self.blocks = table, table.blocks
+        self.looks_back = table.split is not None
         self._expert_LVK = torch.tensor(table.expert_LVK, device=device)
+        if table.split is not None:
+            self._place_V = torch.tensor(table.split.place_V, device=device)
+            self._row_JV = torch.tensor(table.split.row_JV, device=device)
 
     def __call__(self, ids_BS: Tensor) -> KnownRoutes:
         """From ids, int64 [B, S]."""
-        return _by_block(self.table.blocks, self._expert_LVK[:, ids_BS].long())
+        rows_BS = self._rows(ids_BS) if self.looks_back else ids_BS
+        return _by_block(self.table.blocks, self._expert_LVK[:, rows_BS].long())
+
+    def _rows(self, ids_BS: Tensor) -> Tensor:
+        """int64 [B, S]: the row of the table that each token follows, as :meth:`SplitIds.rows` finds it."""
+        first, later, before = ids_BS[:, :1], ids_BS[:, 1:], ids_BS[:, :-1]
+        place = self._place_V[later].long()
+        return torch.cat([first, torch.where(place < 0, later, self._row_JV[place, before].long())], dim=1)
 
 
 class FrozenRouters:
@@ -43,6 +54,7 @@ class FrozenRouters:
     """
 
     table = None
+    looks_back = True
 
     def __init__(self, routers: Sequence[DistilledRouter], top_k: int, blocks: tuple[int, ...]) -> None:
         self._routers = [copy.deepcopy(router).requires_grad_(False).eval() for router in routers]

@@ -11,12 +11,14 @@ F  inner width of an expert
 G  ranks of the expert-parallel group
 H  records of the probe set over a run (its history)
 I  columns of a row, or inputs of a matrix
+J  ids that are split over several rows of a table
 K  experts (choices) of a token
 L  MoE layers
 M  micro-batches of an update
 N  experts of a layer, over all ranks
 O  outputs of a matrix
 P  tokens of the probe set
+Q  rows that split ids have besides their own
 R  rows that have arrived at this rank, sorted by expert
 S  positions of a sequence
 T  tokens of this rank's micro-batch in megatron-core's order, sequence first: t = s * B + b

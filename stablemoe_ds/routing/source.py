@@ -27,6 +27,7 @@ class Learned:
 
     blocks: tuple[int, ...] = ()
     table = None
+    looks_back = False
 
     def __call__(self, ids_BS: Tensor) -> KnownRoutes:
         """No routes are known beforehand."""
@@ -40,15 +41,17 @@ RouteSource = Learned | FixedSource
 others learn.
 
 blocks: of the layers whose routes it gives. table: the :class:`RoutingTable` it looks them up in, where it is one.
+looks_back: whether ids before a token join the choice.
 """
 
 
 def routes_of(tokens: TokenView, routes: RouteSource) -> KnownRoutes:
     """What ``routes`` says of a micro-batch, which may be a part of its sequences.
 
-    A table knows an id by itself; frozen routers look at the ids before it, which may be in another rank's part.
+    Most tables know an id by itself; frozen routers, and tables that split ids, look at the ids before it, which may be
+    in another rank's part.
     """
-    if tokens.whole_BS is None or routes.table is not None:
+    if tokens.whole_BS is None or not routes.looks_back:
         return routes(tokens.ids_BS)
     sequences, length = tokens.ids_BS.shape
     rows = slice(tokens.first * sequences, (tokens.first + length) * sequences)
@@ -84,7 +87,7 @@ class RouteMaker:
         moe = self.run.moe
         if moe.table_file is None:
             return None
-        return given_table(
+        table = given_table(
             moe.table_file,
             experts=moe.experts,
             top_k=moe.top_k,
@@ -93,6 +96,12 @@ class RouteMaker:
             tokenizer=self.tokenizer,
             key=f"moe.{moe.table_key}",
         )
+        if moe.start_table is not None and table.split is not None:
+            raise UserError(
+                f"moe.start_table: {moe.table_file} splits {len(table.split.ids_J)} ids over several rows by the id "
+                "before them, but a router starts with one vector an id: expected a table that splits none"
+            )
+        return table
 
     def named(self) -> RoutingTable:
         """The table that the run names, to follow or to start from; collective where the run builds it.

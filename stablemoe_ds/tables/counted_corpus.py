@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from stablemoe_ds.tables.neighbours import count_followers
+from stablemoe_ds.tables.split_ids import PIECE, SplitIds
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,40 @@ class Corpus:
                 total = total + count_followers(stream.ids, stream.lengths, self.vocab_size, window) * stream.weight
             self._followers[window] = total
         return self._followers[window]
+
+    def count_before(self, ids_J: NDArray[np.integer]) -> NDArray[np.float64]:
+        """float64 [J, V]: how often each of these ids comes right behind each id, across the ends of documents, too.
+
+        The text is read in pieces. Raises ValueError for a corpus of counts alone.
+        """
+        self._check_streams()
+        vocab = self.vocab_size
+        place_V = np.full(vocab, -1)
+        place_V[ids_J] = np.arange(len(ids_J))
+        count_JV = np.zeros((len(ids_J), vocab))
+        for stream in self.streams:
+            for start in range(0, len(stream.ids), PIECE):
+                piece = np.asarray(stream.ids[max(0, start - 1) : start + PIECE], np.int64)
+                place = place_V[piece[1:]]
+                found = place >= 0
+                keys, counts = np.unique(place[found] * vocab + piece[:-1][found], return_counts=True)
+                count_JV.reshape(-1)[keys] += counts * stream.weight
+        return count_JV
+
+    def row_counts(self, split: SplitIds | None) -> NDArray[np.int64]:
+        """int64 [V + Q]: how often a table that splits these ids has each of its rows followed; [V] for None.
+
+        Raises ValueError for a corpus of counts alone.
+        """
+        if split is None:
+            return self.token_counts
+        self._check_streams()
+        total = np.zeros(split.vocab_size + split.further_rows)
+        for stream in self.streams:
+            for rows in split.rows_in_pieces(stream.ids):
+                total += np.bincount(rows, minlength=len(total)) * stream.weight
+        return np.rint(total).astype(np.int64)
+
+    def _check_streams(self) -> None:
+        if not self.streams:
+            raise ValueError("a corpus of counts alone does not say which id follows which")

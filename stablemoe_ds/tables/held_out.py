@@ -8,6 +8,7 @@ from scipy.sparse import csr_array
 
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.counted_corpus import Corpus, IdStream
+from stablemoe_ds.tables.split_ids import SplitIds
 
 SHARE = 0.1
 """Of the documents, the last ones, rounded to at least one."""
@@ -42,19 +43,25 @@ def _corpus_of(stream: IdStream, whole: Corpus) -> Corpus:
     return Corpus(counts_V, (stream,), whole.tokenizer, f"{len(stream.lengths)} documents of {whole.fingerprint}")
 
 
-def count_batches(ids: NDArray[np.integer], vocab_size: int, batch_tokens: int) -> csr_array:
+def count_batches(
+    ids: NDArray[np.integer], vocab_size: int, batch_tokens: int, split: SplitIds | None = None
+) -> csr_array:
     """int64 [batches, V]: how often each id occurs in each of the batches that a text [T] is cut into, in order.
 
-    T is at least 1. The last batch may be shorter. Ids are read in pieces of a bounded size.
+    T is at least 1. The last batch may be shorter. Ids are read in pieces of a bounded size. split: count the rows of a
+    table that splits these ids, [batches, V + Q].
     """
+    rows = vocab_size + (split.further_rows if split else 0)
     starts = range(0, len(ids), batch_tokens)
     counts, columns, ends = [], [], [0]
     for start in starts:
-        batch_V = np.zeros(vocab_size, np.int64)
-        for low in range(start, min(start + batch_tokens, len(ids)), PIECE):
-            batch_V += np.bincount(ids[low : min(low + PIECE, start + batch_tokens)], minlength=vocab_size)
+        batch_V = np.zeros(rows, np.int64)
+        end = min(start + batch_tokens, len(ids))
+        pieces = (ids[low : min(low + PIECE, end)] for low in range(start, end, PIECE))
+        for piece in split.rows_in_pieces(ids, start, end) if split else pieces:
+            batch_V += np.bincount(piece, minlength=rows)
         occurring = np.flatnonzero(batch_V)
         counts.append(batch_V[occurring])
         columns.append(occurring)
         ends.append(ends[-1] + len(occurring))
-    return csr_array((np.concatenate(counts), np.concatenate(columns), ends), shape=(len(starts), vocab_size))
+    return csr_array((np.concatenate(counts), np.concatenate(columns), ends), shape=(len(starts), rows))

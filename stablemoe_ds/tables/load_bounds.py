@@ -94,14 +94,14 @@ def reach(
 ) -> Reach:
     """Judge one layer of a table.
 
-    expert_VK: int32 [V, K]. batch_counts: int64 [batches, V], the text in batches (:func:`count_batches`).
-    known_counts: int64 [V], of the text that experts are placed by (:func:`order_by_load`). ranks: of the
-    expert-parallel group. capacities: rows an
-    expert takes of one batch, as multiples of the mean. A run rounds capacity up to whole rows; that is left out here.
+    expert_VK: int32 [V, K], with the further rows of split ids, as all that follows. batch_counts: int64 [batches, V],
+    the text in batches (:func:`count_batches`). known_counts: int64 [V], of the text that experts are placed by
+    (:func:`order_by_load`). ranks: of the expert-parallel group. capacities: rows an expert takes of one batch, as
+    multiples of the mean. A run rounds capacity up to whole rows; that is left out here.
     """
-    vocab_size, top_k = expert_VK.shape
-    places = (np.repeat(np.arange(vocab_size), top_k), expert_VK.reshape(-1))
-    serves_VN = csr_array((np.ones(expert_VK.size, np.int64), places), shape=(vocab_size, experts))
+    table_rows, top_k = expert_VK.shape
+    places = (np.repeat(np.arange(table_rows), top_k), expert_VK.reshape(-1))
+    serves_VN = csr_array((np.ones(expert_VK.size, np.int64), places), shape=(table_rows, experts))
     served = (batch_counts @ serves_VN).toarray()
     total = max(1, int(served.sum()))
     mean = served.sum(1, keepdims=True) / experts

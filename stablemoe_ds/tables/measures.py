@@ -37,24 +37,37 @@ def measure(table: RoutingTable, corpus: Corpus) -> list[LayerMeasure]:
     random_VK = random_table(table.vocab_size, table.experts, table.top_k, 1, seed=0)[0]
     by_chance = cohesion(random_VK, table.experts, followers_VV)
     least = least_load(corpus.token_counts, table.experts, table.top_k)
-    loads = table.expert_load(corpus.token_counts).max(1)
+    counts = corpus.row_counts(table.split)
+    loads, share = table.expert_load(counts).max(1), None if table.split is None else _share_of_rows(table, counts)
     return [
-        LayerMeasure(block, float(load), least, cohesion(expert_VK, table.experts, followers_VV), by_chance)
+        LayerMeasure(block, float(load), least, cohesion(expert_VK, table.experts, followers_VV, share), by_chance)
         for block, load, expert_VK in zip(table.blocks, loads, table.expert_LVK, strict=True)
     ]
 
 
-def cohesion(expert_VK: NDArray[np.int32], experts: int, followers_VV: csr_array) -> float:
+def _share_of_rows(table: RoutingTable, counts: NDArray[np.int64]) -> csr_array:
+    """float64 [V + Q, V]: which share of the column's id follows each row, by how often rows are followed."""
+    ids, rows = table.id_of_row, np.arange(len(counts))
+    of_id_V = np.bincount(ids, weights=counts, minlength=table.vocab_size)
+    share = np.where(of_id_V[ids] > 0, counts / np.maximum(of_id_V[ids], 1), rows == ids)
+    return csr_array((share, (rows, ids)), shape=(len(counts), table.vocab_size))
+
+
+def cohesion(
+    expert_VK: NDArray[np.int32], experts: int, followers_VV: csr_array, share: csr_array | None = None
+) -> float:
     """How much of what an id says about its neighbours its expert still says: 0 to 1.
 
     The mutual information of expert and neighbouring id over that of id and neighbouring id, left and right neighbours
     added up: the share that is kept if ids are known by their experts only, which Brown et al. (1992, "Class-Based
     n-gram Models of Natural Language") make classes of words by. With several experts an id counts as a part of each.
-    1 if there is nothing to keep.
+    share: float64 [rows, V], the part of each id in each row, where ids are split. 1 if there is nothing to keep.
     """
-    vocab, top_k = expert_VK.shape
+    rows, top_k = expert_VK.shape
     weight = np.full(expert_VK.size, 1 / top_k)
-    member_NV = csr_array((weight, (expert_VK.reshape(-1), np.repeat(np.arange(vocab), top_k))), shape=(experts, vocab))
+    member_NV = csr_array((weight, (expert_VK.reshape(-1), np.repeat(np.arange(rows), top_k))), shape=(experts, rows))
+    if share is not None:
+        member_NV = csr_array(member_NV @ share)
     kept = whole = 0.0
     for neighbours_VV in (followers_VV, followers_VV.T.tocsr()):
         kept += mutual_information(csr_array(member_NV @ neighbours_VV))
@@ -84,13 +97,12 @@ class LayerDifference:
     tokens_moved: float | None
 
 
-def difference(
-    one: RoutingTable, other: RoutingTable, token_counts: NDArray[np.int64] | None = None
-) -> list[LayerDifference]:
+def difference(one: RoutingTable, other: RoutingTable, corpus: Corpus | None = None) -> list[LayerDifference]:
     """Layer by layer, what the other table does differently, whatever it calls its experts.
 
-    token_counts: int64 [V]. Tables may have different numbers of experts; then some have no counterpart and all their
-    ids move. Raises UserError if the tables are of different ids, layers or choices of an id.
+    corpus: to count tokens; without one, an id that either of them splits counts alike behind every id. Tables may
+    have different numbers of experts; then some have no counterpart and all their ids move. Raises UserError if the
+    tables are of different ids, layers or choices of an id.
     """
     one.check_ids(other.tokenizer, other.vocab_size, "the other table")
     if len(one.blocks) != len(other.blocks) or one.top_k != other.top_k:
@@ -98,15 +110,40 @@ def difference(
             f"the tables cannot be compared: one has {len(one.blocks)} layers and {one.top_k} experts an id, "
             f"the other {len(other.blocks)} and {other.top_k}"
         )
-    every_V = np.ones(one.vocab_size)
+    left, right, ids, tokens = _rows_of_both(one, other, corpus)
     return [
         LayerDifference(
             block,
-            moved(left_VK, right_VK, every_V),
-            None if token_counts is None else moved(left_VK, right_VK, token_counts.astype(np.float64)),
+            moved(left_VK[left], right_VK[right], ids),
+            None if tokens is None else moved(left_VK[left], right_VK[right], tokens),
         )
         for block, left_VK, right_VK in zip(one.blocks, one.expert_LVK, other.expert_LVK, strict=True)
     ]
+
+
+def _rows_of_both(
+    one: RoutingTable, other: RoutingTable, corpus: Corpus | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64] | None]:
+    """Rows of one and of the other that the same tokens follow; the ids that these are, and the tokens, as weights.
+
+    All ids that neither splits, and then each that one does behind every id.
+    """
+    vocab = one.vocab_size
+    split = np.flatnonzero(_is_split(one) | _is_split(other))
+    plain = np.setdiff1d(np.arange(vocab), split)
+    pairs = np.stack([np.tile(np.arange(vocab), len(split)), np.repeat(split, vocab)], axis=1)
+    left, right = (np.concatenate([plain, table.rows(pairs)[:, 1]]) for table in (one, other))
+    ids = np.concatenate([np.ones(len(plain)), np.full(len(pairs), 1 / vocab)])
+    if corpus is None:
+        return left, right, ids, None
+    if not len(split):
+        return left, right, ids, corpus.token_counts.astype(np.float64)
+    return left, right, ids, np.concatenate([corpus.token_counts[plain], corpus.count_before(split).reshape(-1)])
+
+
+def _is_split(table: RoutingTable) -> NDArray[np.bool_]:
+    """bool [V]: ids that a table splits."""
+    return np.zeros(table.vocab_size, bool) if table.split is None else table.split.place_V >= 0
 
 
 def moved(one_VK: NDArray[np.int32], other_VK: NDArray[np.int32], weight_V: NDArray[np.float64]) -> float:

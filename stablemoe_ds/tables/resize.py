@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +28,7 @@ def resized_table(table: RoutingTable, experts: int) -> RoutingTable:
 
 def replicated_table(table: RoutingTable, times: int) -> RoutingTable:
     """Each expert's ids dealt to ``times`` experts in turn."""
-    copy_V1 = np.arange(table.vocab_size, dtype=np.int32)[:, None] % times
+    copy_V1 = np.arange(table.expert_LVK.shape[1], dtype=np.int32)[:, None] % times
     expert_LVK, experts = table.expert_LVK * np.int32(times) + copy_V1, table.experts * times
     return _derived(table, expert_LVK, experts, how_made("resized", experts=experts))
 
@@ -51,20 +53,29 @@ def rebalanced_table(table: RoutingTable, corpus: Corpus, max_load: float) -> Ro
     stay where they are. Raises UserError for a corpus of other ids.
     """
     table.check_ids(corpus.tokenizer, corpus.vocab_size, "the corpus")
-    token_counts = corpus.token_counts
-    limit = max(max_load, least_load(token_counts, table.experts, table.top_k))
+    made = how_made("balanced", options={"max_load": max_load}, corpus=corpus.fingerprint)
+    return _derived(table, rebalanced(table, corpus, max_load), table.experts, made)
+
+
+def rebalanced(table: RoutingTable, corpus: Corpus, max_load: float) -> NDArray[np.int32]:
+    """int32 [L, V, K]: the experts of :func:`rebalanced_table`; rows of split ids move one by one, as ids do."""
+    counts_V = corpus.row_counts(table.split)
+    limit = max(max_load, least_load(counts_V, table.experts, table.top_k))
     expert_LVK = table.expert_LVK.copy()
     for old_VK, new_VK in zip(table.expert_LVK, expert_LVK, strict=True):
-        stays_VN = np.zeros((table.vocab_size, table.experts))
+        stays_VN = np.zeros((len(old_VK), table.experts))
         np.put_along_axis(stays_VN, old_VK.astype(np.int64), 1.0, axis=1)
-        chosen_VK = balanced_choices(stays_VN, token_counts, limit, table.top_k)
-        moved_V = (np.sort(chosen_VK, axis=1) != np.sort(old_VK, axis=1)).any(1) & (token_counts > 0)
+        chosen_VK = balanced_choices(stays_VN, counts_V, limit, table.top_k)
+        moved_V = (np.sort(chosen_VK, axis=1) != np.sort(old_VK, axis=1)).any(1) & (counts_V > 0)
         new_VK[moved_V] = chosen_VK[moved_V]
-    made = how_made("balanced", options={"max_load": max_load}, corpus=corpus.fingerprint)
-    return _derived(table, expert_LVK, table.experts, made)
+    return expert_LVK
+
+
+def source_of(table: RoutingTable) -> dict[str, object]:
+    """What a table that is made of ``table`` says of it."""
+    return {"table": {"sha256": table.sha256, "made": dict(table.made)}}
 
 
 def _derived(table: RoutingTable, expert_LVK: NDArray[np.int32], experts: int, made: dict[str, object]) -> RoutingTable:
     """A table with the layers and ids of ``table``, which is named in how it was made."""
-    source = {"sha256": table.sha256, "made": dict(table.made)}
-    return RoutingTable(expert_LVK, experts, table.blocks, table.tokenizer, {**made, "table": source})
+    return replace(table, expert_LVK=expert_LVK, experts=experts, made=made | source_of(table))

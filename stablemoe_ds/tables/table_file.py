@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.npz_file import NAME as NPZ
 from stablemoe_ds.tables.npz_file import is_npz, read_npz, save_npz
 from stablemoe_ds.tables.table import RoutingTable
@@ -32,5 +33,18 @@ def read_table(path: str | Path, experts: int | None = None) -> RoutingTable:
 
 
 def writer(form: str, dtype: Literal["int64", "int32"] = "int64") -> Callable[[RoutingTable, Path], None]:
-    """Writes a table in one of :data:`FOREIGN`. dtype: of the values of a ``tid2eid``; npz has int32."""
-    return save_npz if form == NPZ else partial(save_tid2eid, style=form, dtype=dtype)
+    """Writes a table in one of :data:`FOREIGN`. dtype: of the values of a ``tid2eid``; npz has int32.
+
+    It raises UserError for a table that splits ids: readers of these formats look an id up by itself.
+    """
+    save = save_npz if form == NPZ else partial(save_tid2eid, style=form, dtype=dtype)
+
+    def refuse_split(table: RoutingTable, path: Path) -> None:
+        if table.split is not None:
+            raise UserError(
+                f"the table splits {len(table.split.ids_J)} ids by the id before them, for which {form} has no place: "
+                "expected a table without split ids, e.g. the one that it was made from"
+            )
+        save(table, path)
+
+    return refuse_split

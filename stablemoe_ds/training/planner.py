@@ -22,9 +22,11 @@ from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.moe.plan import at_places, count_parts, inverse, plan_from_counts
+from stablemoe_ds.moe.routing_pass import view_of
 from stablemoe_ds.moe.tensor_split import split_tokens
 from stablemoe_ds.routing.fixed import TableRouting
 from stablemoe_ds.routing.routes import NOT_ROUTED, KnownRoutes
+from stablemoe_ds.routing.source import routes_of
 from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.training.routed_batch import RoutedBatch
 
@@ -59,8 +61,10 @@ class Planner:
         layers, self._blocks = len(table.blocks), table.blocks
         self._places = [None] * layers if order_LN is None else [inverse(order_N) for order_N in order_LN]
         orders = [b""] * layers if order_LN is None else [order_N.numpy().tobytes() for order_N in order_LN]
+        split = b"" if table.split is None else table.split.row_JV.tobytes()
         self._tables = [
-            _digest(layer_VK.tobytes() + order) for layer_VK, order in zip(table.expert_LVK, orders, strict=True)
+            _digest(layer_VK.tobytes() + split + order)
+            for layer_VK, order in zip(table.expert_LVK, orders, strict=True)
         ]
         self._group = _expert_group_on_cpu(groups, parallel.timeout_minutes)
         self._ready: queue.Queue[list[RoutedBatch] | BaseException | None] = queue.Queue()
@@ -141,7 +145,7 @@ class Planner:
         return [at_places(split_tokens(expert_TK, self._tensor_group), place_N) for expert_TK, place_N in places]
 
     def _routes(self, batch: Batch) -> KnownRoutes:
-        known, real_T1 = self._routing(batch.ids), batch.real_T[:, None]
+        known, real_T1 = routes_of(view_of(batch), self._routing), batch.real_T[:, None]
         return {block: torch.where(real_T1, expert_TK, NOT_ROUTED) for block, expert_TK in known.items()}
 
     def _exchange(self, number: int, batches: list[Batch], counts_MLCN: Tensor) -> Tensor:

@@ -116,40 +116,41 @@ def simulate(
     for number in updates:
         windows, position = position.take(plan.sequences_per_step)
         sequences = np.stack([dataset[window]["tokens"].numpy() for window in windows])
-        ids = ids_of_ranks(sequences[dealt], plan.sequence)
-        counts = count_dispatches(ids, table, run.parallel.tensor, run.parallel.dispatch_parts)
+        rows = tokens_of_ranks(table.rows(sequences)[dealt], plan.sequence)
+        counts = count_dispatches(rows, table, run.parallel.tensor, run.parallel.dispatch_parts)
         yield judge_update(number, counts, layout)
 
 
-def ids_of_ranks(ids: NDArray[np.int64], parts: int) -> NDArray[np.int64]:
-    """int64 [data ranks, M, T]: the tokens of each data rank, of which ``parts`` in a row share sequences.
+def tokens_of_ranks(rows: NDArray[np.integer], parts: int) -> NDArray[np.integer]:
+    """Integers [data ranks, M, T]: the tokens of each data rank, of which ``parts`` in a row share sequences.
 
-    ids: int64 [groups of such ranks, M, B, S]. Tokens of a micro-batch stand sequence first, t = s * B + b.
+    rows: integers [groups of such ranks, M, B, S], of each token its row in the table. Tokens of a micro-batch stand
+    sequence first, t = s * B + b.
     """
-    readers, micro_batches, sequences, length = ids.shape
-    cut_up = ids.reshape(readers, micro_batches, sequences, parts, length // parts)
+    readers, micro_batches, sequences, length = rows.shape
+    cut_up = rows.reshape(readers, micro_batches, sequences, parts, length // parts)
     return cut_up.transpose(0, 3, 1, 4, 2).reshape(readers * parts, micro_batches, -1)
 
 
-def count_dispatches(ids: NDArray[np.int64], table: RoutingTable, tensor: int, parts: int) -> NDArray[np.int64]:
+def count_dispatches(rows: NDArray[np.integer], table: RoutingTable, tensor: int, parts: int) -> NDArray[np.int64]:
     """int64 [L, W, M, C, N]: (token, choice) pairs of each rank, micro-batch and part by expert.
 
-    ids: int64 [data ranks, M, T]. tensor: ranks that share a batch; W = data ranks * tensor, and rank r has the
-    share r mod tensor of the batch of data rank r // tensor.
+    rows: integers [data ranks, M, T], of each token its row in the table. tensor: ranks that share a batch; W = data
+    ranks * tensor, and rank r has the share r mod tensor of the batch of data rank r // tensor.
     """
-    data_ranks, micro_batches, tokens = ids.shape
+    data_ranks, micro_batches, tokens = rows.shape
     segment_T = np.empty(tokens, np.int64)
     for rank in range(tensor):
         start, end, _ = share_of(tokens, rank, tensor)
-        for part, rows in enumerate(cut(torch.arange(start, end), parts)):
-            segment_T[rows.numpy()] = rank * parts + part
+        for part, own in enumerate(cut(torch.arange(start, end), parts)):
+            segment_T[own.numpy()] = rank * parts + part
     segments, experts = tensor * parts, table.experts
     batches = np.arange(data_ranks * micro_batches).reshape(data_ranks, micro_batches)
     first_bin = (batches[:, :, None] * segments + segment_T) * experts
     counted = []
     for expert_VK in table.expert_LVK:
         bins = sum(
-            np.bincount((first_bin + expert_V[ids]).reshape(-1), minlength=batches.size * segments * experts)
+            np.bincount((first_bin + expert_V[rows]).reshape(-1), minlength=batches.size * segments * experts)
             for expert_V in expert_VK.T
         )
         by_rank = np.asarray(bins).reshape(data_ranks, micro_batches, tensor, parts, experts).swapaxes(1, 2)

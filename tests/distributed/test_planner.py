@@ -15,6 +15,8 @@ from stablemoe_ds.errors import UserError
 from tests.distributed.cases import batch, run_of
 from tests.distributed.launch import run_distributed
 from tests.distributed.worker import engine_of, share
+from tests.tables.texts import split_at_random
+from tests.tiny import VOCAB
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = [
@@ -70,8 +72,8 @@ def test_plans_are_those_a_step_would_make(world: int, layout: dict[str, Any]) -
                 assert same, name
 
 
-def losses(run: RunConfig, planned: bool) -> list[float]:
-    from stablemoe_ds.routing.fixed import freeze
+def losses(run: RunConfig, planned: bool, splits: bool) -> list[float]:
+    from stablemoe_ds.routing.fixed import TableRouting, freeze
     from stablemoe_ds.training.planner import Planner
     from stablemoe_ds.training.routed_batch import RoutedBatch
 
@@ -80,6 +82,8 @@ def losses(run: RunConfig, planned: bool) -> list[float]:
         groups = engine.groups
         engine.freeze_distilled()
         routing = freeze(engine.model.distilled_routers, run.moe.top_k, (1, 2))
+        if splits:
+            routing = TableRouting(split_at_random(routing.table, list(range(0, VOCAB, 2)), 2))
         steps = updates(groups)
         planner = Planner(iter(steps), routing.table, groups, run.parallel) if planned else None
         for step in planner or ([RoutedBatch(micro) for micro in step] for step in steps):
@@ -92,10 +96,14 @@ def losses(run: RunConfig, planned: bool) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("zero", [1, 2])
-def test_planned_training_is_the_same_to_the_bit(zero: int) -> None:
-    run = run_of("paper", expert=2, zero=zero, micro=2)
-    assert run_distributed(2, losses, run, True) == run_distributed(2, losses, run, False)
+@pytest.mark.parametrize(
+    ("layout", "splits"),
+    [({"zero": 1, "micro": 2}, False), ({"zero": 2, "micro": 2}, False), ({"zero": 1, "sequence": 2}, True)],
+    ids=str,
+)
+def test_planned_training_is_the_same_to_the_bit(layout: dict[str, Any], splits: bool) -> None:
+    run = run_of("paper", expert=2, **layout)
+    assert run_distributed(2, losses, run, True, splits) == run_distributed(2, losses, run, False, splits)
 
 
 def disagree(run: RunConfig, how: str) -> tuple[str, float]:
@@ -109,11 +117,14 @@ def disagree(run: RunConfig, how: str) -> tuple[str, float]:
         expert_LVK = np.arange(2 * 64, dtype=np.int32).reshape(2, 64, 1) % 4
         if how == "table" and odd:
             expert_LVK[1, 7] = (expert_LVK[1, 7] + 1) % 4
+        table = RoutingTable(expert_LVK, 4, (1, 2))
+        if how == "split":
+            table = split_at_random(table, [3, 4 + odd], 2)
         steps = updates(groups)
         if how == "batch" and odd:
             steps = updates(groups)[1:]
         began = time.perf_counter()
-        planner = Planner(iter(steps), RoutingTable(expert_LVK, 4, (1, 2)), groups, run.parallel)
+        planner = Planner(iter(steps), table, groups, run.parallel)
         try:
             next(iter(planner))
         except UserError as error:
@@ -126,6 +137,7 @@ def disagree(run: RunConfig, how: str) -> tuple[str, float]:
     ("world", "how", "layout", "said"),
     [
         (2, "table", {"expert": 2}, "ranks 0 and 1 route the MoE layer at block 2 by different tables"),
+        (2, "split", {"expert": 2}, "ranks 0 and 1 route the MoE layer at block 1 by different tables"),
         (2, "batch", {"tensor": 2, "expert": 2}, "ranks 0 and 1 should have the same batch and have not"),
         (4, "batch", {"tensor": 2, "expert": 4}, "ranks 2 and 3 should have the same batch and have not"),
     ],

@@ -21,9 +21,12 @@ from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting
 from stablemoe_ds.routing.source import LEARNED, RouteSource
 from stablemoe_ds.run_directory.checkpoint_files import FORMAT, write_manifest
 from stablemoe_ds.tables.table import RoutingTable
+from tests.tables.texts import split_at_random
 
 TWO_STAGES = ("stablemoe", "base_fixed")
 FROM_THE_START = ("hash", "table")
+SPLITTING = "split.safetensors"
+"""The name of a table, here, that splits every other id."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def save_model(run: RunConfig, vocab: int, stage: int, placement: LayerPlacement
 
 def random_table(run: RunConfig, vocab: int) -> RoutingTable:
     scores_LVN = np.random.default_rng(5).random((len(run.moe.layers), vocab, run.moe.experts), dtype=np.float32)
-    return RoutingTable.from_scores(scores_LVN, run.moe.top_k, tuple(run.moe.layers))
+    table = RoutingTable.from_scores(scores_LVN, run.moe.top_k, tuple(run.moe.layers))
+    return split_at_random(table, list(range(1, vocab, 2)), 3) if run.moe.table == SPLITTING else table
 
 
 def whole_tensors(model: StableMoEGPT) -> dict[str, Tensor]:

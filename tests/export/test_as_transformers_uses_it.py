@@ -15,13 +15,13 @@ from stablemoe_ds.evaluation.generate import generate
 from stablemoe_ds.export.exported_folder import export
 from stablemoe_ds.export.folder_settings import NETWORKS
 from tests.export.opened import opened, some_ids
-from tests.export.small_checkpoints import SavedModel
+from tests.export.small_checkpoints import SPLITTING, SavedModel
 from tests.export.test_equal_logits import PAPER
 
 PADDING = 3
 
 
-@pytest.fixture(scope="module", params=["modern", "paper", "learned", "bigram", "cnn", "transformer"])
+@pytest.fixture(scope="module", params=["modern", "paper", "learned", "split", "bigram", "cnn", "transformer"])
 def pair(
     request: pytest.FixtureRequest, saved: Callable[..., SavedModel], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[SavedModel, Path]:
@@ -29,6 +29,8 @@ def pair(
     shape: dict[str, Any] = {"moe": {"top_k": 2, "shared_experts": 1}, "data": {"sequence_length": 32, "eos_id": 2}}
     if request.param == "paper":
         shape["model"] = PAPER
+    if request.param == "split":
+        shape["moe"] |= {"router": "table", "table": SPLITTING, "gate": "sigmoid"}
     if request.param in NETWORKS:
         shape["moe"]["distilled"] = {"kind": request.param}
         shape["data"]["document_mask"] = "none" if request.param == "cnn" else "attention"

@@ -11,7 +11,7 @@ import torch
 
 from stablemoe_ds.export.exported_folder import export
 from tests.export.opened import opened, some_ids
-from tests.export.small_checkpoints import SavedModel
+from tests.export.small_checkpoints import SPLITTING, SavedModel
 
 PAPER = {
     "positions": "learned",
@@ -38,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gate one": {"moe": {"gate": "one"}},
     "hash": {"moe": {"router": "hash"}},
     "table with a gate": {"moe": {"router": "table", "table": "some.safetensors", "gate": "sigmoid"}},
+    "table that splits ids": {"moe": {"router": "table", "table": SPLITTING, "gate": "sigmoid", "top_k": 2}},
     "BASE layers, frozen": {"moe": {"router": "base_fixed"}},
     "dense": {"moe": {"router": "dense", "layers": []}},
     "dense, deeper": {"moe": {"router": "dense_deeper", "sublayers": 2}},
@@ -59,6 +60,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "a table in one of two layers, gate one": {
         "stage": 1,
         "moe": {"gate": "one", "table": "even", "table_layers": [2]},
+    },
+    "a table that splits ids in one of two layers": {
+        "stage": 1,
+        "moe": {"router": "topk", "top_k": 2, "table": SPLITTING, "table_layers": [2]},
     },
     "BASE layers": {"stage": 1, "moe": {"router": "base"}},
     "expert choice": {"stage": 1, "moe": {"router": "expert_choice", "top_k": 2}},

@@ -8,6 +8,11 @@ import torch
 
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze
+from stablemoe_ds.routing.routes import TokenView
+from stablemoe_ds.routing.source import routes_of
+from stablemoe_ds.tables.builders import random_table
+from stablemoe_ds.tables.table import RoutingTable
+from tests.tables.texts import slow_experts, split_at_random
 
 VOCAB, N, LENGTH = 40, 6, 12
 
@@ -85,3 +90,17 @@ def test_nan_is_not_frozen_into_a_table():
         router.features.embedding.weight[3, 2] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         freeze([router], 1, (1,))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_table_that_splits_ids_is_looked_up_token_by_token(parts: int) -> None:
+    """Also where a rank has a part of the sequences only, whose first token comes behind another rank's."""
+    table = split_at_random(RoutingTable(random_table(VOCAB, N, 2, 2, seed=3), N, (1, 4)), [0, 7, 8, 30], 2)
+    routing, ids_BS = TableRouting(table), some_ids()
+    wanted = torch.tensor([slow_experts(table, row) for row in ids_BS.tolist()])  # [B, L, S, K]
+    each = LENGTH // parts
+    for part in range(parts):
+        here = slice(part * each, (part + 1) * each)
+        view = TokenView(ids_BS[:, here], torch.ones(4 * each), ids_BS if parts > 1 else None, here.start)
+        for layer, block in enumerate((1, 4)):
+            assert torch.equal(routes_of(view, routing)[block], wanted[:, layer, here].transpose(0, 1).flatten(0, 1))

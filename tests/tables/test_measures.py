@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.builders import build_table
+from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.measures import cohesion, difference, measure, moved, mutual_information
 from stablemoe_ds.tables.table import RoutingTable, least_load
 from tests.tables.texts import corpus_of, random_stream, slow_followers, text_of_kinds
@@ -100,7 +101,7 @@ def test_renumbered_experts_are_no_difference() -> None:
     text = text_of_kinds()
     one = build_table("even", {}, text, experts=4, top_k=1, blocks=(1, 3), seed=0)
     other = RoutingTable(np.array([2, 0, 3, 1], np.int32)[one.expert_LVK], 4, (1, 3), "tokenizer")
-    for layer in difference(one, other, text.token_counts):
+    for layer in difference(one, other, text):
         assert (layer.ids_moved, layer.tokens_moved) == (0, 0)
 
 
@@ -109,7 +110,7 @@ def test_one_id_that_moved() -> None:
     changed = expert_LVK.copy()
     changed[0, 5] = 1
     counts = np.array([10, 10, 10, 10, 10, 50])
-    (layer,) = difference(RoutingTable(expert_LVK, 3, (1,)), RoutingTable(changed, 3, (1,)), counts)
+    (layer,) = difference(RoutingTable(expert_LVK, 3, (1,)), RoutingTable(changed, 3, (1,)), Corpus(counts))
     assert layer.ids_moved == pytest.approx(1 / 6)
     assert layer.tokens_moved == pytest.approx(0.3), "the heavy id keeps its expert 1, and ids 2, 3 and 4 move"
     (uncounted,) = difference(RoutingTable(expert_LVK, 3, (1,)), RoutingTable(changed, 3, (1,)))

@@ -20,6 +20,7 @@ from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.training.simulation import Layout, count_dispatches, judge_update
 from tests.cli.test_bad_input import complaint
 from tests.distributed.launch import run_distributed
+from tests.tables.texts import split_at_random
 from tests.training.runs import STEPS, SWITCH, VOCAB, TinyData, command_here, run_file, small_run, train_here
 
 
@@ -44,23 +45,24 @@ def observed_here(run: RunConfig) -> list[tuple[int, list[int], list[int]]]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("ranks", "parallel", "top_k", "steps"),
+    ("ranks", "parallel", "top_k", "steps", "splits"),
     [
-        (2, {"expert": 2}, 1, 12),
-        (4, {"expert": 4, "micro_batch": 1}, 2, 12),
-        (4, {"expert": 2, "tensor": 2, "dispatch_parts": 2}, 1, 12),
-        (4, {"expert": 4, "expert_placement": "load"}, 1, 100),
-        (4, {"expert": 4, "sequence": 2, "micro_batch": 2}, 1, 12),
+        (2, {"expert": 2}, 1, 12, False),
+        (4, {"expert": 4, "micro_batch": 1}, 2, 12, False),
+        (4, {"expert": 2, "tensor": 2, "dispatch_parts": 2}, 1, 12, True),
+        (4, {"expert": 4, "expert_placement": "load"}, 1, 100, False),
+        (4, {"expert": 4, "sequence": 2, "micro_batch": 2}, 2, 12, True),
     ],
     ids=str,
 )
 def test_served_and_sent_rows_are_those_of_a_real_run(
-    ranks: int, parallel: dict[str, Any], top_k: int, steps: int, data: TinyData, tmp_path: Path
+    ranks: int, parallel: dict[str, Any], top_k: int, steps: int, splits: bool, data: TinyData, tmp_path: Path
 ) -> None:
     """Over an epoch's end, too: the text has fewer tokens than the updates read."""
     assert PreparedInfo.read(data.train).tokens < steps * 1024
     fingerprint = Tokenizer(data.tokenizer).fingerprint
-    RoutingTable(random_table(VOCAB, 4, top_k, 2, seed=7), 4, (1, 2), fingerprint).save(tmp_path / "table")
+    table = RoutingTable(random_table(VOCAB, 4, top_k, 2, seed=7), 4, (1, 2), fingerprint)
+    (split_at_random(table, list(range(0, VOCAB, 2)), 2) if splits else table).save(tmp_path / "table")
     run = small_run(
         data,
         tmp_path / "run",
