@@ -230,7 +230,7 @@ class IdNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, seen: SeenIds) -> Tensor:
         """fp32 [B, H, N]."""
-        ids_BH, start_BH = seen
+        ids_BH, start_BH = seen.ids_BH, seen.start_BH
         assert start_BH is not None
         with torch.autocast(ids_BH.device.type, enabled=False):
             word = self.embedding(ids_BH)
