@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.common import markdown, parser, publish, timed
 from benchmarks.memory import peak_bytes
-from benchmarks.ranks import LONGEST_SECONDS
+from benchmarks.ranks import on_every_rank
 from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
@@ -27,7 +27,6 @@ from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import LEARNED
 from stablemoe_ds.training.engine import Engine
 from stablemoe_ds.training.routed_batch import RoutedBatch
-from tests.distributed.launch import run_distributed
 
 VOCAB = 256
 WAYS = {"1 rank, recomputing": (1, True), "4 ranks": (4, False), "4 ranks, recomputing": (4, True)}
@@ -84,7 +83,7 @@ def measure(tokens: int, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (sequence, recompute) in WAYS.items():
         run = run_of(tokens, sequence, recompute)
-        ranks = run_distributed(run.parallel.sequence, measure_here, run, rounds, timeout=LONGEST_SECONDS)
+        ranks = on_every_rank(run.parallel.sequence, measure_here, run, rounds)
         slowest = [max(took) for took in zip(*(rank["seconds"] for rank in ranks), strict=True)]
         together = [sum(took) for took in zip(*(rank["processor"] for rank in ranks), strict=True)]
         losses = ranks[0]["losses"]

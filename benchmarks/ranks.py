@@ -6,19 +6,50 @@ import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
-from tests.distributed.launch import run_distributed
 
 Measure = Callable[..., Any]
-LONGEST_SECONDS = 24 * 3600.0
+
+
+def on_every_rank(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a function of a module in ``ranks`` processes with one thread each, as torchrun starts them.
+
+    Returns what each rank returns. Raises torch's ChildFailedError if one fails.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="benchmark",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    returned = elastic_launch(config, _with_one_thread)(function, arguments)
+    return [returned[rank] for rank in range(ranks)]
 
 
 def on_ranks(ranks: int, measure: Measure, *arguments: Any) -> Any:
-    """Call ``measure(groups, *arguments)`` in ``ranks`` processes that share the experts.
+    """What ``measure(groups, *arguments)`` returns on rank 0 of ``ranks`` processes that share the experts.
 
-    Returns what it returns on rank 0. Raises RankError.
+    Raises ChildFailedError.
     """
-    return run_distributed(ranks, _measured, ranks, measure, arguments, timeout=LONGEST_SECONDS)[0]
+    return on_every_rank(ranks, _measured, ranks, measure, arguments)[0]
+
+
+def reason(error: ChildFailedError) -> str:
+    """What the first rank that failed says of it, on one line."""
+    return error.get_first_failure()[1].message.strip().splitlines()[-1]
+
+
+def _with_one_thread(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    return function(*arguments)
 
 
 def _measured(ranks: int, measure: Measure, arguments: tuple[Any, ...]) -> Any:

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from benchmarks.common import markdown, parser, publish, ratios, record
 from benchmarks.contestants import GPU, LAPTOP, QUICK, Shape, Task, compare_losses, measure
 from benchmarks.corpus import Corpus, library_text, make_corpus
-from benchmarks.ranks import on_ranks
-from tests.distributed.launch import RankError
+from benchmarks.ranks import on_ranks, reason
 
 Row = dict[str, Any]
 CONTESTANTS = (("dense",), ("stage 1", "stage 2"), ("deepspeed capacity 1",), ("deepspeed dropless",))
@@ -54,8 +54,8 @@ def rows_of(
             continue
         try:
             found |= on_ranks(ranks, measure, Task(ranks, names, shape, corpus, folder, rounds, profiled))
-        except RankError as error:
-            failed |= dict.fromkeys(names, error.reason)
+        except ChildFailedError as error:
+            failed |= dict.fromkeys(names, reason(error))
         yield _row(ranks, found, failed)
 
 

