@@ -44,7 +44,9 @@ def on_ranks(ranks: int, measure: Measure, *arguments: Any) -> Any:
 
 def reason(error: ChildFailedError) -> str:
     """What the first rank that failed says of it, on one line."""
-    return error.get_first_failure()[1].message.strip().splitlines()[-1]
+    said: Any = error.get_first_failure()[1].message  # a dict for an exception, text for a signal
+    text = said["message"] if isinstance(said, dict) else said
+    return text.strip().splitlines()[-1]
 
 
 def _with_one_thread(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
