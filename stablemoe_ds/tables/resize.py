@@ -54,13 +54,16 @@ def rebalanced_table(table: RoutingTable, corpus: Corpus, max_load: float) -> Ro
     """
     table.check_ids(corpus.tokenizer, corpus.vocab_size, "the corpus")
     made = how_made("balanced", options={"max_load": max_load}, corpus=corpus.fingerprint)
-    return _derived(table, rebalanced(table, corpus, max_load), table.experts, made)
-
-
-def rebalanced(table: RoutingTable, corpus: Corpus, max_load: float) -> NDArray[np.int32]:
-    """int32 [L, V, K]: the experts of :func:`rebalanced_table`; rows of split ids move one by one, as ids do."""
     counts_V = corpus.row_counts(table.split)
     limit = max(max_load, least_load(counts_V, table.experts, table.top_k))
+    return _derived(table, rebalanced(table, counts_V, limit), table.experts, made)
+
+
+def rebalanced(table: RoutingTable, counts_V: NDArray[np.int64], limit: float) -> NDArray[np.int32]:
+    """int32 [L, V, K]: the experts of :func:`rebalanced_table`; rows of split ids move one by one, as ids do.
+
+    counts_V: int64 [V], how often each row is followed. limit: experts of a row that alone exceeds it have no other.
+    """
     expert_LVK = table.expert_LVK.copy()
     for old_VK, new_VK in zip(table.expert_LVK, expert_LVK, strict=True):
         stays_VN = np.zeros((len(old_VK), table.experts))

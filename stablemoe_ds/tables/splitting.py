@@ -23,7 +23,7 @@ GRAIN = 0.25
 def split_table(table: RoutingTable, corpus: Corpus, max_load: float) -> RoutingTable:
     """The table with every id split that alone exceeds the limit, and then as few tokens moved as the limit requires.
 
-    max_load: of an expert, as a multiple of the mean; where the commonest pair of ids forces more, that is the limit.
+    max_load: of an expert, as a multiple of the mean. Only experts of a pair of ids that alone exceeds it have more.
     Raises UserError for a corpus of other ids, for a table that splits ids already, and if no id exceeds the limit.
     """
     table.check_ids(corpus.tokenizer, corpus.vocab_size, "the corpus")
@@ -40,7 +40,7 @@ def split_table(table: RoutingTable, corpus: Corpus, max_load: float) -> Routing
             "has to be split: use 'stablemoe table build balanced'"
         )
     wide = table.with_rows_of(split)
-    expert_LVK = rebalanced(wide, corpus, max_load)
+    expert_LVK = rebalanced(wide, corpus.row_counts(split), max_load)
     made = how_made("split", options={"max_load": max_load}, corpus=corpus.fingerprint) | source_of(table)
     return replace(wide, expert_LVK=expert_LVK, made=made)
 

@@ -10,10 +10,11 @@ import pytest
 from stablemoe_ds.data.corpus import PreparedInfo
 from stablemoe_ds.data.prepare import prepare
 from stablemoe_ds.data.tokenizer import Tokenizer
-from stablemoe_ds.evaluation.bounds_report import EVEN_OF_ITSELF
+from stablemoe_ds.evaluation.bounds_report import EVEN_OF_ITSELF, EVEN_SPLIT
 from stablemoe_ds.tables.builders import even_table, random_table
 from stablemoe_ds.tables.table import RoutingTable
 from tests.cli.test_bad_input import complaint
+from tests.tables.texts import slow_experts, split_at_random
 from tests.training.runs import VOCAB, TinyData, command_here
 
 
@@ -48,6 +49,25 @@ def test_loads_are_those_of_the_last_tenth(lines: str, tmp_path: Path) -> None:
         assert mine["expert_load"] == pytest.approx(expected.tolist())
         assert mine["rank_load"] == pytest.approx(expected.reshape(2, 4).mean(1).tolist())
         assert mine["dropped"].keys() == {"1.5"}
+
+
+def test_split_ids_are_judged_by_the_rows_that_tokens_follow(lines: str, data: TinyData, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    plain = RoutingTable(random_table(VOCAB, 32, 1, 1, seed=3), 32, (1,), Tokenizer(data.tokenizer).fingerprint)
+    given = split_at_random(plain, list(range(0, VOCAB, 2)), 2)
+    given.save(file)
+    words = ("--heldout", data.valid, "--experts", "32", "--split", "1.2", "--table", str(file))
+    (shape,) = command_here("table", "bounds", lines, *words, "--json").json["bounds"]
+    loads = {table["table"]: table["expert_load"] for table in shape["tables"]}
+    served_N = np.zeros(32)
+    for experts in slow_experts(given, PreparedInfo.read(data.valid).stream().tolist())[0]:
+        served_N[experts] += 1
+    assert loads["mine.safetensors"] == pytest.approx((served_N / served_N.mean()).tolist())
+    assert max(loads[EVEN_SPLIT]) < shape["least"] <= max(loads["even"])
+    said = command_here("table", "bounds", lines, *words, "--plot", str(tmp_path / "load.png")).out
+    assert "no table of whole ids goes below a max/mean load" in said
+    unsplit = command_here("table", "bounds", lines, "--experts", "2", "--split", "1.2", "--json").json["bounds"][0]
+    assert EVEN_SPLIT not in [table["table"] for table in unsplit["tables"]], "no id has to be split"
 
 
 def test_another_text_a_picture_and_words(lines: str, data: TinyData, tmp_path: Path) -> None:

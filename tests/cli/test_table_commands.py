@@ -226,3 +226,29 @@ def test_export_of_what_readers_refuse_leaves_nothing(tmp_path: Path) -> None:
     words = ("--format", "deepseek-v4", "--output", str(tmp_path / "out"))
     complaint(command_here("table", "export", str(tmp_path / "zeros"), *words), "all zeros")
     assert [item.name for item in tmp_path.iterdir()] == ["zeros"]
+
+
+def test_split(data: TinyData, tmp_path: Path) -> None:
+    even, path = tmp_path / "even.safetensors", tmp_path / "split.safetensors"
+    build("even", even, "--data", data.train, "--experts", "32", "--layers", "1", "3")
+    words = (str(even), "--data", data.train, "--heldout", data.valid, "--max-load", "1.2")
+    facts = build("split", path, *words)
+    table = RoutingTable.read(path)
+    assert table.split is not None
+    assert facts["split"]["ids"] == table.split.ids_J.tolist() == sorted(one["id"] for one in facts["split_ids"])
+    assert facts["made"]["table"]["sha256"] == RoutingTable.read(even).sha256
+    for text in facts["loads"]:
+        assert text["before"] >= text["before_bound"] > text["after"] >= text["after_bound"]
+    shown = command_here("table", "show", str(path), "--data", data.valid, "--json").json
+    assert max(layer["max_load"] for layer in shown["measured"]) == pytest.approx(facts["loads"][1]["after"])
+    said = command_here("table", "show", str(path), "--data", data.valid).out
+    assert f"{len(table.split.ids_J)} ids follow one of {facts['split']['rows']} rows, by the id before them" in said
+    assert "without split ids, no table goes below" in said
+    said = command_here("table", "build", "split", *words, "--tokenizer", data.tokenizer, "--output", str(path)).out
+    assert f"wrote {path}" in said
+    (compared, _) = command_here("table", "diff", str(even), str(path), "--data", data.valid, "--json").json["layers"]
+    assert compared["load"] == pytest.approx([facts["loads"][1][which] for which in ("before", "after")], rel=0.2)
+    assert 0 < compared["tokens_moved"] < 1
+    refused = command_here("table", "export", str(path), "--format", "deepseek-v4", "--output", str(tmp_path / "out"))
+    complaint(refused, "by the id before them, for which deepseek-v4 has no place")
+    assert not (tmp_path / "out").exists()

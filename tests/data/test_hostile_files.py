@@ -23,6 +23,7 @@ from stablemoe_ds.data.verified import verify_once
 from stablemoe_ds.tables.table import RoutingTable
 from tests.data.hostile import DAMAGES, STRANGE, Damage, complaint, refused_when_damaged
 from tests.distributed.launch import run_distributed
+from tests.tables.texts import split_at_random
 
 ENDINGS = ("json", "idx", "bin", "counts.npy")
 MANY = settings(max_examples=150, deadline=None)
@@ -215,10 +216,12 @@ def test_hosts_with_different_corpora(corpus: Callable[..., str], tmp_path: Path
     assert all("rank 1 has another text at" in line for line in said)
 
 
-@pytest.fixture(scope="session")
-def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RoutingTable]:
+@pytest.fixture(scope="session", params=["whole ids", "split ids"])
+def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RoutingTable]:
     path = tmp_path_factory.mktemp("table") / "table.safetensors"
     table = RoutingTable(np.arange(60, dtype=np.int32).reshape(2, 15, 2) % 7, 7, (3, 9), "f" * 64)
+    if request.param == "split ids":
+        table = split_at_random(table, [2, 3, 14], 2)
     table.save(path)
     return path, table
 

@@ -118,6 +118,8 @@ def test_generation_is_the_same_cached_and_among_other_prompts(trained: RunConfi
     assert together == generate(opened.trained.model, prompts, routes, max_new_tokens=12, use_cache=False)
     for prompt, new in zip(prompts, together, strict=True):
         assert generate(opened.trained.model, [prompt], routes, max_new_tokens=12) == [new]
+    words = ("generate", trained.directory, "--prompt", "def wrap(self", "--tokens", "8", "--json")
+    assert command_here(*words, "--resident-experts", "0.5").json == command_here(*words).json
 
 
 def test_routers_do_not_start_from_it(trained: RunConfig, data: TinyData, tmp_path: Path) -> None:
