@@ -195,6 +195,20 @@ def test_a_dense_run_becomes_a_run_with_experts(data: TinyData, tmp_path: Path) 
     assert "has checkpoints already" in again.err
 
 
+@pytest.mark.distributed
+def test_a_table_that_training_builds_is_missing_before_it_in_words(data: TinyData, tmp_path: Path) -> None:
+    source = small_run(data, tmp_path / "dense", moe={"router": "dense", "layers": []}, schedule={"steps": 2})
+    train_run(source)
+    moe = {"router": "topk", "top_k": 2, "layers": [1, 2], "table_layers": [1], "table": "cooccurrence"}
+    target = small_run(data, tmp_path / "mixed", moe=moe)
+    command("checkpoint", "convert", source.directory, "--to", run_file(target, tmp_path / "mixed.yaml"))
+    early = command("eval", target.directory)
+    assert early.code == 2
+    assert re.search("the table of builder 'cooccurrence' has not been built: .* train this run first", early.err)
+    train_run(target)
+    assert command("eval", target.directory, "--json").json["step"] == target.schedule.steps
+
+
 @pytest.mark.parametrize(
     ("moe", "stage", "refused"),
     [
