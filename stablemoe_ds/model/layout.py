@@ -6,7 +6,7 @@ is the same thing under every layout. A :class:`Piece` ties one such tensor to w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,11 @@ class Piece:
     def select(self, tensor: Tensor) -> Tensor:
         """This piece of a tensor shaped like the local parameter (a weight, a moment)."""
         return tensor if self.row is None else tensor[self.row]
+
+
+def moe_layer_name(moe_layers: Sequence[int], block: int) -> str:
+    """Name of the MoE layer at a block in the model's stack, which has an entry for each block and each MoE layer."""
+    return f"decoder.layers.{block + moe_layers.index(block)}.moe"
 
 
 def expert_tensor(layer: str, expert: int, rest: str) -> str:

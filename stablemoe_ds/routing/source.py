@@ -106,12 +106,20 @@ class RouteMaker:
     def named(self) -> RoutingTable:
         """The table that the run names, to follow or to start from; collective where the run builds it.
 
-        Raises UserError for a file that does not fit, ValueError if it names none, or a builder where there is none.
+        Raises UserError for a file that does not fit, and for a builder where tables are not built; ValueError if it
+        names none.
         """
+        moe = self.run.moe
         if self.given is not None:
             return self.given
-        if self.run.moe.table_builder is None or self.build is None:
-            raise ValueError(f"moe.{self.run.moe.table_key} of this run names no file, and no table is built here")
+        if moe.table_builder is None:
+            raise ValueError(f"moe.{moe.table_key} of this run names no table")
+        if self.build is None:
+            raise UserError(
+                f"moe.{moe.table_key}: the table of builder '{moe.table_builder}' has not been built: expected a "
+                "checkpoint that contains it; training builds it when it starts, so train this run first, or name a "
+                "table file"
+            )
         return self.build()
 
     def check(self) -> None:

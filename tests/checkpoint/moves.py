@@ -20,17 +20,23 @@ UPDATES: list[Batch] = [batch(seed) for seed in (1, 2)]
 NEXT: Batch = batch(3)
 
 
-def train_here(run: RunConfig, frozen: bool = False) -> float:
-    """Two updates, a checkpoint, and the loss of the third. frozen: along the table that is frozen before it."""
+def train_here(run: RunConfig, frozen: bool = False, table: Any = None) -> float:
+    """Two updates, a checkpoint, and the loss of the third. frozen: along the table that is frozen before it.
+
+    table: of the layers that follow one from the first update.
+    """
     from stablemoe_ds.checkpoint.reader import Progress
+    from stablemoe_ds.routing.fixed import TableRouting
 
     with engine_of(run) as engine:
+        routes = TableRouting(table) if table else LEARNED
         for step, whole in enumerate(UPDATES):
             engine.set_learning_rate(run.optimizer.lr)
-            sums = _accumulate(engine, whole, step)
+            sums = _accumulate(engine, whole, step, routes)
             engine.update()
             engine.teach_routers(sums)
-        routes = _frozen(engine, engine.model.vocab_size) if frozen else LEARNED
+        if frozen:
+            routes = _frozen(engine, engine.model.vocab_size, table)
         progress = Progress(step=len(UPDATES), stage=2 if frozen else 1)
         save_here(engine, progress, table=routes.table)
         return _next_loss(engine, routes)
@@ -53,14 +59,18 @@ def place_here(run: RunConfig, weights: dict[str, Tensor]) -> float:
         return _next_loss(engine, LEARNED)
 
 
-def loss_here(run: RunConfig, source: Path) -> float:
-    """Take a checkpoint and say the loss of the third update; a fixed router follows the table of its run's start."""
+def loss_here(run: RunConfig, source: Path, start_table: Any = None) -> float:
+    """Take a checkpoint and say the loss of the third update; a fixed router follows the table of its run's start.
+
+    start_table: what some layers follow if the checkpoint has no table.
+    """
     from stablemoe_ds.routing.fixed import TableRouting
 
     with engine_of(run) as engine:
         checkpoint, table = _take(engine, source)
         if run.moe.facts.fixed:
             return _next_loss(engine, _frozen(engine, checkpoint.vocab_size))
+        table = table or start_table
         return _next_loss(engine, TableRouting(table) if table else LEARNED)
 
 
@@ -74,14 +84,14 @@ def _take(engine: Any, source: Path) -> tuple[Any, Any]:
     return checkpoint, checkpoint.table()
 
 
-def _frozen(engine: Any, vocab_size: int) -> Any:
+def _frozen(engine: Any, vocab_size: int, followed: Any = None) -> Any:
     """What the engine's run follows if its routing is fixed now; every id occurs once."""
     from stablemoe_ds.training.sharded_weights import gathered
 
     counts = np.ones(vocab_size, dtype=np.int64)
     routers = engine.model.distilled_routers
     with gathered(routers):
-        return RouteMaker(engine.run, routers, lambda: counts, "").frozen()
+        return RouteMaker(engine.run, routers, lambda: counts, "").frozen(followed)
 
 
 def _next_loss(engine: Any, routes: Any) -> float:

@@ -14,8 +14,9 @@ from stablemoe_ds.checkpoint.convert.resize_experts import check_replication, me
 from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.config.schema import RunConfig, StagesConfig
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.tables.table import RoutingTable
 from tests.checkpoint.moves import loss_here, train_here
-from tests.distributed.cases import run_of
+from tests.distributed.cases import run_of, table_of
 from tests.distributed.launch import run_distributed
 from tests.training.runs import TinyData, checkpoint_of, command, differing, run_file, small_run, tensors_of, train_run
 
@@ -77,6 +78,35 @@ UPCYCLED: dict[str, tuple[str, dict[str, Any], float]] = {
     "instead, learned gates": ("modern", {"router": "hash", "gate": "learned", "centroid_gain": 1e-5}, 1e-5),
     "instead, a softmax": ("modern", {"router": "switch", "top_k": 1, "centroid_gain": 1e-5}, 1e-5),
 }
+
+
+MIXED = "modern, block 1 along a table"
+
+
+def test_a_dense_model_becomes_one_with_a_table_in_one_layer(dense: dict[str, Trained], tmp_path: Path) -> None:
+    source, loss = dense["modern"]
+    moe = {"router": "topk", "shared_experts": 0, "table": "even", "table_layers": [1]}
+    made = converted(source, made_of("modern", moe), tmp_path)
+    assert run_distributed(1, loss_here, made, tmp_path, table_of(MIXED))[0] == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(("frozen", "moe"), [(True, {}), (False, {"top_k": 1})], ids=["stage 2", "stage 1"])
+def test_experts_of_a_model_with_a_table_in_one_layer_are_copied_and_merged(
+    frozen: bool, moe: dict[str, Any], tmp_path: Path
+) -> None:
+    followed = table_of(MIXED)
+    assert followed is not None
+    table = RoutingTable(followed.expert_LVK[..., : moe.get("top_k", 2)].copy(), followed.experts, followed.blocks)
+    source, loss = train(made_of(MIXED, moe), tmp_path / "source", frozen=frozen, table=table)
+    more = converted(source, with_experts(source, 8), tmp_path / "more")
+    assert loss_of(more) == pytest.approx(loss, abs=1e-6 if frozen else 1e-2)
+    grown, few = (tensors_of(checkpoint_of(run, 2)) for run in (more, source))
+    name = "decoder.layers.1.moe.router.centroids"  # of the layer that follows the table, and so never chooses
+    assert torch.equal(grown[name], few[name].repeat_interleave(2, 0))
+    back = converted(more, source, tmp_path / "back")
+    kept = RoutingTable.read(checkpoint_of(back, 2) / "routing_table.safetensors")
+    assert kept.only((1,)).sha256 == table.sha256
+    assert loss_of(back) == pytest.approx(loss, abs=1e-6 if frozen else 1e-2)
 
 
 @pytest.mark.parametrize("case", UPCYCLED)
@@ -163,6 +193,20 @@ def test_a_dense_run_becomes_a_run_with_experts(data: TinyData, tmp_path: Path) 
     again = command("checkpoint", "convert", source.directory, "--to", file)
     assert again.code == 2
     assert "has checkpoints already" in again.err
+
+
+@pytest.mark.distributed
+def test_a_table_that_training_builds_is_missing_before_it_in_words(data: TinyData, tmp_path: Path) -> None:
+    source = small_run(data, tmp_path / "dense", moe={"router": "dense", "layers": []}, schedule={"steps": 2})
+    train_run(source)
+    moe = {"router": "topk", "top_k": 2, "layers": [1, 2], "table_layers": [1], "table": "cooccurrence"}
+    target = small_run(data, tmp_path / "mixed", moe=moe)
+    command("checkpoint", "convert", source.directory, "--to", run_file(target, tmp_path / "mixed.yaml"))
+    early = command("eval", target.directory)
+    assert early.code == 2
+    assert re.search("the table of builder 'cooccurrence' has not been built: .* train this run first", early.err)
+    train_run(target)
+    assert command("eval", target.directory, "--json").json["step"] == target.schedule.steps
 
 
 @pytest.mark.parametrize(

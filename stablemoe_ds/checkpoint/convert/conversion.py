@@ -25,6 +25,7 @@ from stablemoe_ds.config.resolved import as_begun
 from stablemoe_ds.config.rules import check, with_vocabulary
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.model.layout import moe_layer_name
 from stablemoe_ds.run_directory.checkpoint_files import FORMAT, part_of, publish, saved_checkpoints, write_manifest
 from stablemoe_ds.run_directory.lock import only_writer
 from stablemoe_ds.tables.resize import merged_table, replicated_table
@@ -83,7 +84,8 @@ def _regrouped(
     if experts > before:
         check_replication(source.run.moe, source.progress.stage)
         choosing = source.progress.stage == 1 or table is None
-        grown = replicate(weights, times, seed=seed if choosing else None)
+        followed = [moe_layer_name(source.run.moe.layers, block) for block in source.run.moe.table_layers]
+        grown = replicate(weights, times, seed if choosing else None, followed)
         return grown, replicated_table(table, times) if table else None, f"replicated: {times} copies of each expert"
     shrunk = merge(weights, times)
     return shrunk, merged_table(table, times) if table else None, f"merged: the mean of each {times} experts"

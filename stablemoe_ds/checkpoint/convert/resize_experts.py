@@ -10,6 +10,7 @@ otherwise it is a starting point for further training.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -42,8 +43,14 @@ def check_replication(moe: MoEConfig, stage: int) -> None:
         )
 
 
-def replicate(weights: dict[str, Tensor], times: int, seed: int | None) -> dict[str, Tensor]:
-    """Make ``times`` copies of each expert. seed: of the offsets that move centroids apart; None: no offsets."""
+def replicate(
+    weights: dict[str, Tensor], times: int, seed: int | None, along_table: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Make ``times`` copies of each expert.
+
+    seed: of the offsets that move centroids apart; None: no offsets. along_table: names of MoE layers that follow a table:
+    their routers do not choose, and their centroids stay together.
+    """
     grown: dict[str, Tensor] = {}
     for name, value in weights.items():
         match = _EXPERT.fullmatch(name)
@@ -52,7 +59,7 @@ def replicate(weights: dict[str, Tensor], times: int, seed: int | None) -> dict[
             grown |= {f"{match[1]}{copy}{match[3]}": value.clone() for copy in range(first, first + times)}
         elif name.rsplit(".", 1)[-1] in _ROWS:
             grown[name] = value.repeat_interleave(times, 0)
-            if seed is not None and value.ndim == 2:
+            if seed is not None and value.ndim == 2 and name.partition(".router.")[0] not in along_table:
                 noise = torch.randn(grown[name].shape, generator=torch.Generator().manual_seed(seed))
                 grown[name] = grown[name] + noise * (APART * value.norm(dim=1).mean() / value.shape[1] ** 0.5)
         else:
