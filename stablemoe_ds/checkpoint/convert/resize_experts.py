@@ -48,8 +48,8 @@ def replicate(
 ) -> dict[str, Tensor]:
     """Make ``times`` copies of each expert.
 
-    seed: of the offsets that move centroids apart; None: no offsets. along_table: names of MoE layers that follow a table:
-    their routers do not choose, and their centroids stay together.
+    seed: of the offsets that move centroids apart; None: no offsets. along_table: names of MoE layers that follow a
+    table: their routers do not choose, and their centroids stay together.
     """
     grown: dict[str, Tensor] = {}
     for name, value in weights.items():
