@@ -59,8 +59,8 @@ def split_ids(corpus: Corpus, experts: int, top_k: int, max_load: float) -> Spli
     row_JV = np.empty(before_JV.shape, np.int32)
     shares: list[int] = []
     for place, (own, count_V) in enumerate(zip(hot_J, before_JV, strict=True)):
-        rows = math.ceil(int(corpus.token_counts[own]) / (GRAIN * room))
-        group_V, load = _grouped(count_V, min(rows, 1 + int(np.count_nonzero(count_V))), end)
+        rows = min(math.ceil(int(corpus.token_counts[own]) / (GRAIN * room)), int(np.count_nonzero(count_V)))
+        group_V, load = _grouped(count_V, max(1, rows), end)
         row_JV[place] = np.where(group_V == 0, own, corpus.vocab_size + len(shares) - 1 + group_V)
         shares += (load[1:] / max(1, load.sum()) * WHOLE).astype(int).tolist()
     return SplitIds(hot_J, row_JV, np.array(shares, np.int32))

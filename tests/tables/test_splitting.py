@@ -86,6 +86,20 @@ def test_rows_of_an_id_are_about_equally_heavy_and_shares_say_how_heavy() -> Non
     assert table.expert_load(KNOWN.token_counts).max() == pytest.approx(load(table, KNOWN), abs=0.01)
 
 
+@pytest.mark.parametrize("ids", [[0, 1] * 50, [0] * 100, [2, 0, 0, 1] * 25, [1, 2, 0, 0, 3, 0] * 9], ids=str)
+def test_ids_that_come_behind_few_others_have_no_more_rows_than_those(ids: list[int]) -> None:
+    corpus = corpus_of(IdStream(np.array(ids), np.array([len(ids)])), 4)
+    plain = build_table("even", {}, corpus, experts=16, top_k=1, blocks=[1], seed=0)
+    table = split_table(plain, corpus, 1.1)
+    assert table.split is not None
+    counts = corpus.row_counts(table.split)
+    assert counts.sum() == len(ids)
+    assert counts[4:].all(), "no further row is idle"
+    for place, index in enumerate(table.split.ids_J):
+        seen = np.count_nonzero(corpus.count_before(np.array([index])))
+        assert 1 + (table.split.owner_Q == place).sum() <= max(1, seen)
+
+
 def slow_pairs(ids: NDArray[np.int64], wanted: int) -> list[int]:
     counts = [0] * VOCAB
     for before, index in pairwise(ids):
