@@ -26,7 +26,9 @@ from torch import Tensor
 
 from benchmarks.common import markdown, medians, parser, publish, ratios, take_turns, timed
 from benchmarks.corpus import library_text, make_corpus
-from stablemoe_ds.checkpoint.reader import Checkpoint
+from stablemoe_ds.checkpoint.attached import to_attach
+from stablemoe_ds.checkpoint.convert.conversion import write_first_checkpoint
+from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
 from stablemoe_ds.config.schema import RunConfig, Source
 from stablemoe_ds.data.table_corpus import table_corpus
 from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
@@ -34,10 +36,10 @@ from stablemoe_ds.evaluation.generate import Reader
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.evaluation.trained_model import TrainedModel
 from stablemoe_ds.model.gpt import StableMoEGPT
+from stablemoe_ds.model.layout import pieces
 from stablemoe_ds.moe.resident import Traffic
 from stablemoe_ds.tables.builders import build_table
 from stablemoe_ds.tables.counted_corpus import Corpus
-from tests.export.small_checkpoints import whole_tensors, write_checkpoint
 
 VOCAB, PROMPT = 4096, 32
 BATCHES, FRACTIONS = (1, 8), (0.5, 0.25)
@@ -66,6 +68,7 @@ def save_model(folder: Path, corpus: Corpus, quick: bool, groups: Groups) -> Che
             },
             "moe": {"router": "table", "table": "cooccurrence", "layers": blocks, "experts": 16},
             "data": {"sequence_length": 256},
+            "run_dir": str(folder),
             "optimizer": {"lr": 1e-3},
             "schedule": {"steps": 1, "tokens_per_step": 256},
         }
@@ -76,8 +79,18 @@ def save_model(folder: Path, corpus: Corpus, quick: bool, groups: Groups) -> Che
         for parameter in model.parameters():
             if parameter.ndim > 1:  # experts start as nothing
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.05)
-    write_checkpoint(folder, run, VOCAB, whole_tensors(model), table, 2, corpus.token_counts)
-    return Checkpoint.open(folder)
+    weights = {piece.name: piece.select(piece.parameter).detach() for piece in pieces(model, 1)}
+    path = write_first_checkpoint(
+        run,
+        weights,
+        table,
+        Progress(stage=2),
+        tokenizer=corpus.tokenizer,
+        vocab_size=VOCAB,
+        attached=to_attach(None, corpus.token_counts),
+        origin=__name__,
+    )
+    return Checkpoint.open(path)
 
 
 def read(trained: TrainedModel, ids_BS: Tensor, timer: Timer) -> Tensor:
@@ -179,7 +192,7 @@ def main() -> None:
     length = PROMPT + (16 if arguments.quick else 48)
     with tempfile.TemporaryDirectory() as name:
         corpus = text(Path(name), arguments.quick)
-        models = opened(save_model(Path(name) / "checkpoint", corpus, arguments.quick, groups), groups)
+        models = opened(save_model(Path(name) / "run", corpus, arguments.quick, groups), groups)
         rows = [
             {"batch": batch, "models": measure(models, corpus, batch, length, arguments.rounds)} for batch in BATCHES
         ]

@@ -138,7 +138,8 @@ def expected_load(
 ) -> dict[int, NDArray[np.int64]]:
     """int64 [N] by block: (token, choice) pairs that each expert serves of a text with these counts of ids.
 
-    Exact for a table. Frozen routers that look at neighbours are asked about each id as if it stood alone.
+    Exact for a table that looks at one id. Where routes depend on ids before it, each id is asked about as if it stood
+    alone.
     """
     experts, device = model.run_config.moe.experts, next(model.parameters()).device
     load = {block: np.zeros(experts, dtype=np.int64) for block in routes.blocks}

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from stablemoe_ds.checkpoint.attached import to_attach
 from stablemoe_ds.checkpoint.reader import Progress
 from stablemoe_ds.checkpoint.saver import write_share
 from stablemoe_ds.config.schema import RunConfig
@@ -77,16 +75,8 @@ def whole_tensors(model: StableMoEGPT) -> dict[str, Tensor]:
 
 
 def write_checkpoint(
-    folder: Path,
-    run: RunConfig,
-    vocab: int,
-    tensors: dict[str, Tensor],
-    table: RoutingTable | None,
-    stage: int,
-    counts: NDArray[np.int64] | None = None,
+    folder: Path, run: RunConfig, vocab: int, tensors: dict[str, Tensor], table: RoutingTable | None, stage: int
 ) -> None:
-    """``counts``: int64 [V], how often its training text has each id; None: it carries none."""
-    folder.mkdir(exist_ok=True)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "progress": asdict(Progress(step=4, stage=stage)),
@@ -97,4 +87,4 @@ def write_checkpoint(
         "run": run.model_dump(mode="json"),
         "started_in": "",
     }
-    write_manifest(folder, manifest | write_share(folder, "0000", tensors, {}, table, to_attach(None, counts)))
+    write_manifest(folder, manifest | write_share(folder, "0000", tensors, {}, table, {}))
