@@ -7,6 +7,7 @@ import mmap
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,17 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """By their names in a safetensors file."""
 
 
+Header = dict[str, dict[str, Any]]
+"""dtype, shape and data_offsets of each tensor of a safetensors file, by name."""
+
+
 class MappedWeights:
     """Chosen weights of a checkpoint. Its files are held open: they may be deleted while a run that trains goes on."""
 
     def __init__(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
         """``names``: canonical ones. Raises UserError if one is missing or a file is damaged."""
-        self._places: dict[str, tuple[mmap.mmap, int, torch.dtype, list[int]]] = {}
-        files: dict[str, tuple[mmap.mmap, int, dict[str, dict[str, list[int]]]]] = {}
+        self._weights: dict[str, tuple[Tensor, mmap.mmap, int]] = {}
+        files: dict[str, tuple[mmap.mmap, int, Header]] = {}
         for name in names:
             if name not in checkpoint.tensors:
                 raise UserError(f"checkpoint {checkpoint.path} has no tensor {name}: it belongs to another model")
@@ -35,22 +40,22 @@ class MappedWeights:
                     files[file] = _mapped(checkpoint.path / file)
                 content, data, header = files[file]
                 entry = header[name]
-                place = (content, data + entry["data_offsets"][0], DTYPES[str(entry["dtype"])], entry["shape"])
+                start, shape, dtype = data + entry["data_offsets"][0], entry["shape"], DTYPES[entry["dtype"]]
+                weight = torch.frombuffer(content, dtype=dtype, count=prod(shape), offset=start).view(shape)
             except (OSError, ValueError, KeyError) as error:
                 raise DamagedError(f"checkpoint {checkpoint.path} is damaged: {file}: {name}: {error!r}") from error
-            self._places[name] = place
+            self._weights[name] = (weight, content, start)
 
     def copy(self, name: str, out: Tensor) -> None:
         """A weight into ``out``, which has its shape. The pages it was read from leave this process's memory again."""
-        content, start, dtype, shape = self._places[name]
-        raw = torch.frombuffer(content, dtype=torch.uint8, count=prod(shape) * dtype.itemsize, offset=start)
-        out.copy_(raw.view(dtype).view(shape))
+        weight, content, start = self._weights[name]
+        out.copy_(weight)
         page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        content.madvise(mmap.MADV_DONTNEED, page, start - page + raw.numel())
+        content.madvise(mmap.MADV_DONTNEED, page, start - page + weight.nbytes)
 
 
-def _mapped(path: Path) -> tuple[mmap.mmap, int, dict[str, dict[str, list[int]]]]:
-    """A safetensors file, where its data begin, and its header: dtype, shape and data_offsets by name.
+def _mapped(path: Path) -> tuple[mmap.mmap, int, Header]:
+    """A safetensors file, where its data begin, and its header.
 
     The format: the length of the header in 8 bytes, the header as JSON, the data (safetensors' README).
     """

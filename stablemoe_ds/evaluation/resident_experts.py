@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from stablemoe_ds.checkpoint.attached import token_counts_of
 from stablemoe_ds.checkpoint.mapped import MappedWeights
@@ -29,7 +30,12 @@ IDS_AT_ONCE = 4096
 
 
 class Residency:
-    """Which experts of a checkpoint's model are in memory. traffic: of all its layers together."""
+    """Which experts of a checkpoint's model are in memory.
+
+    traffic: of all its layers together. announcing: makes each call of the model say beforehand which experts it needs.
+    """
+
+    announcing: RemovableHandle
 
     def __init__(self, checkpoint: Checkpoint, fraction: float, device: torch.device) -> None:
         """``fraction``: of the experts of each MoE layer whose routes follow from token ids, at least one each.
@@ -64,7 +70,7 @@ class Residency:
             if isinstance(layer, MoELayer) and isinstance(layer.experts, ResidentExperts):
                 self._fill_layer(name, layer, layer.experts, load_by_block[layer.block])
                 self._layers.append((layer, layer.experts))
-        model.decoder.register_forward_pre_hook(self._expect, with_kwargs=True)
+        self.announcing = model.decoder.register_forward_pre_hook(self._expect, with_kwargs=True)
 
     def _fill_layer(self, name: str, layer: MoELayer, experts: ResidentExperts, load_N: NDArray[np.int64]) -> None:
         held = layer.held_experts
@@ -87,6 +93,11 @@ class Residency:
             if layer.block in known:
                 chosen = set(known[layer.block].unique().tolist())
                 experts.expect({number for number, expert in enumerate(layer.held_experts) if expert in chosen})
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Bytes of the experts that are in memory."""
+        return sum(experts.in_memory * experts.bytes_of_one for _, experts in self._layers)
 
     def __str__(self) -> str:
         one = self._layers[0][1].bytes_of_one
@@ -127,7 +138,8 @@ def expected_load(
 ) -> dict[int, NDArray[np.int64]]:
     """int64 [N] by block: (token, choice) pairs that each expert serves of a text with these counts of ids.
 
-    Exact for a table. Frozen routers that look at neighbours are asked about each id as if it stood alone.
+    Exact for a table that looks at one id. Where routes depend on ids before it, each id is asked about as if it stood
+    alone.
     """
     experts, device = model.run_config.moe.experts, next(model.parameters()).device
     load = {block: np.zeros(experts, dtype=np.int64) for block in routes.blocks}

@@ -82,6 +82,16 @@ def test_generation_is_timed_with_and_without_the_cache() -> None:
         assert row["tokens_per_second"].keys() == {"dense", "stage 2", "stage 2, no cache"}
 
 
+def test_experts_that_are_fetched_are_counted() -> None:
+    for row in result_of("resident_experts")["rows"]:
+        whole, *parts = row["models"].values()
+        assert whole["fetches_per_id_and_layer"] == 0
+        assert len(parts) == 4
+        for part in parts:
+            assert part["expert_megabytes"] < whole["expert_megabytes"]
+            assert 0 < part["fetches_per_id_and_layer"] <= 1
+
+
 @pytest.mark.timeout(1800)
 def test_routers_are_compared_on_the_same_text() -> None:
     rows = result_of("routers", "--seconds", "900", "--recipes", "cooccurrence", "stablemoe")["rows"]

@@ -74,6 +74,29 @@ def test_experts_of_most_load_are_there_first_and_are_not_fetched(world_groups, 
     assert part.residency.traffic.fetched == 0
 
 
+def test_what_all_layers_need_is_fetched_from_before_the_first_block(world_groups, tmp_path):
+    save_model(tiny_run(moe={"experts": 8}), VOCAB, 2, world_groups.placement, tmp_path)
+    part = TrainedModel(Checkpoint.open(tmp_path), world_groups.world, 0.25)
+    traffic, begun = part.residency.traffic, []
+    part.model.decoder.layers[0].register_forward_pre_hook(lambda *_: begun.append(traffic.fetched))
+
+    def read_each():
+        """Fetches begun before each call of one id, before its first block, and by its end."""
+        for i in range(8):
+            before = traffic.fetched
+            with inference(part.model):
+                part.model.logits(torch.tensor([[i]]), part.routes(torch.tensor([[i]])))
+            yield before, begun[-1], traffic.fetched
+
+    announced = list(read_each())
+    assert all(first == end for _, first, end in announced)
+    part.residency.announcing.remove()
+    on_demand = list(read_each())
+    assert all(first == before for before, first, _ in on_demand)
+    assert announced[-1][2] > 1
+    assert on_demand[-1][2] > announced[-1][2] + 1
+
+
 WIDE = {"model": {"hidden_size": 128, "ffn_hidden_size": 1024}, "moe": {"experts": 16}}
 """16 experts of 1.6 MB in each of two layers, which is most of the model."""
 
