@@ -150,6 +150,7 @@ class Snapshot:
         piece, groups = share.pieces[0], self._state.groups
         if piece.cut_dim is None or not share.writer:
             return local
+        local = local.to(self._device)  # from host memory, where it was offloaded to
         parts = [torch.empty_like(local) for _ in range(groups.tensor)]
         dist.all_gather(parts, local, group=groups.tensor_group)
         return piece.whole_of(parts)

@@ -56,6 +56,7 @@ SETTINGS: tuple[Setting, ...] = (
     _value("recompute", "parallel.recompute", True),
     _degree("parts", "parallel.dispatch_parts"),
     _value("compile", "parallel.compile", True),
+    Setting("offload", "parallel.offload", lambda found: found is not None),
 )
 
 
@@ -78,6 +79,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "blocks are compiled as functions of whole weights, which ZeRO 3 gathers on the way",
         "false, or parallel.zero_stage 2",
     ),
+    *(
+        Refusal("offload", f"ZeRO {stage}", "host memory takes what ZeRO 3 shards", "null, or parallel.zero_stage 3")
+        for stage in range(3)
+    ),
+    Refusal("offload", "compile", "offload needs ZeRO 3, under which blocks are not compiled", "null"),
 )
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 

@@ -121,13 +121,15 @@ def _training(facts: dict[str, Any]) -> str:
 
 
 def _memory(facts: dict[str, Any]) -> str:
-    columns = ("weights", "gradients", "optimizer", "activations", "total")
+    columns: tuple[str, ...] = ("weights", "gradients", "optimizer", "activations", "total")
+    if any(row["host"] for row in facts["memory_per_rank"].values()):
+        columns += ("host",)
     rows = [["memory of a rank", *(f"{name}*" if name == "activations" else name for name in columns), ""]]
     for stage, row in facts["memory_per_rank"].items():
         mark = "(this run)" if stage == f"zero{facts['zero_stage']}" else ""
         rows.append([f"  ZeRO {stage[-1]}", *(_bytes(row[name]) for name in columns), mark])
     return (
-        aligned(rows, right={1, 2, 3, 4, 5})
+        aligned(rows, right=set(range(1, len(columns) + 1)))
         + "\n* an estimate, with experts evenly loaded; library buffers come on top"
     )
 

@@ -19,6 +19,8 @@ OWNED = {
     "optimizer": "section optimizer",
     "scheduler": "section schedule",
     "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer": "parallel.offload",
+    "zero_optimization.offload_param": "parallel.offload",
     "bf16.enabled": "precision.dtype",
     "fp16.enabled": "precision.dtype",
     "fp16.loss_scale": "precision.loss_scale",
@@ -77,6 +79,12 @@ def deepspeed_config(run: RunConfig, plan: BatchPlan) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 0,
             "stage3_prefetch_bucket_size": BUCKET,
         }
+    if run.parallel.offload:
+        # torch's AdamW updates on the CPU as well; DeepSpeed's own for CPUs would have to be compiled.
+        config["zero_force_ds_cpu_optimizer"] = False
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if run.parallel.offload == "all":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if dtype == "bf16":
         # Each gradient is added to the fp32 sum and let go as soon as the backward pass has made it.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}

@@ -11,15 +11,20 @@ from stablemoe_ds.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank. ``activations`` is an estimate and leaves out library workspaces and buckets."""
+    """Bytes of the fullest rank. ``activations`` is an estimate and leaves out library workspaces and buckets.
+
+    host: what is in host memory instead (``parallel.offload``).
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    host: int = 0
 
     @property
     def total(self) -> int:
+        """Without what is in host memory."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -42,14 +47,25 @@ def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[in
     expert_shard = -(-expert * run.parallel.expert // world_size)
     held, shard = dense + expert, dense_shard + expert_shard
     dtype, activations = run.precision.dtype, activation_bytes(run, plan)
-    half, gathered = dtype != "fp32", largest_module(run)
+    half = dtype != "fp32"
     weights = (2 if half else 4) * held
     return {
         0: Memory(weights, 4 * held, (12 if half else 8) * held, activations),
         1: Memory(weights, 4 * held + (0 if dtype == "bf16" else 4 * shard), 12 * shard, activations),
         2: Memory(weights, (4 if half else 8) * shard, 12 * shard, activations),
-        3: Memory((2 if half else 4) * (shard + gathered), 8 * shard + 4 * gathered, 12 * shard, activations),
+        3: _sharded(run, shard, largest_module(run), activations),
     }
+
+
+def _sharded(run: RunConfig, shard: int, gathered: int, activations: int) -> Memory:
+    """Under ZeRO 3, with what is offloaded."""
+    size, offload = 4 if run.precision.dtype == "fp32" else 2, run.parallel.offload
+    weights = size * shard
+    if offload is None:
+        return Memory(weights + size * gathered, 8 * shard + 4 * gathered, 12 * shard, activations)
+    on_device = 0 if offload == "all" else weights
+    gradients = (size + 4) * gathered  # of one module, and in fp32 on their way to host memory
+    return Memory(on_device + size * gathered, gradients, 0, activations, 20 * shard + weights - on_device)
 
 
 def largest_module(run: RunConfig) -> int:

@@ -23,7 +23,7 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
     """
     rules = (
         *(_model, _moe, _start_table, _placement, _data, _schedule, _stages),
-        *(refused, _offload, _loss_scale, _tensor, _sequence, conflicts),
+        *(refused, _sharding, _loss_scale, _tensor, _sequence, conflicts),
     )
     found = [line for rule in rules for line in rule(run)]
     if world_size is not None:
@@ -187,11 +187,11 @@ def _stages(run: RunConfig) -> Iterator[str]:
         yield breach("moe.distill_weight", 0, reason, "0.3 (the default), or stages.never true")
 
 
-def _offload(run: RunConfig) -> Iterator[str]:
+def _sharding(run: RunConfig) -> Iterator[str]:
     """What a ``deepspeed`` section may not lay over ZeRO 3."""
     if run.parallel.zero_stage != 3:
         return
-    for key in ("offload_param", "offload_optimizer", "zero_hpz_partition_size", "zero_quantized_weights"):
+    for key in ("zero_hpz_partition_size", "zero_quantized_weights"):
         if key in run.deepspeed.get("zero_optimization", {}):
             value = run.deepspeed["zero_optimization"][key]
             reason = "checkpoints are read from weights and moments that are whole over the ranks' own memory"

@@ -178,6 +178,11 @@ class ParallelConfig(Section):
         description="ZeRO stage, i.e. what is sharded over data ranks: 0 nothing, 1 the optimizer state, 2 also the "
         "gradients, 3 also the weights",
     )
+    offload: Literal["optimizer", "all"] | None = Field(
+        None,
+        description="what a rank keeps in host memory instead of its GPU's; needs zero_stage 3. optimizer: gradients "
+        "and optimizer state of its share of the weights, which are updated there; all: also that share of the weights",
+    )
     micro_batch: PositiveInt | None = Field(
         None, description="sequences in a micro-batch of a rank; null: the rank's whole share of an update"
     )

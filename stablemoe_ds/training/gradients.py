@@ -8,11 +8,12 @@ few methods replaced, and :func:`adopt` puts them in the place of DeepSpeed's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -62,6 +63,14 @@ def _copies(optimizer: Any, parameter: nn.Parameter) -> int:
 
 class _Engine(DeepSpeedEngine):
     """Reduces the flat fp32 gradients of ZeRO 1 in bf16 where they lie, and nothing in a group of one."""
+
+    def backward(self, loss: Tensor, **options: Any) -> Tensor:
+        """From one micro-batch. DeepSpeed's hook on the model's outputs, which does not find ours, would tell its
+        optimizer which is the last of an update; it moves the sums of gradients to host memory then."""
+        if isinstance(self.optimizer, Zero3Optimizer):
+            self.optimizer.set_gradient_accumulation_boundary(self.is_gradient_accumulation_boundary())
+        scaled: Tensor = super().backward(loss, **options)
+        return scaled
 
     def allreduce_no_retain(
         self, bucket: list[Tensor], dp_group: Any, numel_per_bucket: int = 500_000_000, dp_world_size: Any = None
@@ -163,12 +172,26 @@ class Zero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
 
     refused = False
 
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """Nothing, as in :class:`_ZeroOptimizer`; DeepSpeed's would leave out tensor ranks, and wait once more."""
+
     def gradients(self) -> Iterator[tuple[int, Tensor]]:
         for group, parameters in enumerate(self.fp16_groups):
-            for parameter, gradient in zip(parameters, self.averaged_gradients[group], strict=True):
+            for parameter, gradient in zip(parameters, self._held(group, parameters), strict=True):
                 yield _copies(self, parameter), gradient
 
+    def _held(self, group: int, parameters: list[nn.Parameter]) -> Sequence[Tensor]:
+        if not self.offload_optimizer:
+            held: list[Tensor] = self.averaged_gradients[group]
+            return held
+        flat: Tensor = self.fp32_partitioned_groups_flat[group].grad
+        offloaded = flat.split([vars(parameter)["ds_tensor"].numel() for parameter in parameters])
+        for parameter, gradient in zip(parameters, offloaded, strict=True):
+            if not parameter.requires_grad:  # nothing has written over what it was before the switch
+                gradient.zero_()
+        return offloaded
+
     def _get_norm_groups(self) -> list[Tensor]:
-        norm = math.inf if self.refused else global_norm(self.gradients(), self.device)
+        norm = math.inf if self.refused else global_norm(self.gradients(), get_accelerator().current_device_name())
         self.refused = False
         return [torch.tensor(norm, device=self.device)]

@@ -14,7 +14,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from stablemoe_ds.config.schema import RunConfig
-from stablemoe_ds.distributed.groups import Groups
+from stablemoe_ds.distributed.groups import DeepSpeedMpu, Groups
 from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.model.initialize import initialize_pieces, without_memory
@@ -49,7 +49,10 @@ def shard(
         p: torch.empty(0) for module in model.modules() if isinstance(module, Fp32Module) for p in module.parameters()
     }
     sharding = deepspeed.zero.Init(
-        module=nn.ParameterList(), data_parallel_group=groups.data_group, config_dict_or_path=deepspeed_config
+        module=nn.ParameterList(),
+        data_parallel_group=groups.data_group,
+        config_dict_or_path=deepspeed_config,
+        mpu=DeepSpeedMpu(),
     )
     dtype = DTYPES[run.precision.dtype]
     for _, held in groupby(pieces(model, groups.tensor), key=lambda piece: id(piece.parameter)):

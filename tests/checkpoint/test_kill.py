@@ -40,14 +40,15 @@ def test_kill_at_any_moment_leaves_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("updates", [3, 5])
-def test_killed_ranks_leave_a_checkpoint(updates: int, data: TinyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("updates", "stage", "dtype"), [(3, 1, "fp32"), (5, 3, "bf16")])
+def test_killed_ranks_leave_a_checkpoint(updates: int, stage: int, dtype: str, data: TinyData, tmp_path: Path) -> None:
     run = small_run(
         data,
         tmp_path / "run",
         schedule={"steps": 10_000},
         stages={"at_step": 4},
-        parallel={"expert": 2, "timeout_minutes": 0.2},
+        parallel={"expert": 2, "timeout_minutes": 0.2, "zero_stage": stage},
+        precision={"dtype": dtype},
         checkpoint={"every": 1, "keep": 2},
     )
     argv = ["train", run_file(run, tmp_path / "run.yaml")]

@@ -19,7 +19,8 @@ from tests.training.runs import Answer, TinyData, run_file, small_run
 PATIENCE = 800
 """Seconds that a suite may take on a machine with much else to do; it needs less than a minute."""
 SEEDS = [1, 2]
-VARIANTS = {"ours": [], "switch": ["moe.router=switch"]}
+VARIANTS = {"ours": [], "switch": ["moe.router=switch", "parallel.zero_stage=3"]}
+"""One of them under another ZeRO stage, which changes nothing that is compared."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ OVERRIDES = {
     **{f"ZeRO {stage}": f"parallel.zero_stage={stage}" for stage in range(4)},
     **{dtype: f"precision.dtype={dtype}" for dtype in ("fp32", "bf16", "fp16")},
     "compile": "parallel.compile=true",
+    "offload": "parallel.offload=all",
 }
 
 
@@ -46,7 +47,7 @@ def test_what_is_refused_is_refused_by_the_rules(make: Callable[..., RunConfig],
     assert str(caught.value).startswith(f"{key}: got ")
     assert str(caught.value).endswith(f"{refusal.reason}; nearest that works: {refusal.nearest}")
     for alone in (refusal.first, refusal.second):
-        check(make("parallel.zero_stage=1", OVERRIDES[alone]))
+        check(make(f"parallel.zero_stage={3 if alone == 'offload' else 1}", OVERRIDES[alone]))
 
 
 def test_the_page_is_current() -> None:

@@ -65,6 +65,8 @@ def test_escape_hatch_is_merged_last_and_key_by_key(make: Make) -> None:
         ("gradient_clipping=1", "nearest that works: set optimizer.clip"),
         ("optimizer={type: Adam}", "nearest that works: set section optimizer"),
         ("zero_optimization.stage=3", "nearest that works: set parallel.zero_stage"),
+        ("zero_optimization.offload_optimizer={}", "nearest that works: set parallel.offload"),
+        ("zero_optimization.offload_param={device: nvme}", "nearest that works: set parallel.offload"),
         ("bf16.enabled=true", "nearest that works: set precision.dtype"),
         (
             "zero_optimization.contiguous_gradients=false",

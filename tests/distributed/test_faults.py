@@ -232,7 +232,7 @@ def waiting_limits(stage: int) -> list[float]:
         return [backend.options._timeout.total_seconds() for backend in backends]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_group_waits_as_long_as_the_run_says(stage: int) -> None:
     for limits in run_distributed(2, waiting_limits, stage):
         assert set(limits) == {60.0}, "what engine_of asks for"

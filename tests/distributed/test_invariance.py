@@ -81,6 +81,7 @@ BF16: list[tuple[int, dict[str, Any]]] = [
     (2, {"expert": 2, "zero": 1}),
     (2, {"expert": 2, "zero": 2}),
     (2, {"expert": 2, "zero": 3}),
+    (2, {"zero": 3, "offload": "all"}),
     (4, {"tensor": 2, "sequence": 2, "expert": 2, "zero": 1, "micro": 4, "recompute": True, "dispatch_parts": 2}),
 ]
 

@@ -94,7 +94,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 def test_launch_trains_on_two_processes_and_tells_about_it(data: TinyData, tmp_path: Path) -> None:
-    run = small_run(data, Path("runs/small"), parallel={"expert": 2}, checkpoint={"every": 6})
+    sharded = {"parallel": {"expert": 2, "zero_stage": 3, "offload": "all"}, "precision": {"dtype": "bf16"}}
+    run = small_run(data, Path("runs/small"), **sharded, checkpoint={"every": 6})
     (tmp_path / "cluster.yaml").write_text("launcher: local\ndevice: cpu\nprocesses_per_node: 2\n")
     stablemoe = [sys.executable, "-m", "stablemoe_ds"]
     command = [*stablemoe, "launch", run_file(run, tmp_path / "run.yaml"), "--cluster", "cluster.yaml"]

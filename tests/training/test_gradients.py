@@ -80,9 +80,10 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
-def run_of_update(dtype: str, zero: int, ranks: int, expert: int) -> RunConfig:
+def run_of_update(dtype: str, zero: int, ranks: int, expert: int, **layout: Any) -> RunConfig:
     """Four micro-batches an update, nothing clipped: a factor would change which values bf16 can represent."""
-    sections = run_of("modern", dtype=dtype, zero=zero, expert=expert, micro=SEQUENCES // ranks).model_dump()
+    micro = SEQUENCES // ranks
+    sections = run_of("modern", dtype=dtype, zero=zero, expert=expert, micro=micro, **layout).model_dump()
     sections["optimizer"]["clip"] = 0.0
     sections["schedule"]["tokens_per_step"] = MICRO_BATCHES * SEQUENCES * LENGTH
     return RunConfig.model_validate(sections)
@@ -110,6 +111,11 @@ def test_adamw_gets_the_fp32_sum(dtype: str, zero: int, ranks: int, expert: int)
     assert_exact(found)
     everything = torch.cat([got.flatten() for rank in found for name, (got, _) in rank.items() if name != "norm"])
     assert share_of_bf16(everything) < 0.5
+
+
+@pytest.mark.distributed
+def test_so_it_does_in_host_memory() -> None:
+    assert_exact(run_distributed(2, gradients_of_an_update, run_of_update("bf16", 3, 2, 2, offload="all")))
 
 
 @pytest.mark.distributed

@@ -119,6 +119,7 @@ LAYOUTS = {
     "2 processes, ZeRO 3": (2, 3, "fp32"),
     "2 processes, ZeRO 1, bf16": (2, 1, "bf16"),
     "2 processes, ZeRO 2, bf16": (2, 2, "bf16"),
+    "2 processes, ZeRO 3, bf16": (2, 3, "bf16"),
 }
 
 
@@ -174,7 +175,7 @@ def test_goes_back_over_the_switch(data: TinyData, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "stage", "dtype"), [(1, 0, "fp32"), (2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "fp32")])
+@pytest.mark.parametrize(("ranks", "stage", "dtype"), [(1, 0, "fp32"), (2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "bf16")])
 def test_a_spike_is_dropped(ranks: int, stage: int, dtype: str, data: TinyData, tmp_path: Path) -> None:
     run = small_run(
         data,

@@ -25,14 +25,14 @@ BUCKET = 1_200_000
 """Elements; no parameter is larger, and so none goes round it."""
 
 
-def run_of(dtype: str, zero: int, sublayers: int = 1) -> RunConfig:
+def run_of(dtype: str, zero: int, offload: str | None = None, sublayers: int = 1) -> RunConfig:
     """Nearly all of its parameters are experts', and a micro-batch is 8 tokens: activations hardly count."""
     return tiny_run(
         model={"hidden_size": 128, "ffn_hidden_size": 512},
         moe={"experts": 16, "sublayers": sublayers},
         data={"sequence_length": 8},
         schedule={"tokens_per_step": 16},
-        parallel={"zero_stage": zero, "micro_batch": 1},
+        parallel={"zero_stage": zero, "micro_batch": 1, "offload": offload},
         precision={"dtype": dtype},
         deepspeed={"zero_optimization": {"reduce_bucket_size": BUCKET}},
     )
@@ -88,12 +88,24 @@ def test_no_rank_ever_holds_all_weights_of_zero_3() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "zero"),
-    [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("fp16", 1), ("bf16", 2), ("bf16", 3)],
+    ("dtype", "zero", "offload"),
+    [
+        ("fp32", 0, None),
+        ("fp32", 1, None),
+        ("fp32", 2, None),
+        ("fp32", 3, None),
+        ("bf16", 1, None),
+        ("fp16", 1, None),
+        ("bf16", 2, None),
+        ("bf16", 3, None),
+        ("bf16", 3, "all"),
+    ],
 )
-def test_memory_is_what_config_check_says(world_groups: Groups, dtype: str, zero: int) -> None:
-    run = run_of(dtype, zero)
-    said = memory_per_rank(run, batch_plan(run, 1), 1)[zero].total
+def test_memory_is_what_config_check_says(world_groups: Groups, dtype: str, zero: int, offload: str | None) -> None:
+    """What is offloaded is in the same memory here."""
+    run = run_of(dtype, zero, offload)
+    memory = memory_per_rank(run, batch_plan(run, 1), 1)[zero]
+    said = memory.total + memory.host
     gc.collect()
     if dtype == "fp16":  # needs a GPU: here bf16 through the optimizer that fp16 uses
         from deepspeed.runtime import engine
