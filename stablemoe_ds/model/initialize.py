@@ -118,10 +118,12 @@ def initialize_parameters(model: nn.Module, run: RunConfig) -> None:
 
 @torch.no_grad()
 def initialize_pieces(held: Iterable[Piece], run: RunConfig) -> None:
-    """Give the parameters that these pieces are part of their start values."""
+    """Give the parameters that these pieces are part of their start values, and memory if they have none."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     for piece in held:
+        if piece.parameter.is_meta:
+            give_memory(piece.parameter)
         whole = start_value(piece.name, piece.shape, run)
         piece.select(piece.parameter).copy_(piece.local_of(whole, rank, ranks))
 
