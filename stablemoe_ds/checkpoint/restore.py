@@ -123,7 +123,8 @@ def _local_tensors(
     """Each local parameter with its values from the checkpoint, one in memory at a time; experts are stacked."""
     for _, held in groupby(pieces(model, groups.tensor), key=lambda piece: id(piece.parameter)):
         rows = list(held)
-        parameter, value = rows[0].parameter, torch.empty(shape_of(rows[0].parameter))
+        # Zeros stay at places without an expert.
+        parameter, value = rows[0].parameter, torch.zeros(shape_of(rows[0].parameter))
         for piece in rows:
             whole = checkpoint.read(piece.name, key, piece.shape)
             piece.select(value).copy_(piece.local_of(whole, groups.tensor_rank, groups.tensor))

@@ -59,8 +59,10 @@ class Snapshot:
         self._fp32.find_holders(state.model.parameters())
         self._weights: dict[str, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
+        # Not counted among those that have pieces: on a rank without an expert at its place, one has none.
+        number = {id(parameter): at for at, parameter in enumerate(state.model.parameters())}
         rows = groupby(pieces(state.model, state.groups.tensor), key=lambda piece: id(piece.parameter))
-        shares = [self._share(number, list(own)) for number, (_, own) in enumerate(rows)]
+        shares = [self._share(number[key], list(own)) for key, own in rows]
         self._blocks = self._plan_blocks(share for share in shares if share.mine and not share.gathered)
         self._gathered = [
             (share, self._room(*share.shape) if share.mine else None)
@@ -102,9 +104,7 @@ class Snapshot:
     def _share(self, number: int, own: list[Piece]) -> _Share:
         """number: of the parameter in the model; turns ranks into writers one after the other."""
         groups = self._state.groups
-        me, copies = groups.data_rank, groups.data_size
-        if own[0].is_expert:
-            me, copies = groups.expert_data_rank, groups.world.size // groups.expert
+        me, copies = groups.among_copies(own[0].parameter)
         holders = self._fp32.holders(own[0].parameter)
         writer = me == (holders[0] if len(holders) == 1 else number % copies)
         alone = own[0].is_expert or groups.tensor_rank == number % groups.tensor

@@ -29,6 +29,13 @@ def add_to(table: Subparsers) -> None:
     bounds.add_argument("--top-k", nargs="+", type=int, default=[1], metavar="K", help="experts of an id (default 1)")
     bounds.add_argument("--ranks", type=int, metavar="R", help="ranks that share the experts (default 8, or fewer)")
     bounds.add_argument(
+        "--replicated-experts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="experts that every rank has, where experts are placed by load (default 0)",
+    )
+    bounds.add_argument(
         "--capacity", nargs="+", type=float, default=[1.0, 1.25, 2.0], metavar="C", help="factors; default 1 1.25 2"
     )
     bounds.add_argument(
@@ -76,8 +83,11 @@ def _question(arguments: argparse.Namespace) -> Question:
         f"--capacity: got {c}: expected a number above 0" for c in arguments.capacity if not 0 < c < float("inf")
     ]
     check_load(arguments.split, "--split")
-    if arguments.seed < 0:
-        problems.append(f"--seed: got {arguments.seed}: expected at least 0")
+    problems += [
+        f"{name}: got {n}: expected at least 0"
+        for name, n in (("--seed", arguments.seed), ("--replicated-experts", arguments.replicated_experts))
+        if n < 0
+    ]
     if problems:
         raise UserError("\n".join(problems))
     return Question(
@@ -85,6 +95,7 @@ def _question(arguments: argparse.Namespace) -> Question:
         named=[(Path(path).name, open_table(path)[0]) for path in arguments.table],
         builders=["random", "even", *(["cooccurrence"] if arguments.cooccurrence else [])],
         ranks=arguments.ranks,
+        replicated=arguments.replicated_experts,
         capacities=arguments.capacity,
         batch_tokens=arguments.batch_tokens,
         seed=arguments.seed,

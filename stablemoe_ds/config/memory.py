@@ -32,20 +32,20 @@ def memory_per_rank(run: RunConfig, plan: BatchPlan, world_size: int) -> dict[in
     """What a rank holds in training under ZeRO stages 0, 1, 2 and 3.
 
     Dense parameters are cut over tensor ranks and sharded over data and sequence ranks; routed experts are spread over
-    expert-parallel ranks and sharded over the copies of each expert. fp32 masters and Adam's two moments take 12
-    bytes a parameter (8 where the weights are the masters). Gradients accumulate in fp32, and those of the backward
-    pass are let go one by one. As it reduces them, DeepSpeed makes a second copy of this rank's share, except in bf16:
-    ZeRO 1 reduces in place there, and ZeRO 2 in half precision adds to the share itself. ZeRO 3 keeps a share of the
-    weights besides the masters and gathers a module's when it is due: the largest one's weights and their gradients are
-    whole for that time. Small models stay gathered longer, up to DeepSpeed's prefetch bucket.
+    expert-parallel ranks, or replicated, and sharded over the copies of each expert. fp32 masters and Adam's two
+    moments take 12 bytes a parameter (8 where the weights are the masters). Gradients accumulate in fp32, and those of
+    the backward pass are let go one by one. As it reduces them, DeepSpeed makes a second copy of this rank's share,
+    except in bf16: ZeRO 1 reduces in place there, and ZeRO 2 in half precision adds to the share itself. ZeRO 3 keeps a
+    share of the weights besides the masters and gathers a module's when it is due: the largest one's weights and their
+    gradients are whole for that time. Small models stay gathered longer, up to DeepSpeed's prefetch bucket.
     """
     counts, tensor = parameters(run), run.parallel.tensor
     cut = counts.embedding + counts.output + counts.attention + counts.ffn
     dense = -(-cut // tensor) + counts.total - counts.expert - cut
-    expert = counts.expert // run.parallel.expert
+    spread, replicated = held_experts(run)
     dense_shard = -(-dense // plan.weight_copies)
-    expert_shard = -(-expert * run.parallel.expert // world_size)
-    held, shard = dense + expert, dense_shard + expert_shard
+    expert_shard = -(-spread * run.parallel.expert // world_size) - (-replicated // world_size)
+    held, shard = dense + spread + replicated, dense_shard + expert_shard
     dtype, activations = run.precision.dtype, activation_bytes(run, plan)
     half = dtype != "fp32"
     weights = (2 if half else 4) * held
@@ -68,6 +68,18 @@ def _sharded(run: RunConfig, shard: int, gathered: int, activations: int) -> Mem
     return Memory(on_device + size * gathered, gradients, 0, activations, 20 * shard + weights - on_device)
 
 
+def held_experts(run: RunConfig) -> tuple[int, int]:
+    """Parameters of the experts of a rank: of those spread over the ranks, and of those that every rank has.
+
+    Each rank has room for as many of the former as the fullest. A run that learns its table has the latter only once
+    it is continued after the switch, and needs less until then.
+    """
+    ranks = run.parallel.expert
+    replicated = run.parallel.replicated_experts if ranks > 1 else 0
+    of_one = parameters(run).expert // run.moe.experts
+    return of_one * -(-(run.moe.experts - replicated) // ranks), of_one * replicated
+
+
 def largest_module(run: RunConfig) -> int:
     """Parameters of this rank's largest module that ZeRO 3 gathers at once: an MoE layer, a token matrix or another."""
     counts, m, layers = parameters(run), run.model, len(run.moe.layers)
@@ -78,7 +90,7 @@ def largest_module(run: RunConfig) -> int:
         return found
     whole = counts.shared_experts + counts.router
     distilled = counts.distilled // max(1, len(run.moe.learned_layers))
-    return max(found, (counts.expert // run.parallel.expert + whole) // layers + distilled)
+    return max(found, (sum(held_experts(run)) + whole) // layers + distilled)
 
 
 def activation_bytes(run: RunConfig, plan: BatchPlan) -> int:

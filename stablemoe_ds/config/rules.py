@@ -22,7 +22,7 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
     Raises UserError with one line for each breach.
     """
     rules = (
-        *(_model, _moe, _start_table, _placement, _data, _schedule, _stages),
+        *(_model, _moe, _start_table, _placement, _replicated, _data, _schedule, _stages),
         *(refused, _sharding, _loss_scale, _tensor, _sequence, conflicts),
     )
     found = [line for rule in rules for line in rule(run)]
@@ -143,6 +143,21 @@ def _placement(run: RunConfig) -> Iterator[str]:
     if two_stages(run):
         expected = f"{moe.distilled.kind} routers never become a table, so what each expert will serve is not known"
     yield breach("parallel.expert_placement", placement, expected, "number")
+
+
+def _replicated(run: RunConfig) -> Iterator[str]:
+    """Experts are replicated where it is known which of them serve most, and each copy decides alone what it serves."""
+    moe, replicated = run.moe, run.parallel.replicated_experts
+    key = "parallel.replicated_experts"
+    if replicated and run.parallel.expert_placement == "number":
+        reason = "with parallel.expert_placement number nothing says which experts serve most tokens"
+        yield breach(key, replicated, reason, "0, or parallel.expert_placement load")
+    if replicated and moe.capacity_factor is not None:
+        reason = "with moe.capacity_factor an expert takes a share of all ranks' tokens, and no copy sees them all"
+        yield breach(key, replicated, reason, "0, or moe.capacity_factor null")
+    if replicated >= moe.experts:
+        reason = f"expected fewer than moe.experts {moe.experts}, as at least one is spread over the ranks"
+        yield breach(key, replicated, reason, f"{moe.experts - 1}, or parallel.expert 1")
 
 
 def _data(run: RunConfig) -> Iterator[str]:

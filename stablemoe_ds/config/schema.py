@@ -173,6 +173,13 @@ class ParallelConfig(Section):
         "the same number of tokens, computed from the routing table and the counts of the training text. A run that "
         "learns its table places experts by load once it is continued after the switch",
     )
+    replicated_experts: int = Field(
+        0,
+        ge=0,
+        description="number of experts in each MoE layer that every rank holds: those that serve most tokens. Their "
+        "tokens are not sent to another rank, and the gradients of the copies are summed. Needs expert_placement load "
+        "and takes effect together with it",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
         description="ZeRO stage, i.e. what is sharded over data ranks: 0 nothing, 1 the optimizer state, 2 also the "

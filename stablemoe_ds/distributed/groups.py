@@ -10,11 +10,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from stablemoe_ds.distributed.environment import check_world_size, read_launcher_environment
-from stablemoe_ds.distributed.placement import LayerPlacement
+from stablemoe_ds.distributed.placement import REPLICATED, LayerPlacement
 from stablemoe_ds.distributed.rendezvous import agree_on_size, name_rendezvous
 from stablemoe_ds.errors import CLUSTER_FAULT, RunError, UserError
 
@@ -140,7 +140,6 @@ class Groups:
         self.tensor_rank = ps.get_tensor_model_parallel_rank()
         self.tensor_group = ps.get_tensor_model_parallel_group()
         self.expert_rank = ps.get_expert_model_parallel_rank()
-        self.expert_data_rank = ps.get_expert_data_parallel_rank()
         self._share_with_deepspeed()
 
     def _join_sequence_group(self) -> dist.ProcessGroup:
@@ -154,17 +153,31 @@ class Groups:
         return group
 
     def _share_with_deepspeed(self) -> None:
-        """Register the expert groups under the name DeepSpeed looks them up by."""
+        """Register the expert groups under the names DeepSpeed looks them up by."""
         from deepspeed.utils import groups
         from megatron.core import parallel_state as ps
 
-        name = f"ep_size_{self.expert}"
-        expert, copies = ps.get_expert_model_parallel_group(), ps.get_expert_data_parallel_group()
-        groups._EXPERT_PARALLEL_GROUP[name] = expert
-        groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert)
-        groups._EXPERT_DATA_PARALLEL_GROUP[name] = copies
-        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(copies)
+        # A replicated expert is on all ranks, and exchanges tokens with none: its expert-parallel group is this rank
+        # alone. Without pipeline stages, so is the pipeline group.
+        named = {
+            REPLICATED: (ps.get_pipeline_model_parallel_group(), ps.get_tensor_and_data_parallel_group()),
+            f"ep_size_{self.expert}": (ps.get_expert_model_parallel_group(), ps.get_expert_data_parallel_group()),
+        }
+        for name, (expert, copies) in named.items():
+            groups._EXPERT_PARALLEL_GROUP[name] = expert
+            groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert)
+            groups._EXPERT_DATA_PARALLEL_GROUP[name] = copies
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(copies)
         groups.expert_tensor_parallel_world_size = 1
+
+    def among_copies(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """This rank among the ranks that sum the gradients of a parameter, and how many these are."""
+        from deepspeed.utils import groups
+
+        name = vars(parameter).get("group_name")  # of an expert's, see MoELayer
+        if name is None:
+            return self.data_rank, self.data_size
+        return groups._get_expert_data_parallel_rank(name), groups._get_expert_data_parallel_world_size(name)
 
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """A new tensor, summed over the data-parallel ranks."""

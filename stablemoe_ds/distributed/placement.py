@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from stablemoe_ds.tables.expert_places import ExpertPlaces
+
+REPLICATED = "ep_size_1"
+"""DeepSpeed's name for the groups of experts of which every rank has a copy, as without expert parallelism."""
+
 
 @dataclass(frozen=True)
 class LayerPlacement:
     """Where a layer stands in the run: degrees, this rank's place in them, and how to sum over data ranks.
 
-    tensor_group is None without tensor parallelism. order_LN: int64 [L, N] on the CPU, the experts of each MoE layer in
-    the order of their places (:func:`stablemoe_ds.tables.expert_places.order_by_load`); None: by number.
+    tensor_group is None without tensor parallelism. places: of the experts of each MoE layer; None: by number.
     sequence_group: the ranks that share sequences, in the order of their parts; None without sequence parallelism.
     """
 
@@ -22,7 +26,7 @@ class LayerPlacement:
     expert_rank: int
     tensor_group: dist.ProcessGroup | None
     sum_over_data_ranks: Callable[[Tensor], Tensor]
-    order_LN: Tensor | None = None  # noqa: N815
+    places: ExpertPlaces | None = None
     sequence_group: dist.ProcessGroup | None = None
 
     @property
@@ -37,9 +41,10 @@ class LayerPlacement:
 
     def held_experts(self, layer: int, experts: int) -> Sequence[int]:
         """Numbers of the experts that this rank holds in an MoE layer, in the order of their places."""
+        if self.places is not None:
+            return self.places.held_by(self.expert_rank, layer)
         held = experts // self.expert_parallel
-        here = slice(self.expert_rank * held, (self.expert_rank + 1) * held)
-        return range(experts)[here] if self.order_LN is None else self.order_LN[layer, here].tolist()
+        return range(self.expert_rank * held, (self.expert_rank + 1) * held)
 
 
 ALONE = LayerPlacement(1, 0, None, lambda counts: counts)

@@ -41,14 +41,16 @@ class Question:
     """What is to be judged.
 
     shapes: (experts, top_k), each once. named: given tables by name. builders: names of ``build_table``. ranks: None
-    for 8, or fewer where that does not divide the experts. capacities: factors. batch_tokens: tokens of one dispatch.
-    split: the load above which an id is split by the id before it, in another ``even`` table; None: there is none.
+    for 8, or fewer where that does not divide the experts. replicated: experts on every rank, where they are placed by
+    load. capacities: factors. batch_tokens: tokens of one dispatch. split: the load above which an id is split by the
+    id before it, in another ``even`` table; None: there is none.
     """
 
     shapes: Sequence[tuple[int, int]]
     named: Sequence[tuple[str, RoutingTable]]
     builders: Sequence[str]
     ranks: int | None
+    replicated: int
     capacities: Sequence[float]
     batch_tokens: int
     seed: int
@@ -61,6 +63,12 @@ class Question:
             f"{max(1, round(experts / self.ranks)) * self.ranks}"
             for experts in sorted({experts for experts, _ in self.all_shapes()})
             if self.ranks and experts % self.ranks
+        ]
+        problems += [
+            f"--replicated-experts: got {self.replicated}: of {experts} experts, at least one must be left to spread; "
+            f"nearest that works: {experts - 1}"
+            for experts in sorted({experts for experts, _ in self.all_shapes()})
+            if self.replicated >= experts
         ]
         problems += [
             f"--top-k: got {top_k}: an id cannot have more than the {experts} experts there are; nearest that works: "
@@ -97,9 +105,8 @@ def judge(question: Question, text: Corpus, held_out: Corpus, done: Callable[[in
             counts = whole_counts
             if split is not None:
                 counts = count_batches(stream.ids, held_out.vocab_size, question.batch_tokens, split)
-            known_counts = text.row_counts(split)
-            for name, expert_VK in layers:
-                tables.append(reach(name, expert_VK, counts, known_counts, experts, ranks, question.capacities))
+            spread = (text.row_counts(split), experts, ranks, question.capacities, question.replicated)
+            tables += [reach(name, expert_VK, counts, *spread) for name, expert_VK in layers]
         judged.append(Judged(bound(held_out.token_counts, experts, top_k), ranks, tuple(tables)))
         done(1)
     return judged
@@ -128,6 +135,7 @@ def bounds_facts(question: Question, text: Corpus, held_out: Corpus, judged: Seq
         "made_of": _size(text),
         "judged_on": _size(held_out),
         "batch_tokens": question.batch_tokens,
+        "replicated_experts": question.replicated,
         "bounds": [
             {
                 **asdict(shape.bound),
@@ -168,7 +176,8 @@ def bounds_text(
     for shape in judged:
         lines += ["", *_shape_lines(shape, question.capacities)]
     limits = f"Dropped: (token, choice) pairs above a capacity, in batches of {question.batch_tokens:,} tokens."
-    placed = "Placed: the busiest rank, if experts are placed by their load on the text that tables are made of."
+    placed = "Placed: the busiest rank, if experts are placed by their load on the text that tables are made of"
+    placed += f", and the {question.replicated} heaviest are on every rank." if question.replicated else "."
     idle = "Idle: share of the time that a rank of mean load waits for the busiest one, with experts by number."
     return "\n".join([*lines, "", limits, placed, idle])
 

@@ -123,7 +123,7 @@ def initialize_pieces(held: Iterable[Piece], run: RunConfig) -> None:
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     for piece in held:
         if piece.parameter.is_meta:
-            _give_memory(piece.parameter)
+            give_memory(piece.parameter)
         whole = start_value(piece.name, piece.shape, run)
         piece.select(piece.parameter).copy_(piece.local_of(whole, rank, ranks))
 
@@ -144,8 +144,8 @@ def without_memory() -> Iterator[None]:
         hook.remove()
 
 
-def _give_memory(parameter: nn.Parameter) -> None:
-    """In place: others refer to the parameter, and libraries have left marks on it."""
+def give_memory(parameter: nn.Parameter) -> None:
+    """Zeros, as they stay at places without an expert. In place: others refer to it, and libraries have marked it."""
     marks = dict(vars(parameter))
-    torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad))
+    torch.utils.swap_tensors(parameter, nn.Parameter(torch.zeros(parameter.shape), parameter.requires_grad))
     vars(parameter).update(marks)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stablemoe_ds.moe.layer import MoELayer
-
-_EXPERTS = ".experts."
+from stablemoe_ds.tables.expert_places import NO_EXPERT
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def moe_layer_name(moe_layers: Sequence[int], block: int) -> str:
 
 def expert_tensor(layer: str, expert: int, rest: str) -> str:
     """Canonical name of one expert's weight. layer: name of the MoE layer in the model. rest: of the weight in it."""
-    return f"{layer}{_EXPERTS}{expert}.{rest}"
+    return f"{layer}.experts.{expert}.{rest}"
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
@@ -75,16 +74,17 @@ def shape_of(parameter: nn.Parameter) -> torch.Size:
 
 
 def pieces(model: nn.Module, tensor_ranks: int) -> Iterator[Piece]:
-    """Every piece of every parameter on this rank, in the model's order."""
+    """Every piece of every parameter on this rank, in the model's order; none of a place without an expert."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    stacks = {f"{at}.{stack}.": (at, held) for at, layer in layers.items() for stack, held in layer.stacks.items()}
     gated = getattr(getattr(model, "config", None), "gated_linear_unit", False)
     for name, parameter in model.named_parameters():
-        owner = next((path for path in layers if name.startswith(path + _EXPERTS)), None)
-        if owner is not None:
-            rest = name[len(owner) + len(_EXPERTS) :]
-            of_one = tuple(shape_of(parameter)[1:])
-            for row, expert in enumerate(layers[owner].held_experts):
-                yield Piece(expert_tensor(owner, expert, rest), of_one, parameter, row)
+        stack = next((stack for stack in stacks if name.startswith(stack)), None)
+        if stack is not None:
+            (layer, held), rest, of_one = stacks[stack], name.removeprefix(stack), tuple(shape_of(parameter)[1:])
+            for row, expert in enumerate(held):
+                if expert != NO_EXPERT:
+                    yield Piece(expert_tensor(layer, expert, rest), of_one, parameter, row)
             continue
         shape, cut_dim = list(shape_of(parameter)), None
         if getattr(parameter, "tensor_model_parallel", False) and tensor_ranks > 1:

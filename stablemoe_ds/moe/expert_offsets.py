@@ -33,6 +33,12 @@ class ExpertOffsets:
         """Views of each expert's rows in all these tensors."""
         return zip(*(rows_RI.split(list(self.sizes)) for rows_RI in tensors_RI), strict=True)
 
+    def divided(self, experts: int) -> tuple[int, ExpertOffsets, ExpertOffsets]:
+        """How many rows the first ``experts`` have, their offsets, and those of the others among their own rows."""
+        rows = sum(self.sizes[:experts])
+        first, others = self.ends_E[:experts], self.ends_E[experts:] - rows
+        return rows, ExpertOffsets(self.sizes[:experts], first), ExpertOffsets(self.sizes[experts:], others)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> ExpertOffsets:
         """The same with its tensor changed."""
         return replace(self, ends_E=change(self.ends_E))

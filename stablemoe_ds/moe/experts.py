@@ -41,7 +41,7 @@ class ExpertSublayer(nn.Module):
         self.shape, self.compiled = shape, compiled
         self.norm_weight = nn.Parameter(torch.ones(experts, d))
         self.norm_bias = nn.Parameter(torch.zeros(experts, d)) if shape.norm == "layernorm" else None
-        self.w1 = nn.Parameter(torch.empty(experts, f_in, d))
+        self.w1 = nn.Parameter(torch.zeros(experts, f_in, d))
         self.b1 = nn.Parameter(torch.zeros(experts, f_in)) if shape.bias else None
         self.w2 = nn.Parameter(torch.zeros(experts, d, f))
         self.b2 = nn.Parameter(torch.zeros(experts, d)) if shape.bias else None

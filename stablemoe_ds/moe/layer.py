@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,12 +10,12 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from stablemoe_ds.distributed.placement import LayerPlacement
+from stablemoe_ds.distributed.placement import REPLICATED, LayerPlacement
 from stablemoe_ds.moe.capacity import capacity_of, kept_rows
 from stablemoe_ds.moe.dispatch import combine, return_tokens, send_tokens
 from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.experts import Experts, ExpertShape, MakeExperts
-from stablemoe_ds.moe.plan import DispatchPlan, LayerPlan, at_places, cut, inverse, plan_dispatch
+from stablemoe_ds.moe.plan import DispatchPlan, LayerPlan, at_places, cut, plan_dispatch
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
 from stablemoe_ds.routing.router import Router
@@ -28,8 +28,9 @@ class MoELayer(AutoEPMoELayer):
     reduces expert gradients among the copies of an expert only; router, dispatch and experts are its own. DeepSpeed's
     ``MoE`` would do for ZeRO 0, 1 and 2, but is refused under ZeRO 3.
 
-    held_experts: global ids of this rank's experts. place_N: int64 [N], the place of each expert among those of all
-    ranks (:func:`at_places`); None: its number.
+    held_experts: global ids of this rank's experts, in the order of their places; the last of them, those in
+    ``replicated``, are on every rank. place_N: int64 [N], the place of each expert for the tokens of this rank
+    (:func:`at_places`); None: its number.
     """
 
     place_N: Tensor | None  # noqa: N815
@@ -59,31 +60,46 @@ class MoELayer(AutoEPMoELayer):
         ranks = placement.expert_parallel
         if router.experts % ranks:
             raise ValueError(f"{router.experts} experts cannot be divided over {ranks} expert-parallel ranks")
-        self.num_experts, self.ep_size, self.num_local_experts = router.experts, ranks, router.experts // ranks
+        self.held_experts = placement.held_experts(index, router.experts)
+        self.num_experts, self.ep_size, self.num_local_experts = router.experts, ranks, len(self.held_experts)
         self.expert_group_name = self.ep_group_name = f"ep_size_{ranks}"
         self.ep_rank = placement.expert_rank
         self.enable_expert_tensor_parallelism = False
-        self.held_experts = placement.held_experts(index, router.experts)
         self.block, self.index, self.follows = block, index, follows
         self.capacity_factor, self.parts = capacity_factor, parts
         self.placement = placement
-        place_N = None if placement.order_LN is None else inverse(placement.order_LN[index])
+        places, place_N, copied = placement.places, None, 0
+        if places is not None:
+            place_N, copied = torch.from_numpy(places.places_for(placement.expert_rank)[index]), places.replicated
         self.register_buffer("place_N", place_N, persistent=False)
         self.router = router
-        self.experts = make_experts(shape, self.num_local_experts, compiled)
+        self.spread = len(self.held_experts) - copied
+        self.experts = make_experts(shape, self.spread, compiled)
+        self.replicated = Experts(shape, copied, compiled) if copied else None
         self.shared = Experts(shared, 1, compiled) if shared else None
         self.expert_group: dist.ProcessGroup | None = None
-        for parameter in self.experts.parameters():
+        self._mark(self.experts, self.expert_group_name)
+        if self.replicated is not None:
+            self._mark(self.replicated, REPLICATED)
+
+    def _mark(self, experts: Experts, group_name: str) -> None:
+        """Let DeepSpeed know which ranks hold copies of these experts: those of the group with this name."""
+        for parameter in experts.parameters():
             marks = {
                 "allreduce": False,  # DeepSpeed's mark of an expert parameter
-                "group_name": self.expert_group_name,
+                "group_name": group_name,
                 # ZeRO 3 cuts such a parameter over the ranks that hold a copy of it, not over all data ranks.
                 "ds_zero_placement_family": "autoep_expert",
-                "ds_zero_partition_group_name": self.expert_group_name,
+                "ds_zero_partition_group_name": group_name,
                 # Each tensor-parallel rank holds different experts or different tokens: count it in the norm.
-                "model_parallel": placement.tensor_group is not None,
+                "model_parallel": self.placement.tensor_group is not None,
             }
             vars(parameter).update(marks)
+
+    @property
+    def stacks(self) -> dict[str, Sequence[int]]:
+        """The modules that hold this rank's experts, by name, and the global ids of the experts in each."""
+        return {"experts": self.held_experts[: self.spread], "replicated": self.held_experts[self.spread :]}
 
     def set_deepspeed_parallelism(self, *_: object, **__: object) -> None:
         """Take the expert-parallel group from DeepSpeed; called by ``deepspeed.initialize``."""
@@ -138,7 +154,7 @@ class MoELayer(AutoEPMoELayer):
         share_gate_TK = split_tokens(gate_TK, tensor_group)
         if plan is None:
             place_TK = at_places(split_tokens(expert_TK, tensor_group), self.place_N)
-            plan = plan_dispatch(place_TK, self.num_experts, group, parts)
+            plan = plan_dispatch(place_TK, self.num_local_experts * self.ep_size, group, parts)
         sent = [send_tokens(x_TD, part, group) for x_TD, part in zip(cut(share_TD, parts), plan, strict=True)]
         shared_TD = None
         if self.shared is not None:
@@ -156,9 +172,16 @@ class MoELayer(AutoEPMoELayer):
     def _ask_experts(self, rows_RD: Tensor, plan: DispatchPlan, seed: int) -> tuple[Tensor, int]:
         """What this rank's experts add to the rows that came, [R, D]; and how many rows exceeded capacity."""
         if self.capacity_factor is None or not self.training:
-            return self.experts(rows_RD, plan.offsets), 0
+            return self._added_to(rows_RD, plan.offsets), 0
         capacity = capacity_of(self.capacity_factor, plan.group_total, self.num_experts)
         kept, sizes = kept_rows(plan.offsets.sizes, capacity, self.held_experts, seed * 1009 + self.index)
         kept = kept.to(rows_RD.device)
-        served = self.experts(rows_RD.index_select(0, kept), ExpertOffsets.of(sizes, rows_RD.device))
+        served = self._added_to(rows_RD.index_select(0, kept), ExpertOffsets.of(sizes, rows_RD.device))
         return torch.zeros_like(rows_RD).index_copy(0, kept, served), rows_RD.shape[0] - sum(sizes)
+
+    def _added_to(self, rows_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
+        """What spread and replicated experts add to their rows, [R, D]."""
+        if self.replicated is None:
+            return self.experts(rows_RD, offsets)
+        rows, own, copied = offsets.divided(self.spread)
+        return torch.cat([self.experts(rows_RD[:rows], own), self.replicated(rows_RD[rows:], copied)])

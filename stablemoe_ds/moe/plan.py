@@ -17,7 +17,7 @@ from stablemoe_ds.routing.losses import count_tokens
 class DispatchPlan:
     """Orders and sizes of one dispatch, seen from one rank of the expert-parallel group.
 
-    order_A: int64 [A], the A routed (token, choice) pairs t * K + k, sorted by expert, stable in t.
+    order_A: int64 [A], the A routed (token, choice) pairs t * K + k, sorted by the place of their expert, stable in t.
     position_TK: int64 [T, K], where each pair stands in ``order_A``; negative where not routed.
     send_splits, recv_splits: rows to and from each rank of the group.
     arrival_R: int64 [R], where each of the R rows sorted by this rank's expert stands among the rows as they
@@ -52,26 +52,27 @@ LayerPlan = tuple[DispatchPlan, ...]
 """The dispatches of one MoE layer: one for each part that a micro-batch is cut into, in the order of its tokens."""
 
 
-def plan_dispatch(expert_TK: Tensor, experts: int, group: dist.ProcessGroup | None, parts: int = 1) -> LayerPlan:
+def plan_dispatch(place_TK: Tensor, places: int, group: dist.ProcessGroup | None, parts: int = 1) -> LayerPlan:
     """Plan from routes, exchanging counts with the group. Waits for the device once.
 
-    expert_TK: int64 [T, K], negative where not routed; where experts do not stand by number, their places
-    (:func:`at_places`). group: expert-parallel group, None for a single rank. Rank r of the group holds experts
-    [r * n, (r + 1) * n), n = experts / group size. parts: see :func:`cut`.
+    place_TK: int64 [T, K], where the experts of tokens stand (:func:`at_places`), which is their numbers unless they
+    are placed by load; negative where not routed. places: of all ranks. group: expert-parallel group, None for a single
+    rank. Rank r of the group has places [r * n, (r + 1) * n), n = places / group size. parts: see :func:`cut`.
     """
-    counts_CN = count_parts(expert_TK, experts, parts)
+    counts_CY = count_parts(place_TK, places, parts)
     if group is None:
-        return plan_from_counts(expert_TK, counts_CN[None], 0)
-    counts_GCN = counts_CN.new_empty(dist.get_world_size(group), *counts_CN.shape)
-    dist.all_gather_into_tensor(counts_GCN.view(-1), counts_CN.view(-1), group=group)
-    return plan_from_counts(expert_TK, counts_GCN, dist.get_rank(group))
+        return plan_from_counts(place_TK, counts_CY[None], 0)
+    counts_GCY = counts_CY.new_empty(dist.get_world_size(group), *counts_CY.shape)
+    dist.all_gather_into_tensor(counts_GCY.view(-1), counts_CY.view(-1), group=group)
+    return plan_from_counts(place_TK, counts_GCY, dist.get_rank(group))
 
 
 def at_places(expert_TK: Tensor, place_N: Tensor | None) -> Tensor:
     """int64 [T, K]: where the experts of tokens stand, which is what a dispatch is planned by.
 
-    place_N: int64 [N], the place of each expert; rank r of the group has places [r * n, (r + 1) * n). None: an expert
-    stands at its number. What is negative stays so.
+    place_N: int64 [N], the place of each expert for the tokens of this rank
+    (:meth:`~stablemoe_ds.tables.expert_places.ExpertPlaces.places_for`). None: an expert stands at its number. What is
+    negative stays so.
     """
     if place_N is None:
         return expert_TK
@@ -83,31 +84,31 @@ def cut(rows: Tensor, parts: int) -> tuple[Tensor, ...]:
     return rows.tensor_split(parts)
 
 
-def count_parts(expert_TK: Tensor, experts: int, parts: int) -> Tensor:
-    """int64 [C, N]: (token, choice) pairs of each part by expert."""
-    return torch.stack([count_tokens(part, experts) for part in cut(expert_TK, parts)])
+def count_parts(place_TK: Tensor, places: int, parts: int) -> Tensor:
+    """int64 [C, Y]: (token, choice) pairs of each part by place."""
+    return torch.stack([count_tokens(part, places) for part in cut(place_TK, parts)])
 
 
-def plan_from_counts(expert_TK: Tensor, counts_GCN: Tensor, rank: int) -> LayerPlan:
+def plan_from_counts(place_TK: Tensor, counts_GCY: Tensor, rank: int) -> LayerPlan:
     """Plan once the counts of every rank are known.
 
-    expert_TK: int64 [T, K] of this rank. counts_GCN: int64 [G, C, N], :func:`count_parts` of each rank.
+    place_TK: int64 [T, K] of this rank. counts_GCY: int64 [G, C, Y], :func:`count_parts` of each rank.
     """
-    counts = counts_GCN.transpose(0, 1).tolist()  # on a GPU the one wait
-    parts = cut(expert_TK, len(counts))
-    return tuple(_plan(part, counts_GCN[:, p], counts[p], rank) for p, part in enumerate(parts))
+    counts = counts_GCY.transpose(0, 1).tolist()  # on a GPU the one wait
+    parts = cut(place_TK, len(counts))
+    return tuple(_plan(part, counts_GCY[:, p], counts[p], rank) for p, part in enumerate(parts))
 
 
-def _plan(expert_TK: Tensor, counts_GN: Tensor, counts: list[list[int]], rank: int) -> DispatchPlan:
-    """One dispatch. counts: ``counts_GN`` on the host."""
+def _plan(place_TK: Tensor, counts_GY: Tensor, counts: list[list[int]], rank: int) -> DispatchPlan:
+    """One dispatch. counts: ``counts_GY`` on the host."""
     ranks, held = len(counts), len(counts[0]) // len(counts)
     mine = slice(rank * held, (rank + 1) * held)
     send_splits = [sum(counts[rank][to * held : (to + 1) * held]) for to in range(ranks)]
     recv_splits = [sum(sender[mine]) for sender in counts]
     sizes = [sum(column) for column in zip(*(sender[mine] for sender in counts), strict=True)]
-    received_GE = counts_GN[:, mine]
+    received_GE = counts_GY[:, mine]
     # Negative entries sort to the front, where they are cut off.
-    order = torch.argsort(expert_TK.reshape(-1), stable=True)
+    order = torch.argsort(place_TK.reshape(-1), stable=True)
     order_A = order[order.numel() - sum(send_splits) :]
     position_TK = torch.full_like(order, -1)
     position_TK[order_A] = torch.arange(order_A.numel(), device=order.device)
@@ -120,7 +121,7 @@ def _plan(expert_TK: Tensor, counts_GN: Tensor, counts: list[list[int]], rank: i
         departure = inverse(arrival)
     return DispatchPlan(
         order_A=order_A,
-        position_TK=position_TK.view_as(expert_TK),
+        position_TK=position_TK.view_as(place_TK),
         send_splits=send_splits,
         recv_splits=recv_splits,
         arrival_R=arrival,

@@ -26,6 +26,7 @@ U  blocks of queries or keys in attention
 V  vocabulary
 W  ranks of the run
 X  expert-parallel groups of the run
+Y  places for experts, over the ranks of an expert-parallel group
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from stablemoe_ds.tables.expert_load import relative_load
-from stablemoe_ds.tables.expert_places import order_by_load, rank_loads
+from stablemoe_ds.tables.expert_places import ExpertPlaces
 from stablemoe_ds.tables.table import least_load
 
 
@@ -39,7 +39,8 @@ class Reach:
     """What one layer of a table does on a text.
 
     load_N: tokens each expert serves, as a multiple of the mean. load_G: the same for each rank, if experts stand by
-    number. placed_G: the same if they are placed by their load on the text that tables are made of. dropped: for each
+    number. placed_G: the same if they are placed by their load on the text that tables are made of, and the heaviest
+    are replicated if that is asked for. dropped: for each
     capacity factor the share of (token, choice) pairs above it, 0 to 1.
     """
 
@@ -91,13 +92,15 @@ def reach(
     experts: int,
     ranks: int,
     capacities: Sequence[float],
+    replicated: int = 0,
 ) -> Reach:
     """Judge one layer of a table.
 
     expert_VK: int32 [V, K], with the further rows of split ids, as all that follows. batch_counts: int64 [batches, V],
     the text in batches (:func:`count_batches`). known_counts: int64 [V], of the text that experts are placed by
-    (:func:`order_by_load`). ranks: of the expert-parallel group. capacities: rows an expert takes of one batch, as
-    multiples of the mean. A run rounds capacity up to whole rows; that is left out here.
+    (:class:`ExpertPlaces`). ranks: of the expert-parallel group. capacities: rows an expert takes of one batch, as
+    multiples of the mean. A run rounds capacity up to whole rows; that is left out here. replicated: experts that every
+    rank has.
     """
     table_rows, top_k = expert_VK.shape
     places = (np.repeat(np.arange(table_rows), top_k), expert_VK.reshape(-1))
@@ -107,9 +110,10 @@ def reach(
     mean = served.sum(1, keepdims=True) / experts
     dropped = tuple(float(np.maximum(served - factor * mean, 0).sum() / total) for factor in capacities)
     load_N = relative_load(served.sum(0))
-    order_LN = order_by_load((known_counts @ serves_VN)[None], ranks)
-    by_number, by_load = (rank_loads(load_N[None], order, ranks)[0] for order in ([range(experts)], order_LN))
-    return Reach(name, load_N, by_number, by_load, dropped)
+    by_number = ExpertPlaces.by_number(1, experts, ranks)
+    by_load = ExpertPlaces.by_load((known_counts @ serves_VN)[None], ranks, replicated)
+    load_G, placed_G = (places.rank_loads(load_N[None])[0] for places in (by_number, by_load))
+    return Reach(name, load_N, load_G, placed_G, dropped)
 
 
 def round_robin(vocab_size: int, experts: int, top_k: int) -> NDArray[np.int32]:

@@ -204,12 +204,10 @@ class Engine:
     def _clip(self) -> Tensor:
         """Global norm and clipping for ZeRO 0, where DeepSpeed's norm is wrong under expert parallelism."""
         squares = torch.zeros((), device=self.groups.world.device)
-        replicas = {True: self.groups.world.size // self.groups.expert, False: self.groups.data_size}
         gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         for parameter, gradient in gradients:
-            expert = not getattr(parameter, "allreduce", True)
-            cut = expert or getattr(parameter, "tensor_model_parallel", False)
-            copies = replicas[expert] if cut else self.groups.world.size
+            whole = getattr(parameter, "allreduce", True) and not getattr(parameter, "tensor_model_parallel", False)
+            copies = self.groups.world.size if whole else self.groups.among_copies(parameter)[1]
             squares += gradient.float().square().sum() / copies
         norm = self.groups.sum_over_world(squares).sqrt()
         if self.run.optimizer.clip:

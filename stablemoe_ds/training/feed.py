@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from torch import Tensor
-
 from stablemoe_ds.config.schema import ParallelConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.faults import at_most
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.routing.source import RouteSource
+from stablemoe_ds.tables.expert_places import ExpertPlaces
 from stablemoe_ds.training.planner import Planner
 from stablemoe_ds.training.routed_batch import RoutedBatch
 
@@ -19,9 +18,9 @@ from stablemoe_ds.training.routed_batch import RoutedBatch
 class Feed:
     """Gives each update its micro-batches. Only a table can be looked up ahead of an update."""
 
-    def __init__(self, groups: Groups, parallel: ParallelConfig, order_LN: Tensor | None = None) -> None:
-        """``order_LN``: as in :class:`~stablemoe_ds.distributed.placement.LayerPlacement`."""
-        self._groups, self._parallel, self._order_LN = groups, parallel, order_LN
+    def __init__(self, groups: Groups, parallel: ParallelConfig, places: ExpertPlaces | None = None) -> None:
+        """``places``: as in :class:`~stablemoe_ds.distributed.placement.LayerPlacement`."""
+        self._groups, self._parallel, self._places = groups, parallel, places
         self._loader: Iterator[list[Batch]] = iter(())
         self._ready: Iterator[list[RoutedBatch]] = iter(())
         self._planner: Planner | None = None
@@ -40,7 +39,7 @@ class Feed:
         if routes.table is None:
             self._ready = ([RoutedBatch(batch) for batch in step] for step in self._loader)
         else:
-            self._planner = Planner(self._loader, routes.table, self._groups, self._parallel, self._order_LN)
+            self._planner = Planner(self._loader, routes.table, self._groups, self._parallel, self._places)
             self._ready = iter(self._planner)
 
     def next(self) -> list[RoutedBatch]:

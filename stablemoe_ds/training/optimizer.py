@@ -57,7 +57,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for name, params in groups.items()
         if params
     ]
-    return split_params_into_different_moe_groups_for_optimizer(named)
+    split = split_params_into_different_moe_groups_for_optimizer(named)
+    # It goes through a set of names, whose order differs from process to process; ZeRO works group by group.
+    return sorted(split, key=lambda group: group["name"] if group.get("moe") else "")
 
 
 def make_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -21,12 +21,13 @@ from stablemoe_ds.config.schema import ParallelConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.moe.plan import at_places, count_parts, inverse, plan_from_counts
+from stablemoe_ds.moe.plan import at_places, count_parts, plan_from_counts
 from stablemoe_ds.moe.routing_pass import view_of
 from stablemoe_ds.moe.tensor_split import split_tokens
 from stablemoe_ds.routing.fixed import TableRouting
 from stablemoe_ds.routing.routes import NOT_ROUTED, KnownRoutes
 from stablemoe_ds.routing.source import routes_of
+from stablemoe_ds.tables.expert_places import ExpertPlaces
 from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.training.routed_batch import RoutedBatch
 
@@ -49,22 +50,24 @@ class Planner:
         table: RoutingTable,
         groups: Groups,
         parallel: ParallelConfig,
-        order_LN: Tensor | None = None,
+        places: ExpertPlaces | None = None,
     ) -> None:
         """Collective. ``steps``: what the loader has still to give, one list of micro-batches an update.
 
-        order_LN: as in :class:`~stablemoe_ds.distributed.placement.LayerPlacement`, for the layers of the table.
+        places: of the experts of the table's layers; None: by number.
         """
-        self._steps, self._groups, self._experts = steps, groups, table.experts
+        self._steps, self._groups = steps, groups
         self._parts = parallel.dispatch_parts
         self._routing = TableRouting(table)
         layers, self._blocks = len(table.blocks), table.blocks
-        self._places = [None] * layers if order_LN is None else [inverse(order_N) for order_N in order_LN]
-        orders = [b""] * layers if order_LN is None else [order_N.numpy().tobytes() for order_N in order_LN]
+        self._places, self._place_of, placed = table.experts, [None] * layers, [b""] * layers
+        if places is not None:
+            self._places = places.expert_LY.shape[1]
+            self._place_of = list(torch.from_numpy(places.places_for(groups.expert_rank)))
+            placed = [expert_Y.tobytes() for expert_Y in places.expert_LY]
         split = b"" if table.split is None else table.split.row_JV.tobytes()
         self._tables = [
-            _digest(layer_VK.tobytes() + split + order)
-            for layer_VK, order in zip(table.expert_LVK, orders, strict=True)
+            _digest(layer_VK.tobytes() + split + at) for layer_VK, at in zip(table.expert_LVK, placed, strict=True)
         ]
         self._group = _expert_group_on_cpu(groups, parallel.timeout_minutes)
         self._ready: queue.Queue[list[RoutedBatch] | BaseException | None] = queue.Queue()
@@ -124,13 +127,13 @@ class Planner:
         """All plans of one update with one exchange of counts, for the layers that the table has."""
         routes = [self._routes(batch) for batch in batches]
         shares = [self._share(known) for known in routes]
-        counted = [torch.stack([count_parts(e, self._experts, self._parts) for e in layers]) for layers in shares]
-        counts_GMLCN = self._exchange(number, batches, torch.stack(counted))
+        counted = [torch.stack([count_parts(e, self._places, self._parts) for e in layers]) for layers in shares]
+        counts_GMLCY = self._exchange(number, batches, torch.stack(counted))
         rank = dist.get_rank(self._group) if self._group is not None else 0
         pin = self._groups.world.device.type == "cuda"
         planned = []
         for m, (batch, known) in enumerate(zip(batches, routes, strict=True)):
-            plans = [plan_from_counts(e, counts_GMLCN[:, m, layer], rank) for layer, e in enumerate(shares[m])]
+            plans = [plan_from_counts(e, counts_GMLCY[:, m, layer], rank) for layer, e in enumerate(shares[m])]
             routed = RoutedBatch(batch, known, dict(zip(self._blocks, plans, strict=True)))
             planned.append(routed.pin() if pin else routed)
         return planned
@@ -141,49 +144,49 @@ class Planner:
 
     def _share(self, known: KnownRoutes) -> list[Tensor]:
         """Where this rank's share of the tokens goes, by layer of the table: places of experts."""
-        places = zip(known.values(), self._places, strict=True)
-        return [at_places(split_tokens(expert_TK, self._tensor_group), place_N) for expert_TK, place_N in places]
+        chosen = zip(known.values(), self._place_of, strict=True)
+        return [at_places(split_tokens(expert_TK, self._tensor_group), place_N) for expert_TK, place_N in chosen]
 
     def _routes(self, batch: Batch) -> KnownRoutes:
         known, real_T1 = routes_of(view_of(batch), self._routing), batch.real_T[:, None]
         return {block: torch.where(real_T1, expert_TK, NOT_ROUTED) for block, expert_TK in known.items()}
 
-    def _exchange(self, number: int, batches: list[Batch], counts_MLCN: Tensor) -> Tensor:
-        """Counts of every rank of the expert-parallel group, int64 [G, M, L, C, N].
+    def _exchange(self, number: int, batches: list[Batch], counts_MLCY: Tensor) -> Tensor:
+        """Counts of every rank of the expert-parallel group, int64 [G, M, L, C, Y].
 
         With them travels what must be equal: how many updates were planned, the routing of each layer, and among ranks
         that share sequences (tensor and sequence parallelism) their ids. Raises UserError on every rank if it is not.
         """
         if self._group is None:
-            return counts_MLCN[None]
+            return counts_MLCY[None]
         ids = _digest(torch.stack([batch.whole_ids for batch in batches]).numpy().tobytes())
         head = torch.tensor([number, self._groups.reading_rank, ids, *self._tables])
-        mine = torch.cat([head, counts_MLCN.reshape(-1)])
+        mine = torch.cat([head, counts_MLCY.reshape(-1)])
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(parts, mine, group=self._group)
-        counts_GMLCN = torch.stack([part[len(head) :].view_as(counts_MLCN) for part in parts])
-        self._compare([part[: len(head)].tolist() for part in parts], counts_GMLCN)
-        return counts_GMLCN
+        counts_GMLCY = torch.stack([part[len(head) :].view_as(counts_MLCY) for part in parts])
+        self._compare([part[: len(head)].tolist() for part in parts], counts_GMLCY)
+        return counts_GMLCY
 
-    def _compare(self, heads: list[list[int]], counts_GMLCN: Tensor) -> None:
+    def _compare(self, heads: list[list[int]], counts_GMLCY: Tensor) -> None:
         """Raise UserError unless all ranks plan the same update alike; ``heads``: what came before their counts."""
         first_of_reader: dict[int, tuple[int, int]] = {}
         for rank, (update, reading_rank, ids, *tables) in enumerate(heads):
             if update != heads[0][0]:
-                self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_GMLCN)
+                self._refuse(0, rank, f"plan different updates, {heads[0][0]} and {update}", counts_GMLCY)
             for layer, (table, expected) in enumerate(zip(tables, heads[0][3:], strict=True)):
                 if table != expected:
                     at = f"the MoE layer at block {self._blocks[layer]}"
                     what = f"route {at} by different tables or place its experts differently"
-                    self._refuse(0, rank, what, counts_GMLCN[:, :, layer : layer + 1])
+                    self._refuse(0, rank, what, counts_GMLCY[:, :, layer : layer + 1])
             other, expected = first_of_reader.setdefault(reading_rank, (rank, ids))
             if ids != expected:
-                self._refuse(other, rank, "should have the same batch and have not", counts_GMLCN)
+                self._refuse(other, rank, "should have the same batch and have not", counts_GMLCY)
 
-    def _refuse(self, first: int, second: int, what: str, counts_GMLCN: Tensor) -> None:
+    def _refuse(self, first: int, second: int, what: str, counts_GMLCY: Tensor) -> None:
         """Raise UserError naming two ranks of the group, and the rows each has to send by MoE layer."""
         names = dist.get_process_group_ranks(self._group)
-        rows = counts_GMLCN.sum((1, 3, 4)).tolist()
+        rows = counts_GMLCY.sum((1, 3, 4)).tolist()
         raise UserError(
             f"ranks {names[first]} and {names[second]} {what} ({rows[first]} and {rows[second]} rows to send): "
             "were they started with the same configuration, data and checkpoint?"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import groupby
 from typing import Any
 
 import deepspeed
@@ -17,8 +16,8 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.distributed.groups import DeepSpeedMpu, Groups
 from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.model.gpt import StableMoEGPT
-from stablemoe_ds.model.initialize import initialize_pieces, without_memory
-from stablemoe_ds.model.layout import pieces
+from stablemoe_ds.model.initialize import give_memory, initialize_pieces, without_memory
+from stablemoe_ds.model.layout import Piece, pieces
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.routing.distilled import Fp32Module
 
@@ -55,13 +54,16 @@ def shard(
         mpu=DeepSpeedMpu(),
     )
     dtype = DTYPES[run.precision.dtype]
-    for _, held in groupby(pieces(model, groups.tensor), key=lambda piece: id(piece.parameter)):
-        rows = list(held)
-        parameter = rows[0].parameter
+    # A parameter has none where no place of this rank has an expert.
+    rows: dict[nn.Parameter, list[Piece]] = {parameter: [] for parameter in model.parameters()}
+    for piece in pieces(model, groups.tensor):
+        rows[piece.parameter].append(piece)
+    for parameter, own in rows.items():
         if parameter.is_meta:
-            initialize_pieces(rows, run)
-        if rows[0].is_expert:
-            copies = deepspeed_groups._get_expert_data_parallel_group(vars(parameter)["group_name"])
+            give_memory(parameter)
+            initialize_pieces(own, run)
+        if name := vars(parameter).get("group_name"):  # of an expert
+            copies = deepspeed_groups._get_expert_data_parallel_group(name)
             vars(parameter)["ds_zero_partition_process_group"] = copies
         if parameter not in kept:
             parameter.data = parameter.to(dtype)

@@ -22,7 +22,7 @@ from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.data.training_data import TrainingData
 from stablemoe_ds.moe.plan import cut
 from stablemoe_ds.moe.tensor_split import share_of
-from stablemoe_ds.tables.expert_places import order_by_load
+from stablemoe_ds.tables.expert_places import ExpertPlaces
 from stablemoe_ds.tables.table import RoutingTable
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -34,10 +34,10 @@ class Layout:
     """Which rank is where.
 
     ranks: W, all processes. expert: G, ranks that share a set of experts; group x has ranks [x * G, (x + 1) * G), and
-    rank r holds the experts at places [i * E, (i + 1) * E), i = r mod G. nodes: each with as many consecutive
+    rank r is number r mod G of its group. nodes: each with as many consecutive
     ranks. row_bytes: of one row of the residual stream. trips: how often a row travels in an update: there and back,
-    its gradient there and back, and there and back once more where activations are recomputed. order_LN: int64
-    [L, N], the experts of each layer in the order of their places; None: by number.
+    its gradient there and back, and there and back once more where activations are recomputed. places: of
+    the experts of each layer; None: by number.
     """
 
     ranks: int
@@ -45,7 +45,7 @@ class Layout:
     nodes: int
     row_bytes: int
     trips: int
-    order_LN: NDArray[np.int64] | None = None  # noqa: N815
+    places: ExpertPlaces | None = None
 
     @classmethod
     def of(cls, resolved: ResolvedRun, nodes: int, load_LN: NDArray[np.float64]) -> Layout:
@@ -57,9 +57,10 @@ class Layout:
         if ranks % nodes:
             raise ValueError(f"{ranks} ranks cannot be divided over {nodes} nodes")
         row_bytes = run.model.hidden_size * BYTES[run.precision.dtype]
-        trips, expert = 6 if run.parallel.recompute else 4, run.parallel.expert
-        order_LN = order_by_load(load_LN, expert) if run.parallel.expert_placement == "load" else None
-        return cls(ranks, expert, nodes, row_bytes, trips, order_LN)
+        trips, parallel, places = 6 if run.parallel.recompute else 4, run.parallel, None
+        if parallel.expert_placement == "load" and parallel.expert > 1:
+            places = ExpertPlaces.by_load(load_LN, parallel.expert, parallel.replicated_experts)
+        return cls(ranks, parallel.expert, nodes, row_bytes, trips, places)
 
     @property
     def across_XGG(self) -> NDArray[np.bool_]:  # noqa: N802
@@ -73,11 +74,11 @@ class SimulatedUpdate:
     """One update.
 
     served_LWE: int64 [L, W, E], rows that each expert of each rank serves, over all micro-batches, in the order of
-    their places. sent_LXGG: int64 [L, X, G, G], rows by sender and receiver within each group. most_rows: that one
-    rank serves at once, in one dispatch. capacity: the smallest factor with which no dispatch drops a row. idle: share
-    of the time that ranks wait for the busiest of their group, if the time of a dispatch follows its rows. inside,
-    between: bytes that travel between ranks of one node, and of different ones. busiest_pair: bytes between the two
-    ranks that exchange most.
+    their places (0 where no expert is). sent_LXGG: int64 [L, X, G, G], rows by sender and receiver within each group.
+    most_rows: that one rank serves at once, in one dispatch. capacity: the smallest factor with which no dispatch drops
+    a row. idle: share of the time that ranks wait for the busiest of their group, if the time of a dispatch follows its
+    rows. inside, between: bytes that travel between ranks of one node, and of different ones. busiest_pair: bytes
+    between the two ranks that exchange most.
     """
 
     number: int
@@ -162,14 +163,13 @@ def judge_update(number: int, counts_LWMCN: NDArray[np.int64], layout: Layout) -
     """What the counts of :func:`count_dispatches` mean for ranks and links."""
     layers, ranks, micro_batches, parts, experts = counts_LWMCN.shape
     size, groups = layout.expert, ranks // layout.expert
-    if layout.order_LN is not None:
-        counts_LWMCN = np.take_along_axis(counts_LWMCN, layout.order_LN[:, None, None, None], axis=-1)
+    counts_LXGMCN = counts_LWMCN.reshape(layers, groups, size, micro_batches, parts, experts)
+    chosen = counts_LXGMCN.sum(2)  # [L, X, M, C, N]
+    routed = np.maximum(chosen.sum(-1), 1)
     # By group and sender, and by receiver and its experts.
-    shape = (layers, groups, size, micro_batches, parts, size, experts // size)
-    counts = counts_LWMCN.reshape(shape)
+    counts = _by_place(counts_LXGMCN, layout.places).reshape(layers, groups, size, micro_batches, parts, size, -1)
     arrived = counts.sum(2)  # [L, X, M, C, G, E]
     rows = arrived.sum(-1)  # of each receiver, at once
-    routed = np.maximum(rows.sum(-1), 1)
     sent_LXGG = counts.sum((3, 4, 6))
     bytes_XGG = sent_LXGG.sum(0) * layout.row_bytes * layout.trips
     apart = ~np.eye(size, dtype=bool)
@@ -177,13 +177,23 @@ def judge_update(number: int, counts_LWMCN: NDArray[np.int64], layout: Layout) -
     waited = size * int(rows.max(-1).sum())
     return SimulatedUpdate(
         number,
-        arrived.sum((2, 3)).reshape(layers, ranks, experts // size),
+        arrived.sum((2, 3)).reshape(layers, ranks, -1),
         sent_LXGG,
         int(rows.max()),
-        float((arrived.max((-2, -1)) * experts / routed).max()),
+        float((chosen.max(-1) * experts / routed).max()),
         1 - int(rows.sum()) / waited if waited else 0.0,
         int(bytes_XGG[~across_XGG & apart].sum()),
         int(bytes_XGG[across_XGG].sum()),
         # A row goes one way and comes back the other, so a pair carries what both of it have sent.
         int(((bytes_XGG + bytes_XGG.swapaxes(1, 2)) * apart).max()),
     )
+
+
+def _by_place(counts_LXGMCN: NDArray[np.int64], places: ExpertPlaces | None) -> NDArray[np.int64]:
+    """int64 [L, X, G, M, C, Y]: what each sender of a group sends to each place."""
+    if places is None:
+        return counts_LXGMCN
+    expert_LGY = np.stack([places.experts_for(rank) for rank in range(places.ranks)], axis=1)
+    # NO_EXPERT, the last index, is then one without tokens.
+    padded = np.concatenate([counts_LXGMCN, np.zeros_like(counts_LXGMCN[..., :1])], axis=-1)
+    return np.take_along_axis(padded, expert_LGY[:, None, :, None, None], axis=-1)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stablemoe_ds.config.resolved import ResolvedRun
 from stablemoe_ds.config.text_table import aligned
 from stablemoe_ds.tables.expert_load import max_loads
-from stablemoe_ds.tables.expert_places import order_by_load, rank_loads
+from stablemoe_ds.tables.expert_places import ExpertPlaces
 from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.training.simulation import Layout, SimulatedUpdate
 
@@ -63,16 +63,14 @@ def summary_facts(
 ) -> dict[str, Any]:
     """Everything but the updates themselves. load_LN: float64 [L, N], of the table on the training text."""
     assert summary.served_LWE is not None
-    served_LXN = summary.served_LWE.reshape(len(table.blocks), -1, table.experts)
-    by_number_LN = np.broadcast_to(np.arange(table.experts), load_LN.shape)
-    expert_LN = np.empty_like(served_LXN.sum(1))
-    order_LN = by_number_LN if layout.order_LN is None else layout.order_LN
-    np.put_along_axis(expert_LN, order_LN, served_LXN.sum(1), axis=-1)
-    # What ranks serve over all updates follows from what experts do, whichever of the two the run does.
-    by_number, by_load = (
-        rank_loads(expert_LN, order, layout.expert).max(-1).tolist()
-        for order in (by_number_LN, order_by_load(load_LN, layout.expert))
-    )
+    by_number = ExpertPlaces.by_number(len(load_LN), table.experts, layout.expert)
+    expert_LN = _served_by_expert(summary.served_LWE, layout.places or by_number)
+    # What ranks serve over all updates follows from what experts do, wherever the run has them.
+    replicated = (layout.places or by_number).replicated
+    compared = {"number": by_number, "load": ExpertPlaces.by_load(load_LN, layout.expert)}
+    if replicated:
+        compared["load, replicated"] = ExpertPlaces.by_load(load_LN, layout.expert, replicated)
+    busiest = {name: places.rank_loads(expert_LN).max(-1).tolist() for name, places in compared.items()}
     return {
         "run": resolved.run.name,
         "table": table.sha256,
@@ -81,17 +79,28 @@ def summary_facts(
         "ranks": layout.ranks,
         "nodes": layout.nodes,
         "expert_parallel": layout.expert,
-        "experts_of_a_rank": table.experts // layout.expert,
+        "experts_of_a_rank": (layout.places or by_number).of_each_rank,
         "expert_placement": resolved.run.parallel.expert_placement,
+        "replicated_experts": replicated,
         "mean_rank": int(summary.served_LWE.sum()) / max(1, summary.updates) / layout.ranks,
         "memory_of_rows": int(summary.worst["most_rows"]) * layout.row_bytes,
         "learned_layers": [block for block in resolved.run.moe.layers if block not in table.blocks],
         "figures": {name: {"mean": summary.mean(name), "worst": summary.worst[name]} for name in FIGURES},
         "layers": [
-            {"block": block, "max_load": expert, "max_rank_load": {"number": number, "load": load}}
-            for block, expert, number, load in zip(table.blocks, max_loads(expert_LN), by_number, by_load, strict=True)
+            {"block": block, "max_load": expert, "max_rank_load": {name: busiest[name][at] for name in busiest}}
+            for at, (block, expert) in enumerate(zip(table.blocks, max_loads(list(expert_LN)), strict=True))
         ],
     }
+
+
+def _served_by_expert(served_LWE: NDArray[np.int64], places: ExpertPlaces) -> NDArray[np.int64]:
+    """int64 [L, N]: rows of each expert, wherever it stands."""
+    layers, places_of_all = places.expert_LY.shape
+    served_LY = served_LWE.reshape(layers, -1, places_of_all).sum(1)
+    served_LN = np.zeros((layers, places.expert_LY.max() + 1), np.int64)
+    for served_N, served_Y, expert_Y in zip(served_LN, served_LY, places.expert_LY, strict=True):
+        np.add.at(served_N, expert_Y.clip(0), served_Y)  # nothing is served where no expert is
+    return served_LN
 
 
 def summary_text(facts: dict[str, Any]) -> str:
@@ -100,16 +109,19 @@ def summary_text(facts: dict[str, Any]) -> str:
     for name, text in FIGURES.items():
         figure = facts["figures"][name]
         rows.append([text, *(_shown(name, figure[which]) for which in ("mean", "worst"))])
-    loads = [["MoE layer at block", "busiest expert", "busiest rank, experts by number", "by load"]]
+    copied = facts["replicated_experts"]
+    more = [f"and {copied} replicated"] if copied else []
+    loads = [["MoE layer at block", "busiest expert", "busiest rank, experts by number", "by load", *more]]
     for layer in facts["layers"]:
-        ranks = (f"{layer['max_rank_load'][placement]:.2f}" for placement in ("number", "load"))
+        ranks = (f"{load:.2f}" for load in layer["max_rank_load"].values())
         loads.append([str(layer["block"]), f"{layer['max_load']:.2f}", *ranks])
     each, learned = facts["ranks"] // facts["nodes"], ", ".join(map(str, facts["learned_layers"]))
     return "\n".join(
         [
             f"{facts['updates']:,} updates of {facts['tokens_per_update']:,} tokens along table {facts['table'][:12]}",
             f"{facts['ranks']} ranks, {each} a node; {facts['expert_parallel']} of them share "
-            f"the experts, {facts['experts_of_a_rank']} each, placed by {facts['expert_placement']}",
+            f"the experts, {facts['experts_of_a_rank']} each, placed by {facts['expert_placement']}"
+            + (f", {copied} of them on every rank" if copied else ""),
             "",
             aligned(rows, right=(1, 2)),
             "",
@@ -117,7 +129,7 @@ def summary_text(facts: dict[str, Any]) -> str:
             f"one layer, take {facts['memory_of_rows'] / 1e6:,.2f} MB.",
             "",
             "Load over all updates, as a multiple of the mean",
-            aligned(loads, right=(1, 2, 3)),
+            aligned(loads, right=range(1, len(loads[0]))),
             *([f"Layers that learn where tokens go, at blocks {learned}, are not in any of this."] if learned else []),
         ]
     )

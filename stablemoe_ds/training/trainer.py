@@ -37,13 +37,13 @@ from stablemoe_ds.run_directory.progress import newest_saved, reported_steps
 from stablemoe_ds.training.built_table import built_table
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.engine import Engine
-from stablemoe_ds.training.expert_order import expert_order
 from stablemoe_ds.training.feed import Feed
 from stablemoe_ds.training.guard import GRADIENT, Guard, find_fault
 from stablemoe_ds.training.optimizer import learning_rate
 from stablemoe_ds.training.probing import Probing
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.routed_batch import RoutedBatch
+from stablemoe_ds.training.run_places import expert_places
 from stablemoe_ds.training.saving import Saving
 from stablemoe_ds.training.sharded_weights import build_model, gathered
 from stablemoe_ds.training.stage_switch import StageSwitch
@@ -72,10 +72,10 @@ class Trainer:
         self.data = RunData(run, self.plan, self.groups, self.tokenizer)
         counts = self.token_counts = token_counts(run.data.train, self.tokenizer, resolved.vocab_size)
         self.reporter = Reporter(run, world.is_main)
-        # Once: the order of the experts may need the table before the run follows it.
+        # Once: the places of the experts may need the table before the run follows it.
         build = cache(partial(built_table, run, resolved.vocab_size, self.tokenizer, self.reporter.say))
-        order_LN = expert_order(run, counts, fingerprint, build)
-        placement = replace(self.groups.placement, order_LN=order_LN)
+        places = expert_places(run, counts, fingerprint, build)
+        placement = replace(self.groups.placement, places=places)
         self.model = build_model(run, resolved.vocab_size, placement)
         routers = self.model.distilled_routers
         whole = partial(gathered, routers)
@@ -85,7 +85,7 @@ class Trainer:
             start_from_table(self.model, table, counts)
             self.reporter.say(f"routers start from table {table.sha256[:12]}")
         self.engine = Engine(run, self.plan, self.groups, self.model)
-        self.feed = Feed(self.groups, run.parallel, order_LN)
+        self.feed = Feed(self.groups, run.parallel, places)
         self.state, self.guard, self.vote = (
             RunState(Progress(position=self.data.train.start())),
             Guard(run.faults),
@@ -278,6 +278,8 @@ class Trainer:
         if run.parallel.expert_placement == "load" and run.parallel.expert > 1:
             known = all(layer.place_N is not None for layer in self.model.moe_layers)
             placed = " placed by load" if known else " by number, as no table is known before the switch"
+            if known and run.parallel.replicated_experts:
+                placed += f" (the {run.parallel.replicated_experts} heaviest of a layer on every rank)"
         shared = f"sequence {plan.sequence}, " if plan.sequence > 1 else ""
         two = f"stage 2 from update {planned + 1}" if planned is not None else "stage 2 when routing settles"
         stages = two if two_stages(run) else "one stage"

@@ -30,6 +30,7 @@ from tests.training.runs import (
 )
 
 Layout = tuple[int, dict[str, Any]]
+REPLICATED = {"expert_placement": "load", "replicated_experts": 1}
 LAYOUTS: dict[str, Layout] = {
     "1 process, ZeRO 0": (1, {"zero": 0}),
     "1 process, ZeRO 1": (1, {"zero": 1}),
@@ -53,6 +54,9 @@ LAYOUTS: dict[str, Layout] = {
     "tensor 2, expert 2, ZeRO 3": (2, {"tensor": 2, "expert": 2, "zero": 3}),
     "sequence 2, expert 2, ZeRO 2": (2, {"sequence": 2, "expert": 2, "zero": 2}),
     "data 2, tensor 2, expert 4, ZeRO 1": (4, {"tensor": 2, "expert": 4, "zero": 1}),
+    "expert 2, replicated, bf16, ZeRO 1": (2, {"expert": 2, **REPLICATED, "zero": 1, "dtype": "bf16"}),
+    "expert 2, replicated, ZeRO 3": (2, {"expert": 2, **REPLICATED, "zero": 3}),
+    "data 4, expert 4, replicated, ZeRO 2": (4, {"expert": 4, **REPLICATED, "zero": 2}),
 }
 PARAMETERS, BUFFER = "stablemoe", "topk"
 """A router that is all parameters, and one that keeps a buffer beside them."""
@@ -86,6 +90,9 @@ MOVES = [
     ("expert 2, bf16, ZeRO 3", "data 2, bf16, ZeRO 2"),
     ("sequence 2, expert 2, ZeRO 2", "1 process, ZeRO 1"),
     ("data 4, expert 2, ZeRO 3", "sequence 2, expert 2, ZeRO 2"),
+    ("1 process, bf16", "expert 2, replicated, bf16, ZeRO 1"),
+    ("1 process, ZeRO 0", "expert 2, replicated, ZeRO 3"),
+    ("data 4, expert 4, replicated, ZeRO 2", "expert 2, ZeRO 1"),
 ]
 CASES = [
     *((*move, PARAMETERS) for move in MOVES),

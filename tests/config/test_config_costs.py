@@ -126,6 +126,19 @@ def test_zero_shards_what_it_should(make: Make) -> None:
     assert memory[2].gradients == 8 * (dense // 4 + experts // 2)
 
 
+def test_replicated_experts_are_on_every_rank_and_sharded_over_all(make: Make) -> None:
+    """Of eight experts one is replicated; of the others each of two ranks has room for four."""
+    run = make("parallel.expert=2", "parallel.expert_placement=load", "parallel.replicated_experts=1")
+    counts, memory = parameters(run), memory_per_rank(run, batch_plan(run, 4), 4)
+    dense, one = counts.total - counts.expert, counts.expert // 8
+    assert memory[0].weights == 4 * (dense + 4 * one + one)
+    assert memory[1].optimizer == 12 * (dense // 4 + 4 * one // 2 + one // 4)
+    layer = (5 * one + counts.shared_experts + counts.router + counts.distilled) // len(run.moe.layers)
+    assert memory[3].weights == 4 * (dense // 4 + 4 * one // 2 + one // 4 + max(layer, counts.embedding))
+    alone = make("parallel.expert_placement=load", "parallel.replicated_experts=1")
+    assert memory_per_rank(alone, batch_plan(alone, 1), 1) == memory_per_rank(make(), batch_plan(make(), 1), 1)
+
+
 def test_half_precision_keeps_masters_and_halves_weights(make: Make) -> None:
     full, half = make(), make("precision.dtype=bf16")
     plan = batch_plan(full, 1)

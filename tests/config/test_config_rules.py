@@ -54,6 +54,21 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
             "number",
         ),
         (
+            "parallel.expert=2 parallel.replicated_experts=1",
+            "parallel.replicated_experts: got 1: with parallel.expert_placement number nothing says which experts",
+            "0, or parallel.expert_placement load",
+        ),
+        (
+            "parallel.expert=2 parallel.expert_placement=load parallel.replicated_experts=8",
+            "parallel.replicated_experts: got 8: expected fewer than moe.experts 8",
+            "7, or parallel.expert 1",
+        ),
+        (
+            "moe.capacity_factor=1.5 parallel.expert=2 parallel.expert_placement=load parallel.replicated_experts=2",
+            "parallel.replicated_experts: got 2: with moe.capacity_factor",
+            "0, or moe.capacity_factor null",
+        ),
+        (
             "moe.router=hash moe.start_table=even",
             "moe.start_table: got \"even\": router 'hash' learns no routes",
             "null, or moe.router table and moe.table",

@@ -21,6 +21,12 @@ from tests.model.reference import SlowStep
 pytestmark = pytest.mark.distributed
 SWITCH = 2
 
+
+def replicated(experts: int) -> dict[str, Any]:
+    """So many of the four experts of a layer are on every rank."""
+    return {"expert_placement": "load", "replicated_experts": experts}
+
+
 LAYOUTS: list[tuple[int, str, dict[str, Any]]] = [
     (1, "paper", {"zero": 0}),
     (1, "paper", {"zero": 1}),
@@ -68,6 +74,9 @@ LAYOUTS: list[tuple[int, str, dict[str, Any]]] = [
     (4, "paper", {"sequence": 4, "expert": 2, "zero": 1}),
     (4, "modern", {"sequence": 2, "tensor": 2, "expert": 2, "zero": 2, "recompute": True}),
     (4, "paper, learned gate", {"sequence": 2, "expert": 2, "zero": 3}),
+    (2, "paper", {"expert": 2, **replicated(1), "zero": 0}),
+    (2, "paper, shared", {"expert": 2, **replicated(1), "zero": 3, "micro": 2, "recompute": True}),
+    (4, "modern", {"tensor": 2, "expert": 2, **replicated(2), "zero": 2, "micro": 4, "dispatch_parts": 2}),
 ]
 
 COMPILED = [

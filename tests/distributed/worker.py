@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
+from stablemoe_ds.tables.expert_places import ExpertPlaces
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class Outcome:
 
 @contextmanager
 def engine_of(run: RunConfig) -> Iterator[Any]:
-    """An :class:`Engine` over the processes of this test."""
+    """An :class:`Engine` over the processes of this test.
+
+    Experts that are placed by load have one that falls with their number in the first layer, and rises in the next.
+    """
     from stablemoe_ds.config.batch_plan import batch_plan
     from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
     from stablemoe_ds.training.engine import Engine
@@ -50,7 +54,12 @@ def engine_of(run: RunConfig) -> Iterator[Any]:
 
     world = start_world(timeout_minutes=1.0)
     groups = Groups(world, run.parallel.tensor, run.parallel.expert, run.parallel.sequence)
-    model = build_model(run, run.model.vocab_size or 0, groups.placement)
+    placement = groups.placement
+    if run.parallel.expert_placement == "load":
+        load_LN = [range(run.moe.experts)[:: 1 if layer % 2 else -1] for layer in range(len(run.moe.layers))]
+        places = ExpertPlaces.by_load(load_LN, groups.expert, run.parallel.replicated_experts)
+        placement = replace(placement, places=places)
+    model = build_model(run, run.model.vocab_size or 0, placement)
     yield Engine(run, batch_plan(run, world.size), groups, model)
     stop_world()
 
@@ -121,12 +130,12 @@ def set_weights(engine: Any, weights: dict[str, Tensor]) -> None:
     from stablemoe_ds.model.layout import pieces, shape_of
 
     fp32, groups = Fp32State(engine.deepspeed), engine.groups
-    values: dict[torch.nn.Parameter, list[Tensor]] = {}
+    values: dict[torch.nn.Parameter, Tensor] = {}
     for piece in pieces(engine.model, groups.tensor):
-        local = piece.local_of(weights[piece.name], groups.tensor_rank, groups.tensor)
-        values.setdefault(piece.parameter, []).append(local)
-    for parameter, rows in values.items():
-        fp32.write(parameter, WEIGHT, torch.stack(rows) if rows[0].shape != shape_of(parameter) else rows[0])
+        whole = values.setdefault(piece.parameter, torch.zeros(shape_of(piece.parameter)))
+        piece.select(whole).copy_(piece.local_of(weights[piece.name], groups.tensor_rank, groups.tensor))
+    for parameter, value in values.items():
+        fp32.write(parameter, WEIGHT, value)
 
 
 def parts(engine: Any) -> dict[str, Part]:

@@ -11,7 +11,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables import held_out
 from stablemoe_ds.tables.builders import random_table
 from stablemoe_ds.tables.counted_corpus import IdStream
-from stablemoe_ds.tables.expert_places import order_by_load
+from stablemoe_ds.tables.expert_places import ExpertPlaces
 from stablemoe_ds.tables.held_out import count_batches, split_documents
 from stablemoe_ds.tables.load_bounds import bound, most_experts, reach, round_robin
 from tests.tables.texts import corpus_of, random_stream
@@ -46,13 +46,15 @@ def test_batches_are_counted_whatever_the_size_of_the_pieces(batch: int, monkeyp
     assert counted.tolist() == slow
 
 
-@pytest.mark.parametrize(("experts", "top_k", "ranks"), [(4, 1, 2), (6, 3, 3), (8, 2, 1)])
-def test_reach_is_what_counting_token_by_token_finds(experts: int, top_k: int, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("experts", "top_k", "ranks", "replicated"), [(4, 1, 2, 0), (6, 3, 3, 0), (8, 2, 1, 0), (6, 2, 3, 2)]
+)
+def test_reach_is_what_counting_token_by_token_finds(experts: int, top_k: int, ranks: int, replicated: int) -> None:
     ids, batch, factors = random_stream(seed=3).ids, 64, (0.5, 1.0, 1.3)
     expert_VK = random_table(30, experts, top_k, 1, seed=4)[0]
     known = random_stream(seed=5).ids
     counts = np.bincount(known, minlength=30)
-    found = reach("any", expert_VK, count_batches(ids, 30, batch), counts, experts, ranks, factors)
+    found = reach("any", expert_VK, count_batches(ids, 30, batch), counts, experts, ranks, factors, replicated)
 
     served, dropped = [0] * experts, dict.fromkeys(factors, 0.0)
     for low in range(0, len(ids), batch):
@@ -69,8 +71,10 @@ def test_reach_is_what_counting_token_by_token_finds(experts: int, top_k: int, r
     held = experts // ranks
     ranked = [sum(served[r * held : (r + 1) * held]) * ranks / pairs for r in range(ranks)]
     assert found.load_G == pytest.approx(ranked)
-    (order_N,) = order_by_load([[int((expert_VK[known] == expert).sum()) for expert in range(experts)]], ranks)
-    placed = [sum(served[e] for e in order_N[r * held : (r + 1) * held]) * ranks / pairs for r in range(ranks)]
+    known_load = [int((expert_VK[known] == expert).sum()) for expert in range(experts)]
+    places = ExpertPlaces.by_load([known_load], ranks, replicated)
+    copies = [sum(expert in places.held_by(r, 0) for r in range(ranks)) for expert in range(experts)]
+    placed = [sum(served[e] / copies[e] for e in places.held_by(r, 0) if e >= 0) * ranks / pairs for r in range(ranks)]
     assert found.placed_G == pytest.approx(placed)
     assert found.dropped == pytest.approx([dropped[factor] / pairs for factor in factors])
     assert found.idle == pytest.approx(1 - (sum(ranked) / ranks) / max(ranked))

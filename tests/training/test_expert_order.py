@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.tables.expert_places import NO_EXPERT
 from stablemoe_ds.tables.table import RoutingTable
 from tests.distributed.launch import run_distributed
 from tests.training.runs import (
@@ -68,7 +69,8 @@ def skewed_table(path: Path) -> None:
     RoutingTable(np.stack([heavy, second])[..., None].astype(np.int32), 4, (1, 2)).save(path)
 
 
-def test_two_processes_train_what_one_does(data: TinyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("replicated", [0, 1])
+def test_two_processes_train_what_one_does(replicated: int, data: TinyData, tmp_path: Path) -> None:
     skewed_table(tmp_path / "table")
     sections: dict[str, dict[str, Any]] = {
         "moe": {"router": "table", "table": str(tmp_path / "table"), "layers": [1, 2], "gate": "doubled"},
@@ -76,13 +78,19 @@ def test_two_processes_train_what_one_does(data: TinyData, tmp_path: Path) -> No
         "stages": {"at_step": None},
     }
     alone = small_run(data, tmp_path / "alone", **sections)
-    spread = small_run(data, tmp_path / "spread", **sections, parallel=BY_LOAD)
+    spread = small_run(data, tmp_path / "spread", **sections, parallel=BY_LOAD | {"replicated_experts": replicated})
     train_run(alone)
     first, second = run_distributed(2, held_by, spread)
     for layer, (heavy, other) in enumerate([(0, 1), (1, 3)]):
         held = [first[layer], second[layer]]
-        assert sorted(held[0] + held[1]) == [0, 1, 2, 3]
-        assert not any({heavy, other} <= set(experts) for experts in held), "the two heavy ones are apart"
+        everywhere = set(held[0]) & set(held[1])
+        assert sorted({*held[0], *held[1]} - {NO_EXPERT}) == [0, 1, 2, 3]
+        if replicated:
+            assert len(everywhere) == 1
+            assert everywhere < {heavy, other}
+        else:
+            assert not everywhere
+            assert not any({heavy, other} <= set(experts) for experts in held), "the two heavy ones are apart"
     assert_same_training(alone, spread)
 
 
@@ -91,13 +99,12 @@ def test_a_learned_table_places_experts_when_the_run_is_continued(data: TinyData
     often = {"every": SWITCH + 1, "keep": 9}
     whole = small_run(data, tmp_path / "whole", parallel={"expert": 2}, checkpoint=often, optimizer=LARGE_EPSILON)
     train_run(whole, 2)
-    parallel = whole.parallel.model_copy(update={"expert_placement": "load"})
+    parallel = whole.parallel.model_copy(update={"expert_placement": "load", "replicated_experts": 1})
     resumed = restarted(whole, tmp_path / "resumed", SWITCH + 1).model_copy(update={"parallel": parallel})
     table = RoutingTable.read(checkpoint_of(whole, SWITCH + 1) / "routing_table.safetensors")
     counts = np.load(checkpoint_of(whole, SWITCH + 1) / "token_counts.npy")
     load_N = table.expert_load(counts)[0]
     ((first,), (second,)) = run_distributed(2, held_by, resumed)
-    assert sorted(first + second) == [0, 1, 2, 3]
-    assert max(load_N[first].sum(), load_N[second].sum()) <= max(load_N[:2].sum(), load_N[2:].sum())
-    assert int(load_N.argmax()) in first, "the heaviest comes first"
+    assert sorted({*first, *second} - {NO_EXPERT}) == [0, 1, 2, 3]
+    assert set(first) & set(second) == {int(load_N.argmax())}, "the heaviest is on both"
     assert_same_training(whole, resumed)

@@ -52,6 +52,7 @@ def observed_here(run: RunConfig) -> list[tuple[int, list[int], list[int]]]:
         (4, {"expert": 2, "tensor": 2, "dispatch_parts": 2}, 1, 12, True),
         (4, {"expert": 4, "expert_placement": "load"}, 1, 100, False),
         (4, {"expert": 4, "sequence": 2, "micro_batch": 2}, 2, 12, True),
+        (4, {"expert": 2, "expert_placement": "load", "replicated_experts": 1}, 2, 12, True),
     ],
     ids=str,
 )
