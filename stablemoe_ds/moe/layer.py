@@ -82,7 +82,7 @@ class MoELayer(AutoEPMoELayer):
         if self.replicated is not None:
             self._mark(self.replicated, REPLICATED)
 
-    def _mark(self, experts: Experts, group_name: str) -> None:
+    def _mark(self, experts: nn.Module, group_name: str) -> None:
         """Let DeepSpeed know which ranks hold copies of these experts: those of the group with this name."""
         for parameter in experts.parameters():
             marks = {
