@@ -59,7 +59,7 @@ lint: install
 	  || { echo "docs/configuration.md is not current: run '$(REFERENCE) > docs/configuration.md'" >&2; exit 1; }
 
 bench: install
-	for name in moe_layer overlap step long_sequence data generation resident_experts startup checkpoint; do \
+	for name in moe_layer overlap step zero_stages long_sequence data generation resident_experts startup checkpoint; do \
 	  $(BIN)/python -m benchmarks.$$name --output benchmarks/results/$$name.json $(ARGS) || exit 1; \
 	done
 

@@ -87,7 +87,7 @@ class Task:
     profiled: bool = False
 
 
-def run_of(task: Task, router: str) -> RunConfig:
+def run_of(task: Task, router: str, zero_stage: int = 1) -> RunConfig:
     """A run of this shape. Router dense_deeper with one expert is the dense model of equal FLOPs."""
     s, dense = task.shape, not ROUTERS[router].routed
     run = RunConfig.model_validate(
@@ -108,7 +108,7 @@ def run_of(task: Task, router: str) -> RunConfig:
             "optimizer": {"lr": 1e-9},
             "schedule": {"steps": task.rounds + 10, "tokens_per_step": s.tokens},
             "stages": {"at_step": 1} if ROUTERS[router].distilled else {},
-            "parallel": {"expert": 1 if dense else task.ranks, "micro_batch": s.micro},
+            "parallel": {"expert": 1 if dense else task.ranks, "micro_batch": s.micro, "zero_stage": zero_stage},
             "precision": {"dtype": s.dtype},
         }
     )

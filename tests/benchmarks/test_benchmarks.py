@@ -61,6 +61,14 @@ def test_a_planned_step_waits_for_the_norm_alone(step: dict[str, dict[str, Any]]
 
 
 @pytest.mark.distributed
+def test_zero_stages_take_turns() -> None:
+    (row,) = result_of("zero_stages")["rows"]
+    assert list(row["stages"]) == ["ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3"]
+    assert all(figures["collectives"]["all_to_all"] == 4 * MOE_LAYERS for figures in row["stages"].values())
+    assert row["stages"]["ZeRO 3"]["collectives"]["reduce_scatter"] > 0  # of gradients, and weights are gathered
+
+
+@pytest.mark.distributed
 def test_ranks_that_share_a_long_sequence_hold_less_each() -> None:
     (row,) = result_of("long_sequence")["rows"]
     alone, shared, recomputing = (way["peak_bytes"] for way in row["ways"].values())
