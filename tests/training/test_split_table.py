@@ -24,7 +24,7 @@ from tests.training.runs import (
     VOCAB,
     TinyData,
     checkpoint_of,
-    command_here,
+    command,
     differing,
     history,
     restarted,
@@ -84,11 +84,11 @@ def test_a_run_that_continues_is_the_same_to_the_bit(trained: RunConfig, tmp_pat
 
 def test_evaluation_and_the_table_of_the_run(trained: RunConfig) -> None:
     (final,) = (line for line in history(trained, "valid") if line["step"] == STEPS)
-    assert command_here("eval", trained.directory, "--json").json["perplexity"] == pytest.approx(final["perplexity"])
+    assert command("eval", trained.directory, "--json").json["perplexity"] == pytest.approx(final["perplexity"])
     table = RoutingTable.read(trained.moe.table or "")
-    shown = command_here("table", "show", trained.directory, "--json").json
+    shown = command("table", "show", trained.directory, "--json").json
     assert (shown["sha256"], shown["split"]["rows"], len(shown["split"]["ids"])) == (table.sha256, 30, 10)
-    report = command_here("routing", "report", trained.directory, "--json").json
+    report = command("routing", "report", trained.directory, "--json").json
     counts_V = np.load(checkpoint_of(trained, STEPS) / "token_counts.npy")
     for layer, load_N in zip(report["layers"], table.expert_load(counts_V), strict=True):
         assert layer["load"] == pytest.approx(load_N.tolist())
@@ -119,12 +119,12 @@ def test_generation_is_the_same_cached_and_among_other_prompts(trained: RunConfi
     for prompt, new in zip(prompts, together, strict=True):
         assert generate(opened.trained.model, [prompt], routes, max_new_tokens=12) == [new]
     words = ("generate", trained.directory, "--prompt", "def wrap(self", "--tokens", "8", "--json")
-    assert command_here(*words, "--resident-experts", "0.5").json == command_here(*words).json
+    assert command(*words, "--resident-experts", "0.5").json == command(*words).json
 
 
 def test_routers_do_not_start_from_it(trained: RunConfig, data: TinyData, tmp_path: Path) -> None:
     moe = {"router": "stablemoe", "layers": [1, 2], "start_table": trained.moe.table}
     run = small_run(data, tmp_path / "run", moe=moe, data={"tokenizer": data.tokenizer})
-    said = command_here("train", run_file(run, tmp_path / "run.yaml"))
+    said = command("train", run_file(run, tmp_path / "run.yaml"))
     assert said.code == 2
     assert "splits 10 ids over several rows by the id before them" in said.err
