@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,3 +126,8 @@ def _warned_of() -> Iterator[Callable[[], int]]:
             yield lambda: sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def listed(counts: Mapping[str, float]) -> str:
+    """Counts by kind as text."""
+    return ", ".join(f"{n:g} {kind}" for kind, n in sorted(counts.items())) or "none"

@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from benchmarks.common import markdown, parser, publish, ratios, record
 from benchmarks.contestants import GPU, LAPTOP, QUICK, Shape, Task, compare_losses, measure
 from benchmarks.corpus import Corpus, library_text, make_corpus
+from benchmarks.counting import listed
 from benchmarks.ranks import on_ranks, reason
 
 Row = dict[str, Any]
@@ -105,16 +106,12 @@ def tables(rows: list[dict[str, Any]]) -> str:
                 ]
             )
             counts = [f["collectives"], f.get("planner_collectives", {}), f["host_waits"]]
-            numbers.append([*where, *(_listed(count) for count in counts)])
+            numbers.append([*where, *(listed(count) for count in counts)])
     gains = [[str(r["processes"]), f"{r['stage_1_to_stage_2']:.2f}"] for r in rows if r["stage_1_to_stage_2"]]
     counted_head = ["processes", "model", "collectives an update", "in the planner's thread", "host waits"]
     parts = [(head, times), (["processes", "speed of stage 2 / stage 1"], gains), (counted_head, numbers)]
     reasons = [f"{name} failed: {reason}" for row in rows for name, reason in row["failed"].items()]
     return "\n\n".join([*(markdown(*part) for part in parts), *reasons])
-
-
-def _listed(counts: dict[str, float]) -> str:
-    return ", ".join(f"{n:g} {kind}" for kind, n in sorted(counts.items())) or "none"
 
 
 def main() -> None:

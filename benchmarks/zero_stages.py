@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.common import markdown, parser, publish, ratios, take_turns
 from benchmarks.contestants import LAPTOP, QUICK, Contestant, Shape, Task, compare_losses, run_of
 from benchmarks.corpus import library_text, make_corpus
+from benchmarks.counting import listed
 from benchmarks.ranks import on_ranks
 from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.memory import memory_per_rank
@@ -66,9 +67,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         for name, figures in row["stages"].items():
-            counts = ", ".join(f"{n:g} {kind}" for kind, n in sorted(figures["collectives"].items()))
             times = f"{1000 * figures['seconds']:.1f}", f"{figures['ratio']:.2f}"
-            lines.append([str(row["processes"]), name, *times, f"{figures['kept_bytes'] / 1e6:.1f}", counts])
+            kept, counts = f"{figures['kept_bytes'] / 1e6:.1f}", listed(figures["collectives"])
+            lines.append([str(row["processes"]), name, *times, kept, counts])
     return markdown(["processes", "stage", "ms a step", "/ ZeRO 0", "kept, MB", "collectives an update"], lines)
 
 

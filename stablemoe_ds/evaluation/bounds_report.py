@@ -18,7 +18,7 @@ from stablemoe_ds.tables.held_out import count_batches
 from stablemoe_ds.tables.load_bounds import Bound, Reach, bound, most_experts, reach, round_robin
 from stablemoe_ds.tables.split_ids import SplitIds
 from stablemoe_ds.tables.splitting import split_ids
-from stablemoe_ds.tables.table import RoutingTable
+from stablemoe_ds.tables.table import RoutingTable, is_below
 
 EVEN_OF_ITSELF = "even, of this text"
 """The table that ``even`` makes of the held-out text itself: how close to the bound any table can come."""
@@ -58,16 +58,17 @@ class Question:
 
     def check(self, held_out: Corpus) -> None:
         """Raise UserError, a line for each shape, table and number that cannot be judged."""
+        sizes = sorted({experts for experts, _ in self.all_shapes()})
         problems = [
             f"--experts: got {experts}: {self.ranks} ranks hold as many experts each; nearest that works: "
             f"{max(1, round(experts / self.ranks)) * self.ranks}"
-            for experts in sorted({experts for experts, _ in self.all_shapes()})
+            for experts in sizes
             if self.ranks and experts % self.ranks
         ]
         problems += [
             f"--replicated-experts: got {self.replicated}: of {experts} experts, at least one must be left to spread; "
             f"nearest that works: {experts - 1}"
-            for experts in sorted({experts for experts, _ in self.all_shapes()})
+            for experts in sizes
             if self.replicated >= experts
         ]
         problems += [
@@ -185,7 +186,7 @@ def bounds_text(
 def _shape_lines(shape: Judged, capacities: Sequence[float]) -> list[str]:
     limit, held = shape.bound, shape.bound.experts // shape.ranks
     rows = [["table", "max/mean load", "busiest rank", "placed", "idle", *(f"dropped at {c:g}" for c in capacities)]]
-    of_whole_ids = " of whole ids" if any(table.max_load < 0.999 * limit.least for table in shape.tables) else ""
+    of_whole_ids = " of whole ids" if any(is_below(table.max_load, limit.least) for table in shape.tables) else ""
     for table in shape.tables:
         loads = (table.max_load, table.max_rank_load, table.max_placed_load)
         figures = [*(f"{load:.2f}" for load in loads), f"{table.idle:.1%}"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from stablemoe_ds.errors import UserError
+from stablemoe_ds.tables.table import is_below
 
 # Okabe and Ito's palette, distinguishable with every common colour blindness.
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -118,7 +119,8 @@ def _draw_load(axis: Any, report: dict[str, Any]) -> None:
             axis.plot(rank, load, color=color, marker="o", markersize=3.5, linewidth=1.4, label=label)
     least = max(layer["least_load"] for layer in layers)
     axis.axhline(1, color=GREY, linewidth=1.2, label="mean")
-    best = "best of tables" if max(layer["max_load"] for layer in layers) > 0.999 * least else "best without split ids"
+    below = is_below(max(layer["max_load"] for layer in layers), least)
+    best = "best without split ids" if below else "best of tables"
     label = f"the busiest, in the {best}: {least:.2f}"
     axis.axhline(least, color=VERMILLION, linestyle="--", linewidth=1.4, label=label)
     # The legend gets the top of the panel to itself.

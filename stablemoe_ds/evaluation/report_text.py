@@ -9,6 +9,7 @@ from typing import Any
 from rich.cells import cell_len
 
 from stablemoe_ds.config.text_table import aligned
+from stablemoe_ds.tables.table import is_below
 
 WIDTH = 100
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -85,7 +86,7 @@ def _layer(layer: dict[str, Any]) -> list[str]:
 
 def bound_text(max_load: float, least_load: float) -> str:
     """The load that ids force on a table, and whether this one escapes it because it splits them."""
-    what = "no table goes below" if max_load > 0.999 * least_load else "without split ids, no table goes below"
+    what = "without split ids, no table goes below" if is_below(max_load, least_load) else "no table goes below"
     return f"{what} {least_load:.2f}"
 
 

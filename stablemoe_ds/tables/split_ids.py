@@ -74,6 +74,11 @@ class SplitIds:
             raise ValueError(f"split ids: no id has row {int(owner_Q.argmin()) + self.vocab_size}")
         return owner_Q
 
+    @property
+    def id_of_row(self) -> NDArray[np.int64]:
+        """int64 [V + Q]: the id whose tokens follow each row."""
+        return np.concatenate([np.arange(self.vocab_size), self.ids_J[self.owner_Q]])
+
     def _shares(self) -> NDArray[np.int64]:
         """int64 [J]: millionths of each id's tokens that follow further rows."""
         total_J = np.zeros(len(self.ids_J), np.int64)

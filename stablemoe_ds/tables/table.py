@@ -112,8 +112,7 @@ class RoutingTable:
     @property
     def id_of_row(self) -> NDArray[np.int64]:
         """int64 [V], or [V + Q] where ids are split: the id whose tokens follow each row."""
-        ids = np.arange(self.vocab_size)
-        return ids if self.split is None else np.concatenate([ids, self.split.ids_J[self.split.owner_Q]])
+        return np.arange(self.vocab_size) if self.split is None else self.split.id_of_row
 
     def rows(self, ids: NDArray[np.integer]) -> NDArray[np.integer]:
         """Which row of ``expert_LVK`` each token follows: integers [..., S], of sequences from their first token on."""
@@ -125,8 +124,7 @@ class RoutingTable:
             if self.split is not split:
                 raise ValueError("the table splits other ids")
             return self
-        rows = np.concatenate([np.arange(self.vocab_size), split.ids_J[split.owner_Q]])
-        return replace(self, expert_LVK=np.ascontiguousarray(self.expert_LVK[:, rows]), split=split)
+        return replace(self, expert_LVK=np.ascontiguousarray(self.expert_LVK[:, split.id_of_row]), split=split)
 
     def only(self, blocks: Sequence[int]) -> RoutingTable:
         """The layers at these blocks, all of which it has."""
@@ -223,6 +221,11 @@ class RoutingTable:
                 f"routing table {path} is damaged: its sha256 is {table.sha256[:12]}, it says {said[:12]!r}"
             )
         return table
+
+
+def is_below(max_load: float, least: float) -> bool:
+    """Whether a load is below what :func:`least_load` says of whole ids, by more than rounding: some ids are split."""
+    return max_load <= 0.999 * least
 
 
 def least_load(token_counts: NDArray[np.int64], experts: int, top_k: int) -> float:

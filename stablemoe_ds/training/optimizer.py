@@ -45,10 +45,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    fp32, stacked = (
-        {id(p) for module in model.modules() if isinstance(module, kind) for p in module.parameters()}
-        for kind in (Fp32Module, Experts)
-    )
+    fp32, stacked = ({id(p) for p in parameters_in(model, kind)} for kind in (Fp32Module, Experts))
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "plain": [], "router": [], DISTILLED: []}
     for name, parameter in model.named_parameters():
         groups[_kind(name, parameter, fp32, stacked)].append(parameter)
@@ -75,5 +72,9 @@ def restore_fp32(saved: dict[nn.Parameter, Tensor]) -> None:
 
 def fp32_parameters(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     """Copies of the parameters that must stay fp32."""
-    inside = (module for module in model.modules() if isinstance(module, Fp32Module))
-    return {p: p.detach().clone() for module in inside for p in module.parameters()}
+    return {p: p.detach().clone() for p in parameters_in(model, Fp32Module)}
+
+
+def parameters_in(model: nn.Module, kind: type[nn.Module]) -> list[nn.Parameter]:
+    """Those of all modules of this kind, in the model's order."""
+    return [p for module in model.modules() if isinstance(module, kind) for p in module.parameters()]

@@ -20,6 +20,7 @@ from stablemoe_ds.model.initialize import give_memory, initialize_pieces, withou
 from stablemoe_ds.model.layout import Piece, pieces
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.routing.distilled import Fp32Module
+from stablemoe_ds.training.optimizer import parameters_in
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,9 +45,7 @@ def shard(
     if model.share_embeddings_and_output_weights:
         # The output layer is handed the embedding's weight, which DeepSpeed does not see.
         deepspeed.zero.register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
-    kept = {
-        p: torch.empty(0) for module in model.modules() if isinstance(module, Fp32Module) for p in module.parameters()
-    }
+    kept = dict.fromkeys(parameters_in(model, Fp32Module), torch.empty(0))
     sharding = deepspeed.zero.Init(
         module=nn.ParameterList(),
         data_parallel_group=groups.data_group,
