@@ -207,6 +207,11 @@ class ParallelConfig(Section):
     )
     timeout_minutes: float = Field(10.0, gt=0, description="the run stops if a collective waits longer than this")
 
+    @property
+    def places_by_load(self) -> bool:
+        """Whether the load of experts decides which rank holds them; a single rank of experts holds all."""
+        return self.expert_placement == "load" and self.expert > 1
+
 
 class PrecisionConfig(Section):
     """Arithmetic of the model. Router, gate, auxiliary losses and optimizer always use fp32."""

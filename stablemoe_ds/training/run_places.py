@@ -28,7 +28,7 @@ def expert_places(
     to learn its table has none. counts_V: int64 [V], of the training text. tokenizer, build: as in :class:`RouteMaker`.
     Collective. Raises UserError for a table in a file that does not fit the run.
     """
-    if run.parallel.expert_placement == "number" or run.parallel.expert == 1:
+    if not run.parallel.places_by_load:
         return None
     table = of_first_rank(partial(_saved_table, run)) if run.checkpoint.resume else None
     if table is None and run.moe.facts.fixed:

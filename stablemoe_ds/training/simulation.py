@@ -58,7 +58,7 @@ class Layout:
             raise ValueError(f"{ranks} ranks cannot be divided over {nodes} nodes")
         row_bytes = run.model.hidden_size * BYTES[run.precision.dtype]
         trips, parallel, places = 6 if run.parallel.recompute else 4, run.parallel, None
-        if parallel.expert_placement == "load" and parallel.expert > 1:
+        if parallel.places_by_load:
             places = ExpertPlaces.by_load(load_LN, parallel.expert, parallel.replicated_experts)
         return cls(ranks, parallel.expert, nodes, row_bytes, trips, places)
 

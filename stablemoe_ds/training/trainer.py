@@ -275,7 +275,7 @@ class Trainer:
         run, plan = self.run, self.plan
         planned = self.switch.schedule.planned
         placed = ""
-        if run.parallel.expert_placement == "load" and run.parallel.expert > 1:
+        if run.parallel.places_by_load:
             known = all(layer.place_N is not None for layer in self.model.moe_layers)
             placed = " placed by load" if known else " by number, as no table is known before the switch"
             if known and run.parallel.replicated_experts:
