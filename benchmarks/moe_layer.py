@@ -8,9 +8,13 @@ training.
 Our layer follows given routes in stage 2, either uniform or as skewed as Zipf's law makes token ids, and routes by
 itself in stage 1. The others route by their own gates, whose load on these random states is about uniform. BASE is
 one rank of its own layout, with one expert per rank and without the exchange. DeepSpeed's einsum path needs masks of
-[tokens, experts, capacity] and is left out where they are large. On a GPU, stage 2 also runs in plain torch, without
-Triton's kernels, and once with compiled experts. A layer that fails has an empty column; the reason is below the
-tables.
+[tokens, experts, capacity] and is left out where they are large. A layer that fails has an empty column; the reason
+is below the tables.
+
+On a GPU, stage 2 also runs in plain torch, without Triton's kernels; compiled whole (parallel.compile), in the first
+two sizes; and as CUDA graphs, one of the forward and one of the backward pass, which the host starts with a single
+call each. So does the dense layer. The graphs are captured with other routes than they are timed with: each call copies
+hidden states, routes and plan to where the graphs read them, as a training step would have to.
 
 The bound is the dense layer's time plus the time to read the other experts' weights in both passes and to write their
 gradients, at the rate of a large copy. Any layer with that many experts has to do this if its weights are not cached.
@@ -21,30 +25,22 @@ Peak memory is what forward and backward need in addition to weights and their g
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import markdown, medians, parser, publish, ratios, record, take_turns, timed
+from benchmarks.graphed import GraphedLayer, GraphedStage
 from benchmarks.memory import peak_bytes
+from benchmarks.our_layer import VOCAB, Ours, PlainStage, Stage
 from benchmarks.peers import BaseStyleLayer, DeepSpeedLayer, EinsumLayer, Ffn, MegatronLayer, Residual, Shape
 from benchmarks.rates import copy_rate
 from stablemoe_ds.distributed.groups import Groups, start_world, stop_world
-from stablemoe_ds.distributed.placement import LayerPlacement
-from stablemoe_ds.moe.experts import ExpertShape
-from stablemoe_ds.moe.layer import MoELayer
-from stablemoe_ds.moe.plan import plan_dispatch
-from stablemoe_ds.moe.routing_pass import RoutingPass
-from stablemoe_ds.ops.rows import plain_torch
-from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.routes import TokenView
-from stablemoe_ds.routing.stablemoe import StableMoERouter
 
-VOCAB = 8192
 CPU_SIZES = [
     (2048, 256, 8),
     (4096, 256, 8),
@@ -58,6 +54,8 @@ CPU_SIZES = [
 ]
 GPU_SIZES = [(16384, 2048, 8), (8192, 1024, 16), (16384, 1024, 64), (32768, 2048, 16)]
 EINSUM_TOKENS = 4096
+COMPILED_ROWS = 4
+"""Two sizes, with two loads each; every size is compiled by itself, which takes a while."""
 WARM_UP = 2
 """Rounds until the allocators have all memory that they are going to need."""
 
@@ -77,62 +75,6 @@ def routes_of(shape: Shape, ids: Tensor) -> Tensor:
         return (order % shape.experts)[:, None]
     table = torch.randint(shape.experts, (VOCAB,), generator=torch.Generator().manual_seed(4))
     return table[ids.flatten()][:, None]
-
-
-class Ours(nn.Module):
-    """Our layer in one process, its second weights drawn so that experts differ and do something."""
-
-    def __init__(self, shape: Shape, compiled: bool = False) -> None:
-        super().__init__()
-        distilled = DistilledRouter("word", VOCAB, shape.experts, dim=50, layers=1, width=1, heads=1, positions=1)
-        router = StableMoERouter(shape.hidden_size, shape.experts, 1, normalize=False, distilled=distilled)
-        kind = ExpertShape(shape.hidden_size, shape.ffn_hidden_size, 1, "relu", "layernorm", 1e-5, bias=True)
-        placement = LayerPlacement(1, 0, None, lambda counts: counts)
-        self.layer = MoELayer(router, kind, placement, block=1, index=0, compiled=compiled)
-        with torch.no_grad():
-            for parameter in self.layer.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=0.02)
-        self.to(shape.torch_dtype)
-
-    def check(self, hidden: Tensor, expert_T: Tensor, out: Tensor) -> None:
-        """Raise unless a few tokens' outputs are h + gate * expert(h), computed token by token in fp32."""
-        w, (centroids, *_) = dict(self.layer.experts.sublayers[0].named_parameters()), self.layer.router.parameters()
-        for t in range(0, hidden.shape[0], hidden.shape[0] // 8):
-            h, e = hidden[t, 0].float(), int(expert_T[t])
-            gate = torch.sigmoid(centroids[e] @ h)
-            inner = F.layer_norm(h, h.shape) * w["norm_weight"][e].float() + w["norm_bias"][e].float()
-            inner = F.relu(w["w1"][e].float() @ inner + w["b1"][e].float())
-            wanted = h + gate * (w["w2"][e].float() @ inner + w["b2"][e].float())
-            error = (out[t, 0].float() - wanted).norm() / wanted.norm()
-            if not error < 2e-2:
-                raise AssertionError(f"token {t}: relative error {error:.3g}")
-
-
-class Stage(nn.Module):
-    """Our layer as it runs in one of the two stages."""
-
-    def __init__(self, ours: Ours, tokens: TokenView, expert_TK: Tensor | None) -> None:
-        """expert_TK: the routes of stage 2."""
-        super().__init__()
-        self.ours, self.tokens = ours, tokens
-        at = ours.layer.block
-        self.known = {} if expert_TK is None else {at: expert_TK}
-        self.plans = {} if expert_TK is None else {at: plan_dispatch(expert_TK, ours.layer.num_experts, None)}
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        out, report = self.ours.layer(hidden, RoutingPass(self.tokens, self.known, plans=self.plans))
-        for loss in report.loss_sums.values():
-            out = out + (loss / hidden.shape[0]).to(out.dtype)
-        return out
-
-
-class PlainStage(Stage):
-    """The same without kernels."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        with plain_torch():
-            return super().forward(hidden)
 
 
 def contestants(shape: Shape, device: torch.device, compiled: bool) -> dict[str, Callable[[], nn.Module]]:
@@ -155,18 +97,32 @@ def contestants(shape: Shape, device: torch.device, compiled: bool) -> dict[str,
     }
     if shape.tokens <= EINSUM_TOKENS and shape.hidden_size <= 512:
         found["deepspeed einsum"] = lambda: EinsumLayer(shape, drop_tokens=False)
-    if device.type == "cuda":
-        found["stage 2, plain torch"] = lambda: PlainStage(ours(), tokens, expert_TK)
+    if device.type != "cuda":
+        return found
+    found["stage 2, plain torch"] = lambda: PlainStage(ours(), tokens, expert_TK)
+
+    def as_graphs(compiled: bool) -> nn.Module:
+        stage = Stage(Ours(shape, compiled=True) if compiled else ours(), tokens, expert_TK)
+        return checked(GraphedStage(stage, sample(shape, device)), shape, device)
+
     if compiled:
-        found["stage 2, compiled"] = lambda: Stage(Ours(shape, compiled=True), tokens, expert_TK)
+        found["stage 2, compiled"] = lambda: checked(
+            Stage(Ours(shape, compiled=True), tokens, expert_TK), shape, device
+        )
+    # The last ones, since a capture that fails may leave the device in a state that others fail in.
+    found["dense, CUDA graphs"] = lambda: GraphedLayer(found["dense"](), sample(shape, device))
+    found["stage 2, CUDA graphs"] = partial(as_graphs, False)
+    if compiled:
+        found["stage 2, compiled, CUDA graphs"] = partial(as_graphs, True)
     return found
 
 
-def checked(stage: Stage, shape: Shape, device: torch.device) -> Stage:
-    """A stage whose outputs were held against each token's expert computed by itself. Raises AssertionError."""
-    hidden, expert_TK = sample(shape, device), stage.known[stage.ours.layer.block]
-    stage.ours.check(hidden, expert_TK[:, 0], stage.to(device)(hidden))
-    return stage
+def checked(layer: Stage | GraphedStage, shape: Shape, device: torch.device) -> nn.Module:
+    """A layer whose outputs were held against each token's expert computed by itself. Raises AssertionError."""
+    hidden, stage = sample(shape, device), layer if isinstance(layer, Stage) else layer.stage
+    assert stage.expert_TK is not None
+    stage.ours.check(hidden, stage.expert_TK[:, 0], layer.to(device)(hidden))
+    return layer
 
 
 def working(
@@ -203,11 +159,20 @@ def weight_bytes(shape: Shape) -> int:
     return 3 * weights * shape.torch_dtype.itemsize
 
 
-def measure(shape: Shape, rounds: int, device: torch.device, bytes_per_second: float, compiled: bool) -> dict[str, Any]:
+def measure(
+    shape: Shape,
+    rounds: int,
+    device: torch.device,
+    bytes_per_second: float,
+    compiled: bool,
+    chosen: Collection[str] | None = None,
+) -> dict[str, Any]:
     """Median seconds, median ratio to the dense layer of the same round, and peak memory, of each contestant.
 
-    bytes_per_second: of a copy, for the bound. compiled: whether stage 2 runs also as one compiled graph.
+    bytes_per_second: of a copy, for the bound. compiled: whether stage 2 is compiled, too. chosen: names of
+    contestants besides "dense"; None: all.
     """
+    torch.compiler.reset()  # of another shape nothing is taken over: sizes would be variables of the compiled code
     hidden = sample(shape, device)
     weight = torch.randn_like(hidden)
 
@@ -220,10 +185,14 @@ def measure(shape: Shape, rounds: int, device: torch.device, bytes_per_second: f
         hidden.grad = None
         return took
 
-    layers, reasons = working(contestants(shape, device, compiled), device, step)
+    makers = contestants(shape, device, compiled)
+    makers = {name: make for name, make in makers.items() if chosen is None or name in {"dense", *chosen}}
+    layers, reasons = working(makers, device, step)
     seconds = take_turns({name: partial(turn, layer) for name, layer in layers.items()}, rounds, WARM_UP)
     memory = {}
     for name, layer in layers.items():
+        if isinstance(layer, GraphedLayer):
+            continue  # its memory is set aside when it is captured
         memory[name] = peak_bytes(partial(step, layer), [*layer.parameters(), hidden], device)
         layer.zero_grad(set_to_none=True)
     return {
@@ -260,14 +229,19 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    arguments = parser(__doc__, rounds=5).parse_args()
+    options = parser(__doc__, rounds=5)
+    options.add_argument(
+        "--layers", nargs="+", metavar="NAME", help="columns of the tables, besides dense; default: all"
+    )
+    arguments = options.parse_args()
     torch.set_num_threads(1)
     world = start_world()
     Groups(world, tensor=1, expert=1)
     rows: list[dict[str, Any]] = []
     rate, on_gpu = copy_rate(world.device), world.device.type == "cuda"
     for shape in shapes(arguments.quick, on_gpu):
-        rows.append(measure(shape, arguments.rounds, world.device, rate, on_gpu and not rows))
+        compiled = on_gpu and shape.load == "uniform" and len(rows) < COMPILED_ROWS
+        rows.append(measure(shape, arguments.rounds, world.device, rate, compiled, arguments.layers))
         print(tables(rows[-1:]).splitlines()[4], file=sys.stderr, flush=True)
         record(arguments, __doc__, {"rows": rows}, tables(rows))
     publish(arguments, __doc__, {"rows": rows}, tables(rows))

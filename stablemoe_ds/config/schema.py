@@ -200,8 +200,9 @@ class ParallelConfig(Section):
     recompute: bool = Field(False, description="recompute activations of each block in the backward pass")
     compile: bool = Field(
         False,
-        description="torch.compile the transformer blocks and, on a GPU with grouped experts, the experts. It fuses "
-        "the operations between matrix products, takes about a minute at the start, and needs a C++ compiler. Dropout "
+        description="torch.compile the transformer blocks and, on a GPU with grouped experts, the experts, or in stage "
+        "2 on one expert-parallel rank the whole MoE layer. It fuses the operations between matrix products, takes "
+        "about a minute at the start and at the switch, and needs a C++ compiler. Dropout "
         "draws different random numbers; with parallel.tensor above 1 a block is compiled in pieces, between "
         "its all-reduces",
     )

@@ -87,12 +87,15 @@ class Residency:
         experts.fill(fetch, load_N[list(held)].tolist())
 
     def _expect(self, _stack: nn.Module, _arguments: Any, named: Mapping[str, Any]) -> None:
-        """Before the first block of a call: what its routes say about all layers."""
+        """Before the first block of a call: what its routes say about all layers. A GPU is waited for once."""
         known = named["routing"].known
-        for layer, experts in self._layers:
-            if layer.block in known:
-                chosen = set(known[layer.block].unique().tolist())
-                experts.expect({number for number, expert in enumerate(layer.held_experts) if expert in chosen})
+        layers = [(layer, experts) for layer, experts in self._layers if layer.block in known]
+        if not layers:
+            return
+        expert_LTK = torch.stack([known[layer.block] for layer, _ in layers]).cpu()
+        for (layer, experts), expert_TK in zip(layers, expert_LTK, strict=True):
+            chosen = set(expert_TK.unique().tolist())
+            experts.expect({number for number, expert in enumerate(layer.held_experts) if expert in chosen})
 
     @property
     def bytes_in_memory(self) -> int:

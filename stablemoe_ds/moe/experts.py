@@ -79,7 +79,12 @@ class Experts(nn.Module):
 
     def __init__(self, shape: ExpertShape, experts: int, compiled: bool = False) -> None:
         super().__init__()
+        self.compiled = compiled
         self.sublayers = nn.ModuleList(ExpertSublayer(shape, experts, compiled) for _ in range(shape.sublayers))
+
+    def are_one_graph(self, x_RD: Tensor) -> bool:
+        """Whether rows like these are served by compiled code that no size on the host decides about."""
+        return self.compiled and all(can_group(x_RD, sublayer.w1) for sublayer in self.sublayers)
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """What each expert *adds* to its rows: stack(x) - x, [R, D]. Rows sorted by expert."""

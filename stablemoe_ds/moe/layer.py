@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from stablemoe_ds.moe.plan import DispatchPlan, LayerPlan, at_places, cut, plan_
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
 from stablemoe_ds.routing.router import Router
+from stablemoe_ds.routing.routes import Routes, SumOverRanks, TokenView
 
 
 class MoELayer(AutoEPMoELayer):
@@ -53,7 +54,8 @@ class MoELayer(AutoEPMoELayer):
         """``block``: number of the block it belongs to, from 1. ``index``: which MoE layer it is, from 0.
 
         follows: its experts are chosen beforehand in every call, by a table. parts: into how many parts tokens are cut,
-        so that one travels while experts serve another. compiled: as in :class:`Experts`.
+        so that one travels while experts serve another. compiled: the experts, as in :class:`Experts`, or the whole
+        layer in training where it is one graph.
         make_experts: makes those that this rank holds.
         """
         nn.Module.__init__(self)  # not the base's, which takes over the weights of a layer from transformers
@@ -111,31 +113,53 @@ class MoELayer(AutoEPMoELayer):
 
         Raises ValueError if the layer follows a table, and its routes are not known.
         """
-        hidden_TD = hidden_SBD.flatten(0, 1)
-        fixed_TK = routing.known.get(self.block)
+        hidden_TD, tokens = hidden_SBD.flatten(0, 1), routing.tokens
+        fixed_TK, plan, counted = routing.known.get(self.block), routing.plans.get(self.block), self._counted(routing)
         if fixed_TK is None and self.follows:
             raise ValueError(f"the MoE layer at block {self.block} follows a table: pass the routes of its table")
-        routes = self.router(hidden_TD, routing.tokens, fixed_TK, self._counted(routing))
-        plan = routing.plans.get(self.block)
         if routing.at_last_choice:
-            added_TD, dropped = torch.zeros_like(hidden_TD), torch.zeros_like(routes.counts_N[0])
+            routes = self.router(hidden_TD, tokens, fixed_TK, counted)
+            stream_TD, dropped = hidden_TD, torch.zeros_like(routes.counts_N[0])
         else:
-            added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, plan, routing.seed)
-        unserved = (routing.tokens.real_T & (routes.expert_TK < 0).all(1)).sum()
+            serve = _serve_in_one_graph if self._fits_one_graph(hidden_TD, plan) else MoELayer._route_and_serve
+            stream_TD, routes, dropped = serve(self, hidden_TD, tokens, fixed_TK, plan, counted, routing.seed)
         report = LayerReport(
             self.block,
             routes.expert_TK,
             routes.counts_N,
             dropped,
-            unserved,
+            (tokens.real_T & (routes.expert_TK < 0).all(1)).sum(),
             routes.loss_sums,
             routes.agree,
             routes.statistic_N,
             routes.gate_TK.detach(),
         )
-        return (hidden_TD + added_TD).view_as(hidden_SBD), report
+        return stream_TD.view_as(hidden_SBD), report
 
-    def _counted(self, routing: RoutingPass) -> Callable[[Tensor], Tensor]:
+    def _fits_one_graph(self, hidden_TD: Tensor, plan: LayerPlan | None) -> bool:
+        """Whether the layer can be compiled whole: the host decides nothing, and no other rank is asked.
+
+        With a plan routes and sizes are known, and experts that are served at once look for them on the device.
+        """
+        experts, alone = self.experts, self.expert_group is None and self.placement.tensor_group is None
+        whole = plan is not None and alone and self.capacity_factor is None
+        return whole and self.training and isinstance(experts, Experts) and experts.are_one_graph(hidden_TD)
+
+    def _route_and_serve(
+        self,
+        hidden_TD: Tensor,
+        tokens: TokenView,
+        fixed_TK: Tensor | None,
+        plan: LayerPlan | None,
+        counted: SumOverRanks,
+        seed: int,
+    ) -> tuple[Tensor, Routes, Tensor]:
+        """The stream with what the experts add, [T, D]; the routes; and how many rows capacity cut here."""
+        routes = self.router(hidden_TD, tokens, fixed_TK, counted)
+        added_TD, dropped = self._serve(hidden_TD, routes.expert_TK, routes.gate_TK, plan, seed)
+        return hidden_TD + added_TD, routes, dropped
+
+    def _counted(self, routing: RoutingPass) -> SumOverRanks:
         """From this call's tokens by expert to those that a balance loss goes by."""
         if routing.counts_LN is None:
             return self.placement.sum_over_data_ranks
@@ -185,3 +209,7 @@ class MoELayer(AutoEPMoELayer):
             return self.experts(rows_RD, offsets)
         rows, own, copied = offsets.divided(self.spread)
         return torch.cat([self.experts(rows_RD[:rows], own), self.replicated(rows_RD[rows:], copied)])
+
+
+_serve_in_one_graph = torch.compile(MoELayer._route_and_serve)
+"""One function for all layers: those of one shape share what was compiled, whatever their routes are."""

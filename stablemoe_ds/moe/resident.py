@@ -53,6 +53,7 @@ class ResidentExperts(nn.Module):
         self._held: list[int | None] = [None] * places
         self._arriving: list[Future[None] | None] = [None] * places
         self._thread, self._traffic = thread, traffic
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._expected: Set[int] = frozenset()
         self._turns: list[Turn] = []
         self._waiting: defaultdict[int, deque[int]] = defaultdict(deque)
@@ -125,7 +126,19 @@ class ResidentExperts(nn.Module):
 
     def _bring(self, expert: int, place: int) -> None:
         self._held[place] = expert
-        self._arriving[place] = self._thread.submit(self._fetch, expert, self._places[place])
+        left = None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
+        self._arriving[place] = self._thread.submit(self._copy, expert, self._places[place], left)
+
+    def _copy(self, expert: int, into: Experts, left: torch.cuda.Event | None) -> None:
+        """In the thread: bring an expert, complete on return. A GPU goes on computing meanwhile: the copy has a stream
+        of its own, and waits there for ``left``, after which nothing reads what stands at the place."""
+        if self._stream is None or left is None:
+            self._fetch(expert, into)
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(left)
+            self._fetch(expert, into)
+        self._stream.synchronize()
 
     def _arrived(self, place: int) -> Experts:
         """The expert at a place, waiting for it if it is on its way."""

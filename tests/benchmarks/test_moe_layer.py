@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.moe_layer import tables, working
+from benchmarks.graphed import GraphedStage
+from benchmarks.moe_layer import routes_of, sample, tables, working
+from benchmarks.our_layer import VOCAB, Ours, Stage
+from benchmarks.peers import Shape
+from stablemoe_ds.routing.routes import TokenView
 
 CPU = torch.device("cpu")
 
@@ -42,3 +46,14 @@ def test_its_column_is_empty_and_the_reason_stands_below() -> None:
     assert "| bound | ours | peer |" in page
     assert "| 1.50 |  |" in page
     assert page.endswith("peer failed: no state")
+
+
+def test_graphs_follow_the_routes_of_the_call_and_not_those_they_were_captured_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda module, *_, **__: module)  # all but the capture
+    shape = Shape(tokens=32, hidden_size=16, ffn_hidden_size=32, experts=4, load="skewed", dtype="fp32")
+    ids = torch.randint(VOCAB, (1, 32), generator=torch.Generator().manual_seed(0))
+    tokens, expert_TK = TokenView(ids, torch.ones(32, dtype=torch.bool)), routes_of(shape, ids)
+    stage, hidden = Stage(Ours(shape), tokens, expert_TK), sample(shape, CPU)
+    stage.ours.check(hidden, expert_TK[:, 0], GraphedStage(stage, hidden)(hidden))
