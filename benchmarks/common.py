@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -127,5 +128,5 @@ def _options(arguments: argparse.Namespace) -> str:
         if name == "json" or not value or isinstance(value, Path):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
-        typed += "".join([f" --{name}", *(f" {part}" for part in values)])
+        typed += "".join([f" --{name}", *(f" {shlex.quote(str(part))}" for part in values)])
     return typed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -40,10 +40,39 @@ from stablemoe_ds.training.update_figures import UpdateFigures
 
 COUNTED = 2
 """Updates in which is counted instead of timed; the first of them warms up."""
-SWITCH: dict[str, dict[str, Any]] = {
-    "deepspeed capacity 1": {"capacity_factor": 1.0},
-    "deepspeed dropless": {"drop_tokens": False},
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a contestant is. Those that differ in nothing but stage 2 and balance_over share an engine, as in a run.
+
+    router: dense_deeper with one expert is the dense model of equal FLOPs. follows: it is in stage 2. options: of
+    DeepSpeed's MoE layer, in place of ours.
+    """
+
+    router: str
+    follows: bool = False
+    balance_over: str = "update"
+    compiled: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def engine(self) -> Kind:
+        """Equal for contestants that share an engine."""
+        return replace(self, follows=False, balance_over="update")
+
+
+KINDS = {
+    "dense": Kind("dense_deeper"),
+    "dense, compiled": Kind("dense_deeper", compiled=True),
+    "stage 1": Kind("stablemoe"),
+    "stage 1, balanced by micro-batch": Kind("stablemoe", balance_over="micro_batch"),
+    "stage 2": Kind("stablemoe", follows=True),
+    "stage 2, compiled": Kind("stablemoe", follows=True, compiled=True),
+    "deepspeed capacity 1": Kind("switch", options=(("capacity_factor", 1.0),)),
+    "deepspeed dropless": Kind("switch", options=(("drop_tokens", False),)),
 }
+PROFILED = ("stage 1", "stage 2", "stage 2, compiled")
 
 PAPER = {"positions": "learned", "norm": "layernorm", "activation": "relu", "bias": True, "embedding": "scaled"}
 
@@ -87,9 +116,10 @@ class Task:
     profiled: bool = False
 
 
-def run_of(task: Task, router: str, zero_stage: int = 1) -> RunConfig:
-    """A run of this shape. Router dense_deeper with one expert is the dense model of equal FLOPs."""
-    s, dense = task.shape, not ROUTERS[router].routed
+def run_of(task: Task, kind: Kind, zero_stage: int = 1) -> RunConfig:
+    """A run of this shape."""
+    s, router = task.shape, kind.router
+    dense = not ROUTERS[router].routed
     run = RunConfig.model_validate(
         {
             "run_dir": task.folder,
@@ -103,12 +133,18 @@ def run_of(task: Task, router: str, zero_stage: int = 1) -> RunConfig:
                 "router_input": "raw",
                 "layers": list(s.moe_layers),
                 "experts": 1 if dense else s.experts,
+                "balance_over": kind.balance_over,
             },
             "data": {"tokenizer": task.corpus.tokenizer, "train": task.corpus.prefix, "sequence_length": s.sequence},
             "optimizer": {"lr": 1e-9},
             "schedule": {"steps": task.rounds + 10, "tokens_per_step": s.tokens},
             "stages": {"at_step": 1} if ROUTERS[router].distilled else {},
-            "parallel": {"expert": 1 if dense else task.ranks, "micro_batch": s.micro, "zero_stage": zero_stage},
+            "parallel": {
+                "expert": 1 if dense else task.ranks,
+                "micro_batch": s.micro,
+                "zero_stage": zero_stage,
+                "compile": kind.compiled,
+            },
             "precision": {"dtype": s.dtype},
         }
     )
@@ -132,13 +168,13 @@ class CountedPlanner(Planner):
 
 
 class Contestant:
-    """One way to make the same update: an engine and what feeds it.
+    """One way to make the same update: an engine, what of the run it goes by, and what feeds it.
 
     waited: seconds of each step in which no batch was there.
     """
 
-    def __init__(self, engine: Engine, data: RunData, table: TableRouting | None) -> None:
-        self.engine, self.data, self.table = engine, data, table
+    def __init__(self, run: RunConfig, engine: Engine, data: RunData, table: TableRouting | None) -> None:
+        self.run, self.engine, self.data, self.table = run, engine, data, table
         self.device = engine.groups.world.device
         self.planner: Planner | None = None
         self.waited: list[float] = []
@@ -169,6 +205,7 @@ class Contestant:
     def update(self, routed: list[RoutedBatch]) -> None:
         """What the trainer does once it has a batch."""
         engine = self.engine
+        engine.run = self.run
         engine.freeze_distilled(self.table is not None)
         engine.set_learning_rate(engine.run.optimizer.lr)
         figures = engine.accumulate(routed, LEARNED, len(self._figures))
@@ -197,24 +234,23 @@ class Contestant:
 
 
 def build(task: Task, groups: Groups) -> dict[str, Contestant]:
-    """The contestants of a task; stages 1 and 2 share an engine, as they do in a run."""
-    engines: dict[str, Engine] = {}
+    """The contestants of a task."""
+    engines: dict[Kind, Engine] = {}
     found = {}
     for name in task.names:
-        router = "dense_deeper" if name == "dense" else "switch" if name in SWITCH else "stablemoe"
-        run, key = run_of(task, router), name if name in SWITCH else router
-        if key not in engines:
+        kind = KINDS[name]
+        run = run_of(task, kind)
+        if kind.engine not in engines:
             with drawn_on(groups.world.device):
-                if name in SWITCH:
-                    model = switch_gpt(run, run_of(task, "dense_deeper"), groups, **SWITCH[name])
+                if kind.options:
+                    model = switch_gpt(run, run_of(task, KINDS["dense"]), groups, **dict(kind.options))
                 else:
                     model = StableMoEGPT(run, task.shape.vocab_size, groups.placement)
-            engines[key] = Engine(run, batch_plan(run, task.ranks), groups, model)
-        engine = engines[key]
-        moe, routers = engine.run.moe, engine.model.distilled_routers
-        table = freeze(routers, moe.top_k, tuple(moe.layers)) if name == "stage 2" else None
+            engines[kind.engine] = Engine(run, batch_plan(run, task.ranks), groups, model)
+        engine = engines[kind.engine]
+        table = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.layers)) if kind.follows else None
         data = RunData(run, engine.plan, groups, Tokenizer(task.corpus.tokenizer))
-        found[name] = Contestant(engine, data, table if isinstance(table, TableRouting) else None)
+        found[name] = Contestant(run, engine, data, table if isinstance(table, TableRouting) else None)
     return found
 
 
@@ -260,22 +296,23 @@ def measure(groups: Groups, task: Task) -> dict[str, Any]:
     for contestant in contestants.values():
         contestant.start()
     seconds = take_turns({name: contestant.step for name, contestant in contestants.items()}, task.rounds)
-    profiles = {name: profile_of(contestant) if task.profiled else "" for name, contestant in contestants.items()}
+    losses = {name: contestant.losses for name, contestant in contestants.items()}
+    compare_losses(losses)
+    profiles = {name: profile_of(contestants[name]) for name in PROFILED if task.profiled and name in contestants}
     for contestant in contestants.values():
         contestant.close()
-    compare_losses({name: contestant.losses for name, contestant in contestants.items()})
     device, dtype = groups.world.device, task.shape.dtype
     peak, _ = peak_flops(device, dtype)
     matrix, copy = matrix_rate(device, dtype), copy_rate(device)
     for name, contestant in contestants.items():
-        run, plan, took = contestant.engine.run, contestant.engine.plan, statistics.median(seconds[name])
+        run, plan, took = contestant.run, contestant.engine.plan, statistics.median(seconds[name])
         flops = flops_per_token(run) * plan.tokens_per_step / task.ranks
         found[name] |= {
             "seconds": took,
-            **({"profile": profiles[name]} if task.profiled else {}),
+            **({"profile": profiles.get(name, "")} if task.profiled else {}),
             "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
             "every_second": seconds[name],
-            "losses": contestant.losses,
+            "losses": losses[name],
             "tokens_per_second": plan.tokens_per_step / took,
             "waiting": sum(contestant.waited[1:]) / sum(seconds[name]),
             "active_parameters": parameters(run).active,

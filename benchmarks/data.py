@@ -153,7 +153,7 @@ def measure_waiting(corpus: Corpus, folder: Path, quick: bool, rounds: int) -> d
     for workers in (0, 1):
         reading = run.model_copy(update={"data": run.data.model_copy(update={"workers": workers})})
         data = RunData(reading, engine.plan, engine.groups, Tokenizer(corpus.tokenizer))
-        readers[f"{workers} workers"] = Contestant(engine, data, None)
+        readers[f"{workers} workers"] = Contestant(engine.run, engine, data, None)
     for reader in readers.values():
         reader.start()
     seconds = take_turns({name: reader.step for name, reader in readers.items()}, rounds)

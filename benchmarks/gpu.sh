@@ -3,7 +3,8 @@
 #
 #   benchmarks/gpu.sh correct WHEELS OUTPUT [DATA]   at most four minutes: the tests, and each benchmark at its smallest,
 #                                                    side by side
-#   benchmarks/gpu.sh fast WHEELS OUTPUT             at most nine: layer, step and generation, one after the other
+#   benchmarks/gpu.sh fast WHEELS OUTPUT             at most nine: layer, generation, step and resident experts, one
+#                                                    after the other
 #   benchmarks/gpu.sh train WHEELS OUTPUT [DATA]     at most five: routers and tables on the text in DATA
 #   benchmarks/gpu.sh --cpu correct ...              the same with --quick on the CPU, ten times as patient, to try it out
 #
@@ -11,7 +12,8 @@
 #   DATA     a folder that benchmarks.carry has filled; without it the routers read Python's standard library
 #   PYTHON   the interpreter to use (default: python3)
 #
-# Every part writes down what it knows as it goes: a call that is cut off leaves something. In OUTPUT, whatever fails:
+# What no GPU has answered yet comes first in each call, and every part writes down what it knows as it goes: a call that
+# is cut off leaves something. In OUTPUT, whatever fails:
 # summary.txt (begin there), logs.txt, results.json, results.md, profile.txt, PNGs.
 # The exit status is 0 if all parts succeeded, 1 if one failed or was cut off, 2 if there is no GPU, the call is wrong or
 # the package cannot be imported.
@@ -59,32 +61,40 @@ main() {
   exit
 }
 
-# What can fail, all at once: nothing here is a measurement.
+# What can fail, as much at once as there are cores for: nothing here is a measurement.
 correct() {
   TOTAL=$((220 * patience))
-  tests sync 200 tests/gpu/test_sync.py &
-  tests model 200 tests/gpu/test_gradients.py tests/gpu/test_layer.py tests/gpu/test_model.py &
-  tests kernels 200 tests/ops &
-  tests routing 200 tests/routing/test_router.py tests/routing/test_switch.py tests/routing/test_topk.py &
-  local kind
-  for kind in bf16-zero1 bf16-zero2 fp16-zero1 fp32-zero1; do
-    tests "run-$kind" 200 tests/gpu/test_run.py -k "$kind" &
-  done
+  local settings=("${quick[@]}") kind
   quick=(--quick --rounds 1)
-  measure moe_layer 120 &
-  measure step 120 --profile "$work/results/profile.txt" &
-  measure generation 120 &
-  measure routers 120 "${data[@]}" --seconds $((60 * patience)) --together 4 &
+  beside tests layouts 200 tests/gpu/test_layouts.py
+  for kind in bf16-zero3 bf16-offload-all fp16-zero3; do
+    beside tests "run-$kind" 200 tests/gpu/test_run.py -k "$kind"
+  done
+  beside tests model 200 tests/gpu/test_model.py tests/gpu/test_layer.py tests/gpu/test_gradients.py
+  beside measure moe_layer 150
+  beside measure step 150 --profile "$work/results/profile.txt"
+  beside measure generation 100
+  beside measure resident_experts 100
+  beside tests sync 150 tests/gpu/test_sync.py
+  for kind in bf16-zero1 bf16-offload-optimizer fp32-zero1 bf16-zero2 fp16-zero1; do
+    beside tests "run-$kind" 150 tests/gpu/test_run.py -k "$kind"
+  done
+  beside tests kernels 150 tests/ops
+  beside tests routing 150 tests/routing/test_router.py tests/routing/test_switch.py tests/routing/test_topk.py
+  beside measure routers 120 "${data[@]}" --seconds $((60 * patience)) --together 4
   wait
+  quick=("${settings[@]}")
   part pictures 20 -m benchmarks.pictures "$work/results"
 }
 
-# Figures, of a machine that does nothing else meanwhile.
+# Figures, of a machine that does nothing else meanwhile. The layers of other libraries were measured already.
 fast() {
   TOTAL=$((530 * patience))
-  measure moe_layer 90
-  measure step 360 --profile "$work/results/profile.txt" --rounds 7
-  measure generation 70
+  local layers=("stage 2" "stage 2, compiled" "dense, CUDA graphs" "stage 2, CUDA graphs")
+  measure moe_layer 100 --rounds 9 --layers "${layers[@]}" "stage 2, compiled, CUDA graphs"
+  measure generation 60 --rounds 3
+  measure step 290 --rounds 5 --profile "$work/results/profile.txt"
+  measure resident_experts 60 --rounds 3
   part pictures 20 -m benchmarks.pictures "$work/results"
 }
 
@@ -94,14 +104,21 @@ train() {
   measure routers 285 "${data[@]}" --seconds $((200 * patience)) --together 4 --seeds 1 2 --tokens 8e6
 }
 
+# beside COMMAND...: in the background, when there is a core for it.
+beside() {
+  while (($(jobs -rp | wc -l) >= $(nproc --all))); do wait -n; done
+  "$@" &
+}
+
 # measure NAME SECONDS OPTIONS...: a benchmark, which writes what it knows as it goes.
 measure() {
   local name="$1" limit="$2"
   shift 2
-  part "$name" "$limit" -m "benchmarks.$name" --output "$work/results/$name.json" "${quick[@]}" "$@"
+  part "$name" "$limit" -m "benchmarks.$name" --output "$work/results/$name.json" "$@" "${quick[@]}"
 }
 
 # tests NAME SECONDS FILES...: they end by themselves before they are killed, so that they say what they know.
+# shellcheck disable=SC2329 # beside calls it
 tests() {
   local name="$1" limit="$2"
   shift 2

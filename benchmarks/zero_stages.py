@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import markdown, parser, publish, ratios, take_turns
-from benchmarks.contestants import LAPTOP, QUICK, Contestant, Shape, Task, compare_losses, run_of
+from benchmarks.contestants import KINDS, LAPTOP, QUICK, Contestant, Shape, Task, compare_losses, run_of
 from benchmarks.corpus import library_text, make_corpus
 from benchmarks.counting import listed
 from benchmarks.ranks import on_ranks
@@ -33,13 +33,13 @@ STAGES = (0, 1, 2, 3)
 
 def contestant(task: Task, groups: Groups, stage: int) -> Contestant:
     """An engine of this ZeRO stage in stage 2 of training, its updates planned ahead."""
-    run = run_of(task, "stablemoe", zero_stage=stage)
+    run = run_of(task, KINDS["stage 2"], zero_stage=stage)
     engine = Engine(run, batch_plan(run, task.ranks), groups, build_model(run, task.shape.vocab_size, groups.placement))
     routers = engine.model.distilled_routers
     with gathered(routers):
         table = freeze(routers, run.moe.top_k, tuple(run.moe.layers))
     assert isinstance(table, TableRouting)
-    return Contestant(engine, RunData(run, engine.plan, groups, Tokenizer(task.corpus.tokenizer)), table)
+    return Contestant(run, engine, RunData(run, engine.plan, groups, Tokenizer(task.corpus.tokenizer)), table)
 
 
 def measure(groups: Groups, task: Task) -> dict[str, Any]:

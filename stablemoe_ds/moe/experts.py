@@ -84,7 +84,7 @@ class Experts(nn.Module):
 
     def are_one_graph(self, x_RD: Tensor) -> bool:
         """Whether rows like these are served by compiled code that no size on the host decides about."""
-        return self.compiled and all(can_group(x_RD, sublayer.w1) for sublayer in self.sublayers)
+        return self.compiled and all(can_group(x_RD, sublayer.get_parameter("w1")) for sublayer in self.sublayers)
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """What each expert *adds* to its rows: stack(x) - x, [R, D]. Rows sorted by expert."""

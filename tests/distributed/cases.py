@@ -98,14 +98,18 @@ def reference(
     return steps, {name: w.detach() for name, w in slow.w.items()}
 
 
-def assert_same(ranks: Sequence[Outcome], wanted: Sequence[SlowStep], weights: dict[str, torch.Tensor]) -> None:
-    """Every figure on every rank, and every tensor, to 1e-5."""
+def assert_same(
+    ranks: Sequence[Outcome], wanted: Sequence[SlowStep], weights: dict[str, torch.Tensor], error: float = 1e-5
+) -> None:
+    """Every figure on every rank, and every tensor, up to ``error``."""
     for rank in ranks:
         for step, (got, slow) in enumerate(zip(rank.steps, wanted, strict=True)):
             assert got["counts"] == slow.counts_LN
             figures = {name: getattr(slow, name) for name in ("loss", "balance", "distill", "norm")}
-            assert {name: got[name] for name in figures} == pytest.approx(figures, rel=1e-5, abs=1e-6), f"update {step}"
+            assert {name: got[name] for name in figures} == pytest.approx(figures, rel=error, abs=error / 10), (
+                f"update {step}"
+            )
     end = assemble([rank.end for rank in ranks])
     assert end.keys() == weights.keys()
     worst = sorted(((float((end[name] - weights[name]).abs().max()), name) for name in end), reverse=True)
-    assert worst[0][0] < 1e-5, worst[:5]
+    assert worst[0][0] < error, worst[:5]

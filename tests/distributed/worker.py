@@ -88,9 +88,10 @@ def train(
     from stablemoe_ds.training.routed_batch import RoutedBatch
     from stablemoe_ds.training.sharded_weights import gathered
 
-    outcome, routes = Outcome(), TableRouting(table) if table else LEARNED
+    outcome = Outcome()
     with engine_of(run) as engine:
-        groups = engine.groups
+        groups, device = engine.groups, engine.groups.world.device
+        routes = TableRouting(table, device) if table else LEARNED
         if weights is not None:
             set_weights(engine, weights)
         outcome.start = parts(engine)
@@ -99,9 +100,9 @@ def train(
                 engine.freeze_distilled()
                 with gathered(engine.model.distilled_routers):
                     routes = freeze(engine.model.distilled_routers, run.moe.top_k, tuple(run.moe.learned_layers))
-                routes = TableRouting(routes.table.joined_to(table)) if table else routes
+                routes = TableRouting(routes.table.joined_to(table), device) if table else routes
                 outcome.frozen.append(parts(engine))
-            mine = [share(batch, groups) for batch in micro_batches]
+            mine = [share(batch, groups).map(lambda whole: whole.to(device)) for batch in micro_batches]
             engine.set_learning_rate(run.optimizer.lr)
             sums = engine.accumulate([RoutedBatch(batch) for batch in mine], routes, step).totals()
             engine.update()
@@ -116,7 +117,7 @@ def train(
                 }
             )
             if step >= switch:
-                outcome.routes += [torch.stack([*routes_of(view_of(batch), routes).values()]) for batch in mine]
+                outcome.routes += [torch.stack([*routes_of(view_of(batch), routes).values()]).cpu() for batch in mine]
                 outcome.frozen.append(parts(engine))
                 if routes.table is not None:
                     outcome.tables.append(routes.table.sha256)
@@ -148,9 +149,9 @@ def parts(engine: Any) -> dict[str, Part]:
     whole = {p: fp32.read(p, WEIGHT) for p in engine.model.parameters()}
     with gathered([engine.model]):
         for p, master in whole.items():
-            assert torch.equal(master.to(p.dtype), p), "the master weight is not what the model computes with"
+            assert torch.equal(master.to(p), p), "the master weight is not what the model computes with"
     for piece in pieces(engine.model, groups.tensor):
-        value = piece.select(whole[piece.parameter]).clone()
+        value = piece.select(whole[piece.parameter]).to("cpu", copy=True)
         found[piece.name] = Part(value, piece.cut_dim, piece.cut_blocks, groups.tensor_rank)
     return found
 

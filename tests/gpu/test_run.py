@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,20 +26,30 @@ def stablemoe(*argv: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(
-    scope="module", params=["bf16-zero1", "bf16-zero2", "bf16-zero3", "fp16-zero1", "fp16-zero3", "fp32-zero1"]
-)
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16-zero3": ("bf16", {"zero_stage": 3}),
+    "bf16-offload-all": ("bf16", {"zero_stage": 3, "offload": "all"}),
+    "bf16-offload-optimizer": ("bf16", {"zero_stage": 3, "offload": "optimizer"}),
+    "fp16-zero3": ("fp16", {"zero_stage": 3}),
+    "bf16-zero1": ("bf16", {"zero_stage": 1}),
+    "bf16-zero2": ("bf16", {"zero_stage": 2}),
+    "fp16-zero1": ("fp16", {"zero_stage": 1}),
+    "fp32-zero1": ("fp32", {"zero_stage": 1}),
+}
+
+
+@pytest.fixture(scope="module", params=CELLS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A finished run with checkpoints 3 (stage 1), 6 (the switch), 9 and 12."""
-    dtype, _, zero = request.param.partition("-zero")
-    folder = tmp_path_factory.mktemp(f"{dtype}-{zero}")
+    dtype, parallel = CELLS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
     data = tiny_data(tmp_path_factory.getbasetemp() / "tiny-data")
     run = small_run(
         data,
         folder / "run",
         data={"tokenizer": data.tokenizer},
         precision={"dtype": dtype},
-        parallel={"zero_stage": int(zero)},
+        parallel=parallel,
         checkpoint={"every": 3, "keep": 9},
         optimizer={"lr": 1e-2},
     )
