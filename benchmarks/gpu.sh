@@ -66,7 +66,8 @@ correct() {
   TOTAL=$((220 * patience))
   local settings=("${quick[@]}") kind
   quick=(--quick --rounds 1)
-  beside tests layouts 200 tests/gpu/test_layouts.py
+  beside tests layouts-alone 200 tests/gpu/test_layouts.py -k "1-modern or 1-paper or fetched"
+  beside tests layouts-ranks 200 tests/gpu/test_layouts.py -k "2-modern or 2-paper or split"
   for kind in bf16-zero3 bf16-offload-all fp16-zero3; do
     beside tests "run-$kind" 200 tests/gpu/test_run.py -k "$kind"
   done
@@ -163,7 +164,7 @@ part() {
       *) what="FAILED with status $status" ;;
     esac
   fi
-  printf '%-12s %4d s  %s\n' "$name" $((SECONDS - began)) "$what" >>"$work/parts.txt"
+  printf '%-22s %4d s  %s\n' "$name" $((SECONDS - began)) "$what" >>"$work/parts.txt"
 }
 
 # Few files, whatever there is.
