@@ -92,10 +92,10 @@ correct() {
 fast() {
   TOTAL=$((530 * patience))
   local layers=("stage 2" "stage 2, compiled" "dense, CUDA graphs" "stage 2, CUDA graphs")
-  measure moe_layer 100 --rounds 9 --layers "${layers[@]}" "stage 2, compiled, CUDA graphs"
+  measure moe_layer 120 --rounds 9 --layers "${layers[@]}" "stage 2, compiled, CUDA graphs"
   measure generation 60 --rounds 3
-  measure step 290 --rounds 5 --profile "$work/results/profile.txt"
-  measure resident_experts 60 --rounds 3
+  measure step 280 --rounds 5 --profile "$work/results/profile.txt"
+  measure resident_experts 50 --rounds 3
   part pictures 20 -m benchmarks.pictures "$work/results"
 }
 
