@@ -71,7 +71,8 @@ correct() {
   for kind in bf16-zero3 bf16-offload-all fp16-zero3; do
     beside tests "run-$kind" 200 tests/gpu/test_run.py -k "$kind"
   done
-  beside tests model 200 tests/gpu/test_model.py tests/gpu/test_layer.py tests/gpu/test_gradients.py
+  beside tests model 200 tests/gpu/test_model.py tests/gpu/test_documents.py tests/gpu/test_layer.py \
+    tests/gpu/test_gradients.py
   beside measure moe_layer 150
   beside measure step 150 --profile "$work/results/profile.txt"
   beside measure generation 100
@@ -81,7 +82,8 @@ correct() {
     beside tests "run-$kind" 150 tests/gpu/test_run.py -k "$kind"
   done
   beside tests kernels 150 tests/ops
-  beside tests routing 150 tests/routing/test_router.py tests/routing/test_switch.py tests/routing/test_topk.py
+  beside tests routing 150 tests/routing/test_router.py tests/routing/test_switch.py tests/routing/test_topk.py \
+    tests/moe/test_one_graph.py
   beside measure routers 120 "${data[@]}" --seconds $((60 * patience)) --together 4
   wait
   quick=("${settings[@]}")

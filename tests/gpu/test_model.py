@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.evaluation.generate import generate
+from stablemoe_ds.model.blocks import require_compiler
 from stablemoe_ds.training.routed_batch import RoutedBatch
 from tests.gpu.cases import (
     CLOSE,
@@ -60,13 +62,18 @@ def test_a_plan_changes_no_bit_of_the_loss(groups: Groups, shape: str, dtype: to
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_is_eager(groups: Groups, dtype: torch.dtype) -> None:
+    require_compiler()  # compiles something once, which is not to be counted
+    torch.compiler.reset()
     found = []
+    counters.clear()
     for way in (False, True):
         model = build(groups, "cuda", dtype, parallel={"compile": way})
         loss = loss_of(model, planned(model, groups, some_batch()).to("cuda"))
         loss.backward()
         found.append({"loss": loss.detach(), **gradients(model)})
     assert_close(found[1], found[0], 5 * CLOSE[dtype])
+    assert not counters["graph_break"], "blocks, and in bf16 MoE layers, are one graph each"
+    assert counters["stats"]["unique_graphs"] == (2 if dtype == torch.bfloat16 else 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
