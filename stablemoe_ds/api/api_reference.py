@@ -19,8 +19,8 @@ HEAD = """# Python API
 `import stablemoe_ds` provides these names. Each is imported when it is first used. Everything else in the package is
 internal and may change. There is a complete example program for each task: [open a model](../examples/open_model.py) ·
 [an MoE layer in a plain torch model](../examples/moe_layer.py) · [the same on several
-processes](../examples/moe_layer_on_several.py) · [make and inspect a table](../examples/routing_table.py) ·
-[read a run](../examples/load_run.py).
+processes](../examples/moe_layer_on_several.py) · [inspect a table](../examples/routing_table.py) ·
+[let a larger model follow one](../examples/table_transfer.py) · [read a run](../examples/load_run.py).
 
 The letters at the end of a name are the shape of the tensor: B sequences, S positions, D width, N experts, K experts
 per token, L MoE layers, V ids.

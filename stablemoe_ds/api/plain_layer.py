@@ -246,6 +246,8 @@ def _run(hidden_size: int, ffn_hidden_size: int, model: dict[str, Any], moe: dic
         refused = "moe.router: got 'table'; nearest that works: router='hash', and follow(RoutingTable.read(file))"
     elif run.moe.distilled.kind == "transformer":
         refused = "moe.distilled.kind: got 'transformer', which only a whole run trains; nearest that works: word"
+    elif run.moe.table is not None:
+        refused = f"moe.table: got '{run.moe.table}'; nearest that works: follow(RoutingTable.read(file))"
     elif run.moe.start_table is not None:
         refused = "moe.start_table: only a whole run has the embedding that routers start from; leave it out"
     elif run.moe.layers != [1]:

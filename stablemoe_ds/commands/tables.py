@@ -84,9 +84,8 @@ def add_to(commands: Subparsers) -> None:
 def _add_corpus_builder(build: Subparsers, name: str, text: str) -> None:
     sub = _add_builder(build, name, text, _from_corpus)
     sub.set_defaults(builder=name)
-    sub.add_argument(
-        "options", nargs="*", metavar="key=value", help="options of the builder, e.g. dims=32 (docs/method.md)"
-    )
+    sub.add_argument("options", nargs="*", metavar="key=value", help="options of the builder, listed below")
+    _list_options(sub, name)
     _data_argument(sub, required=True)
     sub.add_argument("--experts", type=int, required=True, help="experts of each MoE layer")
     sub.add_argument(
@@ -96,6 +95,18 @@ def _add_corpus_builder(build: Subparsers, name: str, text: str) -> None:
     sub.add_argument("--seed", type=int, default=0, help="the same seed makes the same table (default 0)")
     sub.add_argument("--tokenizer", type=Path, help="tokenizer; corpora of another one are refused")
     sub.add_argument("--vocab-size", type=int, help="number of ids of the model, if it has more than the tokenizer")
+
+
+def _list_options(sub: argparse.ArgumentParser, builder: str) -> None:
+    """List the builder's options at the end of its help. Only then are they imported: pydantic is slow to load."""
+    without = sub.format_help
+
+    def format_help() -> str:
+        from stablemoe_ds.config.table_options import options_help
+
+        return f"{without()}\n{options_help(builder)}\n"
+
+    sub.format_help = format_help  # type: ignore[method-assign]
 
 
 def _add_builder(build: Subparsers, name: str, text: str, call: Any) -> argparse.ArgumentParser:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stablemoe_ds.comparison.suite import SuiteRun
 from stablemoe_ds.config.costs import flops_per_token, parameters
+from stablemoe_ds.config.moe_section import MoEConfig
 from stablemoe_ds.config.rules import two_stages
 from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.table_options import named_with_options
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.diagnostics import routing_series
 from stablemoe_ds.evaluation.fluctuation import churn, fluctuation_curve, last_fluctuation_step
@@ -20,6 +23,7 @@ from stablemoe_ds.evaluation.report import MARKS
 from stablemoe_ds.run_directory.metrics import Line, MetricsLog, probe_seconds, training_seconds, validations
 from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
 from stablemoe_ds.run_directory.progress import newest_saved
+from stablemoe_ds.run_directory.rewind import TABLE
 
 FRACTIONS = np.linspace(0, 1, 51)
 Curve = list[tuple[float, float]]
@@ -86,15 +90,29 @@ def outcome_of(finished: SuiteRun) -> Outcome:
 
 
 def _table(run: RunConfig) -> str:
+    """What fixes the routes, with every setting that decides how."""
     moe = run.moe
     if moe.facts.fixed:
-        return moe.hash_table if moe.facts.table_from == "counts" else str(moe.table)
-    from_start = f"{moe.table} at blocks {', '.join(map(str, moe.table_layers))}" if moe.table_layers else ""
-    learned = "distilled, balanced" if moe.facts.needs_counts else "distilled"
-    if not two_stages(run):
-        learned = "none" if moe.facts.routed and not from_start else ""
-    started = f"from {moe.start_table}" if moe.start_table else ""
-    return ", ".join(filter(None, [from_start, learned, started]))
+        return moe.hash_table if moe.facts.table_from == "counts" else _named_table(moe)
+    followed = f"{_named_table(moe)} at blocks {', '.join(map(str, moe.table_layers))}" if moe.table_layers else ""
+    learned = "none" if moe.facts.routed and not followed else ""
+    if two_stages(run):
+        learned = "distilled" if moe.distilled.kind == "word" else f"distilled {moe.distilled.kind}"
+        if moe.facts.needs_counts:
+            learned += f", balanced to {moe.table_load:g}"
+    started = f"from {_named_table(moe)}" if moe.start_table else ""
+    return ", ".join(filter(None, [followed, learned, started]))
+
+
+def _named_table(moe: MoEConfig) -> str:
+    """The table that a run follows or starts from: its builder with its options, or its file without the suffix.
+
+    The tables of runs have one file name, so they go by their folder.
+    """
+    if moe.table_builder is not None:
+        return named_with_options(moe.table_builder, moe.table_options)
+    file = Path(moe.table_file or "")
+    return f"table of {file.parent}" if file.name == TABLE else file.stem
 
 
 def _routing(

@@ -9,6 +9,7 @@ from typing import Any
 from stablemoe_ds.config.batch_plan import batch_plan
 from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.costs import flops_per_token, parameters
+from stablemoe_ds.config.idle_settings import idle_text
 from stablemoe_ds.config.memory import memory_per_rank
 from stablemoe_ds.config.rules import switch_step
 from stablemoe_ds.config.schema import ParallelConfig, RunConfig
@@ -47,6 +48,7 @@ def report(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
             "sequence": run.parallel.sequence,
         },
         "zero_stage": run.parallel.zero_stage,
+        "notes": [] if (idle := idle_text(run.moe)) is None else [idle],
     }
     if run.model.vocab_size is None:
         reason = f"model.vocab_size is null and the tokenizer {run.data.tokenizer} cannot be read here"
@@ -84,6 +86,7 @@ def render(facts: dict[str, Any]) -> str:
         parts.append(_memory(facts))
     if facts.get("files"):
         parts.append(aligned([[file["key"], file["path"], file["state"], file["found"]] for file in facts["files"]]))
+    parts += facts["notes"]
     if facts.get("warnings"):
         parts.append("\n".join(f"WARNING: {text}" for text in facts["warnings"]))
     return "\n\n".join(parts)

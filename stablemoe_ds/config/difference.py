@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from stablemoe_ds.config.idle_settings import idle_keys
 from stablemoe_ds.config.schema import RunConfig
 
 WITHOUT_EFFECT: dict[str, Any] = {
@@ -21,11 +22,12 @@ WITHOUT_EFFECT: dict[str, Any] = {
 def differences(ours: RunConfig, theirs: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """(key, ours, theirs) of every setting that has an effect and is not the same."""
     one, other = (flat(run.model_dump(mode="json", exclude=WITHOUT_EFFECT)) for run in (ours, theirs))
+    idle = idle_keys(ours.moe)
     for key in sorted(one.keys() | other.keys()):
         if key == "model.vocab_size" and one[key] is None:
             continue  # the tokenizer has said it when the run began
-        if key == "moe.router_input" and not ours.moe.has_centroids:
-            continue  # nothing meets the stream
+        if key in idle:
+            continue  # this router does not look at it
         if key.startswith("stages.") and not ours.moe.facts.distilled:
             continue  # routers of one stage do not look at it
         if one.get(key) != other.get(key):

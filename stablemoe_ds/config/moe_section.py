@@ -7,10 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from stablemoe_ds.config.gate_facts import GATES, GateFacts, GateName
-from stablemoe_ds.config.paths import PathText
 from stablemoe_ds.config.routers import ROUTERS, RouterFacts, RouterName
 from stablemoe_ds.config.section import Section
-from stablemoe_ds.config.table_options import OPTIONS, read_options
+from stablemoe_ds.config.table_options import OPTIONS, TableText, read_options
 from stablemoe_ds.errors import UserError
 
 
@@ -106,14 +105,14 @@ class MoEConfig(Section):
         description="table of router hash. random: a random expert for each id; even: the most frequent ids first, "
         "each to the expert with the fewest tokens so far",
     )
-    table: PathText | None = Field(
+    table: TableText | None = Field(
         None,
         description="table of router table and of table_layers: a file from 'stablemoe table build', or "
         "routing_table.safetensors of a run; it must match the run's tokenizer, the model's experts and top_k, and the "
         "number of layers that follow it. Or random, even, scattered or cooccurrence, to build one from the training "
         "text when the run begins. A run that continues follows the table in its checkpoint",
     )
-    start_table: PathText | None = Field(
+    start_table: TableText | None = Field(
         None,
         description="table that a learned router starts from: a file or a builder, as in table. Its centroids become "
         "the mean embedding of each expert's ids, and the distilled word router chooses what the table says; null: "
@@ -122,7 +121,7 @@ class MoEConfig(Section):
     table_options: dict[str, bool | int | float | str] = Field(
         default_factory=dict,
         description="options of the builder in table or start_table, as for 'stablemoe table build', "
-        "e.g. {max_load: 1.2}",
+        "e.g. {max_load: 1.2}; the section moe.table_options lists all",
     )
     table_load: float = Field(
         1.1,
@@ -238,6 +237,11 @@ class MoEConfig(Section):
             except UserError as error:
                 raise ValueError(str(error)) from error
         elif self.table_options:
+            if self.table is not None and not self.needs_table:
+                raise ValueError(
+                    f"router '{self.router}' does not follow moe.table, so table_options build nothing: set router "
+                    f"table, or name the builder in start_table instead"
+                )
             raise ValueError(
                 f"table_options are for a table that the run builds: set moe.{self.table_key} to {', '.join(OPTIONS)}"
             )

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from stablemoe_ds.config.messages import section_of, show
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.config.section import Section
+from stablemoe_ds.config.table_options import OPTIONS
 
 HEAD = """# Configuration
 
@@ -25,7 +26,8 @@ YAML: `schedule.steps=100 moe.layers=[2,4] stages.at_step=null`. Unknown keys, r
 refused.
 
 `stablemoe config check RUN.yaml` checks a run against every rule, looks at the files it names, and prints what it
-costs. A file that `train` would refuse is an error. A file that does not exist on this machine is only listed.
+costs. A file that `train` would refuse is an error. A file that does not exist on this machine is only listed. So are
+settings of `moe` that the run's router does not look at, since one file may serve many routers.
 
 The rules that involve several sections are in `stablemoe_ds/config/rules.py`. An error names the nearest setting that
 works.
@@ -36,12 +38,25 @@ SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 def reference() -> str:
     """The whole reference as Markdown."""
-    return document(HEAD, "run", RunConfig)
+    return document(HEAD, "run", RunConfig) + "\n" + "\n".join(_builders()) + "\n"
 
 
 def document(head: str, name: str, schema: type[Section]) -> str:
     """A reference as Markdown: ``head``, the keys at the top of a file under the heading ``name``, its sections."""
     return "\n".join([head, *_section(name, schema, "", "At the top of the file.")]).rstrip() + "\n"
+
+
+def _builders() -> Iterator[str]:
+    """The options of all table builders in one table, since most are those of several."""
+    yield "## moe.table_options\n"
+    without = " and ".join(f"`{name}`" for name, options in OPTIONS.items() if not options.model_fields)
+    yield "Options of the table builders; on the command line `stablemoe table build HOW key=value ...`."
+    yield f"The builders {without} have none.\n"
+    yield "| key | builder | type | default | meaning |\n|---|---|---|---|---|"
+    every = {key: field for options in OPTIONS.values() for key, field in options.model_fields.items()}
+    for key, field in every.items():
+        having = ", ".join(f"`{name}`" for name, options in OPTIONS.items() if key in options.model_fields)
+        yield f"| `{key}` | {having} | {_type(field)} | {_default(field)} | {_cell(field.description or '')} |"
 
 
 def _section(title: str, section: type[Section], prefix: str, note: str | None = None) -> Iterator[str]:

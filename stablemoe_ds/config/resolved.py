@@ -30,10 +30,15 @@ class ResolvedRun:
 def saved_run(tree: Mapping[str, Any]) -> RunConfig:
     """The run that a checkpoint names; what it leaves out had the default of its time.
 
+    A table that no layer follows, which the first versions accepted and ignored, is left out.
+
     tree: its settings as JSON has them. Raises pydantic's ValidationError if this version does not know them.
     """
     sections = {name: FORMER[name] | tree[name] for name in FORMER if isinstance(tree.get(name), dict)}
-    return settled(RunConfig.model_validate({**tree, **sections}))
+    run = RunConfig.model_validate({**tree, **sections})
+    if not run.moe.needs_table:
+        run = run.model_copy(update={"moe": run.moe.model_copy(update={"table": None})})
+    return settled(run)
 
 
 def settled(run: RunConfig, embedding: str | None = None, router_input: str | None = None) -> RunConfig:

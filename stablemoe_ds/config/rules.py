@@ -22,7 +22,7 @@ def check(run: RunConfig, world_size: int | None = None) -> None:
     Raises UserError with one line for each breach.
     """
     rules = (
-        *(_model, _moe, _start_table, _placement, _replicated, _data, _schedule, _stages),
+        *(_model, _moe, _table, _start_table, _placement, _replicated, _data, _schedule, _stages),
         *(refused, _sharding, _loss_scale, _tensor, _sequence, conflicts),
     )
     found = [line for rule in rules for line in rule(run)]
@@ -116,6 +116,21 @@ def _moe(run: RunConfig) -> Iterator[str]:
     elif moe.facts.routed and moe.experts % expert:
         near = nearest_divisor(moe.experts, expert)
         yield breach("parallel.expert", expert, f"expected a divisor of moe.experts {moe.experts}", near)
+
+
+def _table(run: RunConfig) -> Iterator[str]:
+    """A table is named only where layers follow it: otherwise the run would learn what it was meant to be given."""
+    moe = run.moe
+    if moe.table is None or moe.needs_table:
+        return
+    ways = ["null"]
+    if moe.layers:
+        ways.append("moe.router table, to follow it in every MoE layer")
+    if moe.facts.routed and not moe.facts.fixed:
+        if len(moe.layers) > 1:
+            ways.append(f"moe.table_layers {moe.layers[:1]}, to follow it there")
+        ways.append("moe.start_table instead, to start from it")
+    yield breach("moe.table", moe.table, f"router '{moe.router}' does not follow it", "; or ".join(ways))
 
 
 def _start_table(run: RunConfig) -> Iterator[str]:

@@ -1,12 +1,16 @@
-"""What can be set of each table builder, by the names that command line and configuration share."""
+"""Table builders and what can be set of each, by the names that command line and configuration share."""
 
 from __future__ import annotations
 
+import difflib
+import os
+import textwrap
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stablemoe_ds.config.paths import expanded, if_written
 from stablemoe_ds.errors import UserError
 
 
@@ -24,10 +28,12 @@ class VectorOptions(NoOptions):
         "both", description="both: left and right neighbours counted apart; joined: together; or one side alone"
     )
     weighting: Literal["ppmi", "log"] = Field(
-        "ppmi", description="of a count: positive pointwise mutual information, or log(1 + count)"
+        "ppmi", description="weight of a pair: ppmi: positive pointwise mutual information; log: log(1 + count)"
     )
     dims: int = Field(64, ge=1, description="singular vectors that are kept")
-    power: float = Field(0.5, ge=0, le=1, description="of the singular values that the vectors are multiplied by")
+    power: float = Field(
+        0.5, ge=0, le=1, description="exponent of the singular values, which the vectors are multiplied by"
+    )
 
 
 class ScatteredOptions(VectorOptions):
@@ -61,6 +67,27 @@ OPTIONS: dict[str, type[NoOptions]] = {
 """The builders that need nothing but a corpus, and their options."""
 
 
+def builder_or_file(name: str) -> str:
+    """The name of a builder, or the path of a table file with ``~`` replaced.
+
+    A name without a slash or a suffix is meant as a builder unless there is a file of that name.
+    Raises ValueError for a misspelled builder, and for what :func:`expanded` refuses.
+    """
+    path = expanded(name)
+    bare = os.path.basename(path) == path and not os.path.splitext(path)[1].strip(".")
+    if not bare or path in OPTIONS or os.path.lexists(path):
+        return path
+    near = difflib.get_close_matches(path.lower(), OPTIONS, 1, 0.6)
+    raise ValueError(
+        f"there is neither a table builder nor a file of that name; expected {', '.join(OPTIONS)}, or a file from "
+        f"'stablemoe table build'; nearest that works: {near[0] if near else f'./{path}, for a file not here yet'}"
+    )
+
+
+TableText = Annotated[str, if_written(builder_or_file)]
+"""A builder or a path in a section of a YAML file."""
+
+
 def read_options(builder: str, options: Mapping[str, Any]) -> NoOptions:
     """The options of a builder, checked, defaults filled in. Raises UserError, one line a problem."""
     if builder not in OPTIONS:
@@ -69,6 +96,29 @@ def read_options(builder: str, options: Mapping[str, Any]) -> NoOptions:
         return OPTIONS[builder].model_validate(dict(options))
     except ValidationError as error:
         raise UserError("\n".join(_line(builder, found) for found in error.errors(include_url=False))) from error
+
+
+def named_with_options(builder: str, options: Mapping[str, Any]) -> str:
+    """A builder as the command line names it, with the options that are not the default: ``scattered dims=32``."""
+    given = read_options(builder, options).model_dump(exclude_defaults=True)
+    return " ".join([builder, *(f"{name}={value}" for name, value in given.items())])
+
+
+def options_help(builder: str) -> str:
+    """The options of a builder with their defaults, as they stand on a command line, in lines of 80 characters."""
+    fields = OPTIONS[builder].model_fields
+    if not fields:
+        return f"The builder {builder} has no options."
+    lines = [
+        textwrap.fill(
+            field.description or "",
+            80,
+            initial_indent=f"  {name}={field.default}".ljust(20),
+            subsequent_indent=" " * 20,
+        )
+        for name, field in fields.items()
+    ]
+    return "\n".join([f"options of the builder {builder}, with their defaults:", *lines])
 
 
 def _line(builder: str, found: Any) -> str:

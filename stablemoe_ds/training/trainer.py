@@ -15,6 +15,7 @@ from stablemoe_ds.checkpoint.reader import Checkpoint, Progress
 from stablemoe_ds.checkpoint.restore import Found, find_checkpoint, restore
 from stablemoe_ds.config.cautions import cautions
 from stablemoe_ds.config.difference import differences
+from stablemoe_ds.config.idle_settings import idle_text
 from stablemoe_ds.config.messages import show_both
 from stablemoe_ds.config.resolved import resolve
 from stablemoe_ds.config.rules import two_stages
@@ -302,6 +303,8 @@ class Trainer:
         each = "GPU" if self.world.device.type == "cuda" else "process"
         peak, sheet = self.log.peak
         self.reporter.say(f"MFU is relative to {peak / 1e12:,.4g} TFLOP/s a {each}: {sheet}")
+        if (idle := idle_text(run.moe)) is not None:
+            self.reporter.say(idle)
         for caution in cautions(run, self.world.size):
             self.reporter.say(f"WARNING: {caution}", "bold red")
         if before is None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from tests.distributed.launch import run_distributed
@@ -42,6 +43,17 @@ def test_a_layer_learns_a_routing_and_goes_on_along_it() -> None:
     losses = [float(line.split()[3]) for line in steps]
     assert losses[-1] < losses[9] < losses[0]
     assert table.startswith("table ")
+
+
+def test_a_large_model_follows_what_a_small_one_has_learned(capsys: pytest.CaptureFixture[str]) -> None:
+    done = runpy.run_path(str(EXAMPLES / "table_transfer.py"))
+    small, large, last = capsys.readouterr().out.splitlines()
+    sizes = [int(line.split()[0].replace(",", "")) for line in (small, large)]
+    assert sizes[1] == pytest.approx(4 * sizes[0], rel=0.01)
+    assert last.endswith(": 100% of the ids go to the expert that the small model chose")
+    served = np.bincount(done["table"].expert_LVK[0, :, 0], minlength=4)
+    assert (served > 0).all(), "every expert is chosen by some id, so the agreement says something"
+    assert all(float(line.split()[-1]) < 1 for line in (small, large)), "chance is ln 100 = 4.6"
 
 
 def test_a_table_and_a_run(finished: RunConfig) -> None:

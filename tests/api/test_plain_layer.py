@@ -124,6 +124,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such setting": ({"expert": 3}, "MoELayer: moe.expert: unknown key; did you mean moe.experts?"),
     "dense": ({"router": "dense_deeper"}, "moe.router: got 'dense_deeper', which has no experts"),
     "a file": ({"router": "table", "table": "x.safetensors"}, "nearest that works: router='hash', and follow("),
+    "a table in vain": ({"table": "x.safetensors"}, "moe.table: got 'x.safetensors'; nearest that works: follow("),
     "several layers": ({"layers": [1, 2]}, "moe.layers: got [1, 2], but this is one layer"),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stablemoe_ds.cli import main
 from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
 from stablemoe_ds.errors import UserError
@@ -252,3 +253,10 @@ def test_split(data: TinyData, tmp_path: Path) -> None:
     refused = command_here("table", "export", str(path), "--format", "deepseek-v4", "--output", str(tmp_path / "out"))
     complaint(refused, "by the id before them, for which deepseek-v4 has no place")
     assert not (tmp_path / "out").exists()
+
+
+def test_help_of_a_builder_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for builder, listed in (("cooccurrence", "  window=1 "), ("random", "The builder random has no options.")):
+        with pytest.raises(SystemExit):
+            main(["table", "build", builder, "--help"])
+        assert listed in capsys.readouterr().out

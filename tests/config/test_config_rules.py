@@ -69,6 +69,23 @@ def test_small_run_keeps_every_rule(make: Make) -> None:
             "0, or moe.capacity_factor null",
         ),
         (
+            "moe.table=even",
+            "moe.table: got \"even\": router 'stablemoe' does not follow it",
+            "null; or moe.router table, to follow it in every MoE layer; or moe.start_table instead, to start from it",
+        ),
+        (
+            "moe.router=topk moe.layers=[2,4] moe.table=a/table.safetensors",
+            "moe.table: got \"a/table.safetensors\": router 'topk' does not follow it",
+            "null; or moe.router table, to follow it in every MoE layer; or moe.table_layers [2], to follow it there; "
+            "or moe.start_table instead, to start from it",
+        ),
+        (
+            "moe.router=hash moe.table=even",
+            "moe.table: got \"even\": router 'hash' does not follow it",
+            "null; or moe.router table, to follow it in every MoE layer",
+        ),
+        ("DENSE moe.table=even", "moe.table: got \"even\": router 'dense' does not follow it", "null"),
+        (
             "moe.router=hash moe.start_table=even",
             "moe.start_table: got \"even\": router 'hash' learns no routes",
             "null, or moe.router table and moe.table",

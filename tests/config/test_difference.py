@@ -32,6 +32,12 @@ def test_differences_leave_out_what_changes_nothing():
     ]
     found = [[key for key, _, _ in differences(*pair)] for pair in seen]
     assert found == [[], ["moe.router_input"]], "a table with a gate of 1 has no centroids to meet it"
+    biases = [
+        [small_run(DATA, Path("a"), moe={"router": r, "bias_step": step}) for step in (0.1, 0.2)]
+        for r in ("switch", "topk")
+    ]
+    found = [[key for key, _, _ in differences(*pair)] for pair in biases]
+    assert found == [[], ["moe.bias_step"]], "only topk has a bias"
     other: RunConfig = small_run(DATA, Path("a"), optimizer={"lr": 0.5})
     assert list(differences(one, other)) == [("optimizer.lr", 1e-3, 0.5)]
 

@@ -40,6 +40,14 @@ def test_what_is_left_open(
     assert as_begun(resolved, None) == resolved
 
 
+def test_a_table_that_an_older_run_named_in_vain_is_forgotten(make: Make) -> None:
+    stray = make().model_dump(mode="json")
+    stray["moe"]["table"] = "cooccurence"
+    assert saved_run(stray) == saved_run(make().model_dump(mode="json"))
+    for followed in (("moe.router=table",), ("moe.router=topk", "moe.layers=[2,4]", "moe.table_layers=[2]")):
+        assert saved_run(make(*followed, "moe.table=even").model_dump(mode="json")).moe.table == "even"
+
+
 def test_a_checkpoint_that_does_not_say_has_what_was_the_default_in_its_time(make: Make) -> None:
     settings = make("model.embedding=plain", "moe.router_input=normalized").model_dump(mode="json")
     assert choices(saved_run(settings)) == ("plain", "normalized")

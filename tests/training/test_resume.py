@@ -120,10 +120,14 @@ def test_resume_says_which_settings_have_changed(data: TinyData, tmp_path: Path)
     whole = small_run(data, tmp_path / "whole", checkpoint=KEEP_ALL)
     train_run(whole)
     resumed = restarted(whole, tmp_path / "resumed", SWITCH)
-    said = train_run(
-        resumed.model_copy(update={"seed": 7, "schedule": whole.schedule.model_copy(update={"steps": 14})})
-    )
+    longer = {
+        "seed": 7,
+        "schedule": whole.schedule.model_copy(update={"steps": 14}),
+        "moe": whole.moe.model_copy(update={"bias_step": 0.1}),
+    }
+    said = train_run(resumed.model_copy(update=longer)).splitlines()
     assert f"with different settings than before: schedule.steps 14 (was {STEPS}), seed 7 (was {whole.seed})" in said
+    assert "without effect on router 'stablemoe': moe.bias_step 0.1" in said
     assert history(resumed, "valid")[-1]["step"] == 14, "the report of the shorter run does not end the longer one"
 
 
