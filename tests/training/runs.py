@@ -6,11 +6,12 @@ import io
 import json
 import shutil
 import sysconfig
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -43,31 +44,35 @@ def tiny_data(folder: Path, vocab_size: int = VOCAB) -> TinyData:
 
     library = Path(sysconfig.get_paths()["stdlib"])
     tokenizer = train_tokenizer([library / "textwrap.py", library / "shlex.py"], folder / "tokenizer.model", vocab_size)
-    for name, module in (("train", "textwrap.py"), ("valid", "bisect.py")):
+    for name, module in (("train", "textwrap.py"), ("valid", "keyword.py")):
         prepare([library / module], tokenizer, folder / name, documents="file")
     return TinyData(library / "textwrap.py", str(tokenizer.path), str(folder / "train"), str(folder / "valid"))
 
 
 def small_run(data: TinyData, folder: Path, /, **sections: Any) -> RunConfig:
-    """12 updates of 4 sequences of 32, stage 2 from update 6 on, one MoE layer of 4 experts, everything logged."""
+    """12 updates of 4 sequences of 32, stage 2 from update 6 on, one MoE layer of 4 experts, every update logged."""
     base: dict[str, dict[str, Any]] = {
         "model": {"layers": 2, "vocab_size": VOCAB},
         "moe": {"layers": [1], "experts": 4},
         "data": {"train": data.train, "valid": data.valid, "sequence_length": 32, "workers": 0},
         "schedule": {"steps": STEPS, "tokens_per_step": 128},
         "stages": {"at_step": SWITCH},
-        "logging": {"every": 1, "probe_tokens": 512, "eval_tokens": 256, "tensorboard": False},
+        "logging": {"every": 1, "probe_every": 3, "probe_tokens": 512, "eval_tokens": 256, "tensorboard": False},
     }
     laid = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}
     return tiny_run(**laid, name="small", run_dir=str(folder))
 
 
-def train_here(run: RunConfig) -> str:
-    """What a rank does: train, and hand back what it printed."""
+def train_here(run: RunConfig, picture: bool = False) -> str:
+    """What a rank does: train, and hand back what it printed.
+
+    picture: draw the report of the run, which takes longer than its updates.
+    """
     from stablemoe_ds.distributed.groups import start_world, stop_world
     from stablemoe_ds.training.trainer import train
 
-    with redirect_stdout(io.StringIO()) as out:
+    drawing = nullcontext() if picture else mock.patch("stablemoe_ds.evaluation.run_report.draw")
+    with redirect_stdout(io.StringIO()) as out, drawing:
         train(run, start_world(timeout_minutes=3.0))
     stop_world()
     return out.getvalue()
@@ -141,7 +146,7 @@ def finished_run(data: TinyData, folder: Path) -> RunConfig:
     """A run with a tokenizer that went to its end and kept checkpoints 3 (stage 1), 6 (the switch), 9 and 12."""
     named = {"tokenizer": data.tokenizer, "test": data.valid}
     run = small_run(data, folder, data=named, checkpoint={"every": 3, "keep": 9}, optimizer={"lr": 1e-2})
-    train_run(run)
+    run_distributed(1, train_here, run, True)
     return run
 
 
