@@ -12,7 +12,8 @@
 #
 #   PYTHON=/opt/python3.12/bin/python3   which interpreter .venv is made from
 #   TORCH="torch==2.13.0 --index-url URL"  which torch to install; PyPI's Linux build is the one for NVIDIA GPUs
-#   WORKERS=2                            how many processes share the tests, a file of them at a time
+#   WORKERS=2                            how many processes share the tests, a file of them at a time, in their order:
+#                                        xdist would leave files of few tests to the end, which are the longest
 #   ARGS="-m 'not slow'"                 passed on to pytest, or to `stablemoe demo` (ARGS=schedule.steps=600)
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
@@ -36,7 +37,7 @@ demo: install
 	@stablemoe demo $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-kernels: install .venv/.triton
 	PYTHONPATH=.venv/triton $(BIN)/python -m pytest tests/ops $(ARGS)
