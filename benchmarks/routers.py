@@ -70,6 +70,7 @@ def settings_of(run_dir: Path, seed: int, train: Corpus, valid: Corpus, tokens: 
         "checkpoint": {"resume": False, "every": steps, "keep": 1},
         "logging": {
             "every": max(1, steps // (4 * POINTS)),
+            "probe_every": steps,
             "eval_every": max(1, steps // POINTS),
             "eval_tokens": 4 * step,
             "tensorboard": False,
@@ -136,7 +137,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if arguments.data:
         train_text, valid_text = unpacked(arguments.data, folder)
     else:
-        train_text = valid_text = make_corpus(folder, library_text(200_000), 512)
+        train_text = valid_text = make_corpus(folder, library_text(30_000 if arguments.quick else 200_000), 512)
     tokens = 8192 if arguments.quick else int(arguments.tokens)
     found: dict[str, Any] = {"together": arguments.together, "rows": []}
 

@@ -97,7 +97,7 @@ def measure(folder: Path, rounds: int, quick: bool) -> dict[str, Any]:
     }
     if not quick:
         contestants["libraries"] = timed(lambda: run("-c", LIBRARIES))
-    seconds = take_turns(contestants, rounds)
+    seconds = take_turns(contestants, rounds, warm_up=0 if quick else 1)
     imports = {"stablemoe --help": by_package(*STABLEMOE, "--help")}
     if not quick:
         short = ["schedule.steps=2", "stages.at_step=1"]

@@ -91,17 +91,26 @@ def test_a_seed_gives_all_variants_the_same_start(compared: TinySuite):
     assert first["ours", 1] != first["ours", 2]
 
 
-def test_finished_runs_are_left_and_a_killed_one_continues(compared: TinySuite, data: TinyData, tmp_path: Path):
+def test_a_finished_run_is_left_a_broken_one_is_told_and_a_killed_one_continues_after_it(
+    compared: TinySuite, data: TinyData, tmp_path: Path
+):
     suite = copied(compared, data, tmp_path)
+    tiny_suite(data, tmp_path, seeds=[2], variants={"broken": ["data.train=nowhere/text"], **VARIANTS})
     set_back(suite, "switch", 2, step=6)
     others = {path: path.read_bytes() for path in suite.output.glob("*/seed-*.log") if "switch/seed-2" not in str(path)}
     answer = compare(suite.file)
-    assert answer.code == 0, answer.out + answer.err
-    assert "3 of 4 runs are finished already" in answer.out
+    assert answer.code == 1, answer.out + answer.err
+    assert "1 of 3 runs are finished already" in answer.out
+    (told,) = [line for line in answer.out.splitlines() if "FAILED" in line]
+    assert told.startswith("[1/3] broken, seed 2: FAILED after ")
+    assert "with exit code 2: stablemoe: error: " in told
+    assert "nowhere/text" in told
+    assert "not finished: broken, seed 2" in answer.out
     assert "switch, seed 2: begun" in answer.out
     assert "continuing after update 6" in (suite.output / "switch" / "seed-2.log").read_text()
     assert all(path.read_bytes() == before for path, before in others.items())
     assert suite.perplexities() == compared.perplexities(), "the same to the last bit"
+    assert set(table(suite)) == {("ours", 2), ("switch", 2)}
 
 
 def test_a_run_of_other_settings_is_not_taken_for_its_own(compared: TinySuite, data: TinyData, tmp_path: Path):
@@ -125,19 +134,6 @@ def test_report_alone_draws_anew(compared: TinySuite, data: TinyData, tmp_path: 
     assert set(table(suite)) == {("ours", 1), ("switch", 1), ("ours", 2)}
     assert "3 of 4 runs are finished" in (suite.output / "table.md").read_text()
     assert not (suite.output / "switch" / "seed-2" / "report.json").exists(), "nothing was trained"
-
-
-def test_a_broken_run_is_told_and_ends_no_other(data: TinyData, tmp_path: Path):
-    variants = {"broken": ["data.train=nowhere/text"], "ours": []}
-    suite = tiny_suite(data, tmp_path, seeds=[1], variants=variants)
-    answer = compare(suite.file)
-    assert answer.code == 1
-    (told,) = [line for line in answer.out.splitlines() if "FAILED" in line]
-    assert told.startswith("[1/2] broken, seed 1: FAILED after ")
-    assert "with exit code 2: stablemoe: error: " in told
-    assert "nowhere/text" in told
-    assert set(table(suite)) == {("ours", 1)}
-    assert "not finished: broken, seed 1" in answer.out
 
 
 def test_ctrl_c_saves_and_stops(data: TinyData, tmp_path: Path):

@@ -34,7 +34,7 @@ def test_every_cell_is_trained_refused_or_needs_a_gpu() -> None:
     runs = [run_of(shape, **layout) for _, shape, layout in [*LAYOUTS, *(case.values for case in COMPILED)]]
     runs += [run_of("modern", None, "bf16", **layout) for _, layout in BF16]
     trained = set[frozenset[str]]().union(*map(together, runs))
-    trained.add(frozenset({"bf16", "compile"}))  # tests/model/test_compile.py::test_bf16_is_close
+    trained.add(frozenset({"bf16", "compile"}))  # in tests/model/test_compile.py
     allowed = {frozenset((a.name, b.name)) for a, b in combinations(SETTINGS, 2) if verdict(a, b) == "yes"}
     assert sorted(map(sorted, allowed - trained)) == []
 

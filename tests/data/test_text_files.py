@@ -259,8 +259,9 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("name", UNREADABLE)
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "workers"), [*((name, 1) for name in UNREADABLE), ("latin-1", 2), ("NUL at the end", 2)]
+)
 def test_more_than_a_hundredth_unreadable_is_an_error(
     tmp_path: Path, tokenizer: Tokenizer, name: str, workers: int
 ) -> None:

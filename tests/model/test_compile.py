@@ -81,12 +81,6 @@ def test_loss_and_gradients_are_those_of_eager(build: Any, stage: int, recompute
 
 
 @needs_compiler
-def test_bf16_is_close(build: Any) -> None:
-    eager, compiled = (trained(build(parallel={"compile": way}).bfloat16(), 2)[0] for way in (False, True))
-    torch.testing.assert_close(compiled, eager, rtol=1e-2, atol=0)
-
-
-@needs_compiler
 def test_all_blocks_share_what_is_compiled(build: Any) -> None:
     model = build(parallel={"compile": True}, model={"layers": 6, "hidden_size": 48})
     before = compiled_graphs()
@@ -99,7 +93,10 @@ def test_all_blocks_share_what_is_compiled(build: Any) -> None:
 def test_experts_that_are_served_at_once_share_one_graph_for_all_routes(
     build: Any, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU with the kernel; a CPU has torch's slow way to compute the same, compiled in bf16 alone."""
+    """As on a GPU with the kernel; a CPU has torch's slow way to compute the same, compiled in bf16 alone.
+
+    Blocks are compiled in bf16, too: the loss is that of all of it.
+    """
     monkeypatch.setattr("stablemoe_ds.moe.experts.can_group", lambda *_: True)
     moe = {"layers": [1, 2], "sublayers": 2}
     exact, eager, compiled = (build(model=model, moe=moe, parallel={"compile": way}) for way in (False, False, True))

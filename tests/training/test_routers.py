@@ -179,9 +179,10 @@ def test_hash_follows_one_table_from_the_first_update(kind: str, data: TinyData,
 @pytest.mark.parametrize("name", LAYOUT_INDEPENDENT)
 def test_two_processes_train_what_one_does(name: str, data: TinyData, tmp_path: Path) -> None:
     runs = []
+    bare = {"data": {"tokenizer": data.tokenizer, "valid": []}, "checkpoint": {}, "logging": {"probe_every": STEPS}}
     for ranks in (1, 2):
         parallel = {"expert": ranks if ROUTERS[name].routed else 1}
-        run = run_of(name, data, tmp_path / str(ranks), parallel=parallel, optimizer={"lr": 1e-3})
+        run = run_of(name, data, tmp_path / str(ranks), parallel=parallel, optimizer={"lr": 1e-3}, **bare)
         train_run(run, ranks)
         runs.append(history(run, "train"))
     for one, two in zip(*runs, strict=True):
