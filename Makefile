@@ -70,14 +70,16 @@ format: install
 
 install: $(INSTALLED)
 
-# torch first and exact, so that nothing later chooses another build of it.
+# torch first and exact, so that nothing later chooses another build of it. pip would compile on one core, for minutes,
+# and leave out this package, which every process would then compile for itself.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is not Python 3.11 or newer: name one that is with 'make PYTHON=...'" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'installing into .venv, which takes some minutes'
-	$(PIP) -q $(TORCH)
-	$(PIP) -q -e '.[dev]'
+	$(PIP) -q --no-compile $(TORCH)
+	$(PIP) -q --no-compile -e '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib stablemoe_ds tests || true  # some files are not for this Python
 	@touch $@
 
 .venv/.lm-eval: $(INSTALLED)
