@@ -78,7 +78,8 @@ def start_ranks(target: Callable[..., None], arguments: Sequence[tuple[Any, ...]
 def _as_rank(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    throughput.MEASURING_SECONDS = 1e-9  # one matrix product: no test looks at how fast this machine is
+    # No test asks a rank how fast this machine is, and without AVX-512 one product in bf16 takes 2.5 s.
+    throughput._measured_flops = lambda _device, _dtype: 1e9
     target(*arguments)
 
 
