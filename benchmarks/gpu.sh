@@ -104,7 +104,8 @@ fast() {
 # Recipes, as many as there is time for.
 train() {
   TOTAL=$((290 * patience))
-  measure routers 285 "${data[@]}" --seconds $((200 * patience)) --together 4 --seeds 1 2 --tokens 8e6
+  local recipes=(dense hash cooccurrence "stablemoe, balance 0.03" "switch, balance 0.1")
+  measure routers 285 "${data[@]}" --seconds $((200 * patience)) --together 4 --seeds 1 2 --tokens 12e6 --recipes "${recipes[@]}"
 }
 
 # beside COMMAND...: in the background, when there is a core for it.

@@ -30,15 +30,18 @@ from stablemoe_ds.run_directory.metrics import MetricsLog
 STABLEMOE = ["moe.router=stablemoe", "stages.at_fraction=0.1", "moe.distilled.lr_scale=10"]
 RECIPES: dict[str, list[str]] = {
     "stablemoe": STABLEMOE,
+    "stablemoe, balance 0.03": [*STABLEMOE, "moe.balance_weight=0.03"],
     "stablemoe, gate from 1": [*STABLEMOE, "moe.gate=doubled"],
     "hash": ["moe.router=hash"],
     "hash, gate sigmoid": ["moe.router=hash", "moe.gate=sigmoid"],
     "cooccurrence": ["moe.router=table", "moe.table=cooccurrence"],
     "cooccurrence, gate sigmoid": ["moe.router=table", "moe.table=cooccurrence", "moe.gate=sigmoid"],
     "switch": ["moe.router=switch"],
+    "switch, balance 0.1": ["moe.router=switch", "moe.balance_weight=0.1"],
     "dense": ["moe.router=dense_deeper", "moe.experts=1"],
 }
-"""Settings of each recipe, by name."""
+"""Settings of each recipe, by name. The balance losses have the weights of their papers, or those that did best in
+``benchmarks/results/routers``."""
 POINTS = 8
 """Validations in a run."""
 
