@@ -17,7 +17,7 @@ from stablemoe_ds.errors import UserError
 class NoOptions(BaseModel):
     """Options of a builder that has none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class VectorOptions(NoOptions):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from stablemoe_ds.progress_bar import Advance, unwatched
+
 ROUNDS, MORE_ROUNDS = 300, 100
 """Subgradient steps to the first prices, and from prices to those of fewer ids."""
 EXCHANGED, PASSES = 1000, 5
@@ -31,29 +33,45 @@ def balanced_choice(
 
 
 def balanced_choices(
-    scores_VN: NDArray[np.float64], token_counts: NDArray[np.int64], max_load: float, top_k: int
+    scores_VN: NDArray[np.float64],
+    token_counts: NDArray[np.int64],
+    max_load: float,
+    top_k: int,
+    advance: Advance = unwatched,
 ) -> NDArray[np.int32]:
     """int32 [V, K]: ``top_k`` different experts for each id, chosen one after the other.
 
     As :func:`balanced_choice`, for the first choice of all ids, then for the second, and so on; after c choices an
-    expert may have ``max_load`` times the mean of c tokens for each one of the text.
+    expert may have ``max_load`` times the mean of c tokens for each one of the text. advance: is told of
+    :func:`steps_of_choice` steps for each choice.
     """
     open_VN = scores_VN.astype(np.float64)
     load_N = np.zeros(scores_VN.shape[1])
     choice_VK = np.empty((len(scores_VN), top_k), dtype=np.int32)
     for choice in range(top_k):
         room = (choice + 1) * max_load * token_counts.sum() / len(load_N)
-        choice_VK[:, choice] = _one_choice(open_VN, token_counts, load_N, room)
+        choice_VK[:, choice] = next_choice(open_VN, token_counts, load_N, room, advance)
         open_VN[np.arange(len(open_VN)), choice_VK[:, choice]] = -np.inf
     return choice_VK
 
 
-def _one_choice(
-    scores_VN: NDArray[np.float64], token_counts: NDArray[np.int64], load_N: NDArray[np.float64], room: float
-) -> NDArray[np.int32]:
-    """int32 [V]: one more expert for each id, none whose score is minus infinity.
+def steps_of_choice(token_counts: NDArray[np.int64]) -> int:
+    """Rounds in which the prices for one choice of all ids are found: most of the work."""
+    occurring = int(np.count_nonzero(token_counts))
+    return ROUNDS + MORE_ROUNDS * (occurring - 1).bit_length() if occurring else 0
 
-    load_N: float64 [N], tokens the experts have; changes with the choice. room: tokens they may have.
+
+def next_choice(
+    scores_VN: NDArray[np.float64],
+    token_counts: NDArray[np.int64],
+    load_N: NDArray[np.float64],
+    room: float,
+    advance: Advance = unwatched,
+) -> NDArray[np.int32]:
+    """int32 [V]: one more expert for each id, as :func:`balanced_choice`, none whose score is minus infinity.
+
+    load_N: float64 [N], tokens the experts have; changes with the choice. room: tokens they may have. advance: is told
+    of :func:`steps_of_choice` steps.
     """
     choice_V = scores_VN.argmax(1).astype(np.int32)
     occurring = np.flatnonzero(token_counts)
@@ -64,7 +82,7 @@ def _one_choice(
     while placed < len(heaviest_first):
         left = heaviest_first[placed:]
         step, rounds = (spread / 100, MORE_ROUNDS) if placed else (spread / 10, ROUNDS)
-        price_N = _prices(scores_VN[left], token_counts[left], room - load_N, price_N, step, rounds)
+        price_N = _prices(scores_VN[left], token_counts[left], room - load_N, price_N, step, rounds, advance)
         for index in left[: max(1, placed)]:
             count = token_counts[index]
             fits_N = load_N + count <= room
@@ -87,6 +105,7 @@ def _prices(
     price_N: NDArray[np.float64],
     step: float,
     rounds: int,
+    advance: Advance,
 ) -> NDArray[np.float64]:
     """float64 [N]: what a token of each expert has to cost for the best choices to stay within ``room_N``.
 
@@ -101,6 +120,7 @@ def _prices(
         price_N = np.maximum(price_N + step / np.sqrt(1 + round_number) * excess_N, 0)
         if round_number >= rounds // 2:  # the mean of the later iterates is steadier than the last
             kept_N += price_N / (rounds - rounds // 2)
+        advance(1)
     return kept_N
 
 

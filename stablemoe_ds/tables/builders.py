@@ -34,6 +34,8 @@ def build_table(
     alone where neighbours are needed.
     """
     checked = read_options(builder, options)
+    if experts < 1:
+        raise UserError(f"table builder {builder}: experts are {experts}, expected 1 or more")
     if not 1 <= top_k <= experts:
         raise UserError(f"table builder {builder}: top_k is {top_k}, expected 1 to the number of experts, {experts}")
     if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 1:

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablemoe_ds.config.table_options import CooccurrenceOptions, ScatteredOptions
-from stablemoe_ds.tables.balanced_choice import balanced_choice, balanced_choices
+from stablemoe_ds.progress_bar import progress_bar
+from stablemoe_ds.tables.balanced_choice import balanced_choices, steps_of_choice
 from stablemoe_ds.tables.counted_corpus import Corpus
-from stablemoe_ds.tables.kmeans import spherical_kmeans, weighted_centroids
+from stablemoe_ds.tables.kmeans import RESTARTS, ROUNDS, spherical_kmeans, weighted_centroids
 from stablemoe_ds.tables.placing import deal_absent, greedy_choices, heaviest_first
 from stablemoe_ds.tables.table import least_load
 from stablemoe_ds.tables.vectors import id_vectors, unit_rows
@@ -50,13 +51,16 @@ def scattered_table(
     for layer in range(layers):
         order_N = np.random.default_rng([seed, layer]).permutation(experts)
         sum_ND, load_N = np.zeros((experts, vectors_VD.shape[1])), np.zeros(experts)
-        for index in heaviest_first(counts_V):
-            alike_N = unit_rows(sum_ND) @ vectors_VD[index]
-            full_N = load_N + counts_V[index] > room
-            chosen = np.lexsort((order_N, load_N, alike_N, np.where(full_N, load_N, 0)))[:top_k]
-            table_LVK[layer, index] = chosen
-            sum_ND[chosen] += np.sqrt(counts_V[index]) * vectors_VD[index]
-            load_N[chosen] += counts_V[index]
+        heaviest = heaviest_first(counts_V)
+        with progress_bar("experts", len(heaviest)) as advance:
+            for index in heaviest:
+                alike_N = unit_rows(sum_ND) @ vectors_VD[index]
+                full_N = load_N + counts_V[index] > room
+                chosen = np.lexsort((order_N, load_N, alike_N, np.where(full_N, load_N, 0)))[:top_k]
+                table_LVK[layer, index] = chosen
+                sum_ND[chosen] += np.sqrt(counts_V[index]) * vectors_VD[index]
+                load_N[chosen] += counts_V[index]
+                advance(1)
         deal_absent(table_LVK[layer], counts_V, experts, [seed, layer])
     return table_LVK
 
@@ -71,18 +75,20 @@ def _clustered(
 ) -> NDArray[np.int32]:
     """int32 [V, K]: experts of one layer."""
     limit, weights_V = _limit(options, counts_V, experts, top_k), np.sqrt(counts_V)
-    centroids_ND = spherical_kmeans(vectors_VD, weights_V, experts, seed)
-    match options.choice:
-        case "nearest":
-            return np.argsort(-(vectors_VD @ centroids_ND.T), axis=1, kind="stable")[:, :top_k].astype(np.int32)
-        case "greedy":
-            return greedy_choices(vectors_VD @ centroids_ND.T, counts_V, limit, top_k)
-        case "alternating":
-            single = max(options.max_load, least_load(counts_V, experts, 1))
-            for _ in range(ALTERNATIONS):
-                choice_V = balanced_choice(vectors_VD @ centroids_ND.T, counts_V, single)
-                centroids_ND = weighted_centroids(vectors_VD, weights_V, choice_V, centroids_ND)
-    return balanced_choices(vectors_VD @ centroids_ND.T, counts_V, limit, top_k)
+    with progress_bar("clusters", RESTARTS * ROUNDS) as advance:
+        centroids_ND = spherical_kmeans(vectors_VD, weights_V, experts, seed, advance)
+    if options.choice == "nearest":
+        return np.argsort(-(vectors_VD @ centroids_ND.T), axis=1, kind="stable")[:, :top_k].astype(np.int32)
+    if options.choice == "greedy":
+        with progress_bar("experts", int(np.count_nonzero(counts_V))) as advance:
+            return greedy_choices(vectors_VD @ centroids_ND.T, counts_V, limit, top_k, advance)
+    alternations = ALTERNATIONS if options.choice == "alternating" else 0
+    with progress_bar("experts", (alternations + top_k) * steps_of_choice(counts_V)) as advance:
+        single = max(options.max_load, least_load(counts_V, experts, 1))
+        for _ in range(alternations):
+            choice_V1 = balanced_choices(vectors_VD @ centroids_ND.T, counts_V, single, 1, advance)
+            centroids_ND = weighted_centroids(vectors_VD, weights_V, choice_V1[:, 0], centroids_ND)
+        return balanced_choices(vectors_VD @ centroids_ND.T, counts_V, limit, top_k, advance)
 
 
 def _limit(options: ScatteredOptions, counts_V: NDArray[np.int64], experts: int, top_k: int) -> float:

@@ -55,10 +55,13 @@ class Corpus:
         Counted once for each window: a table is made and measured by the same counts.
         """
         if window not in self._followers:
-            total = csr_array((self.vocab_size, self.vocab_size), dtype=np.float64)
+            shape = (self.vocab_size, self.vocab_size)
+            total = None
             for stream in self.streams:
-                total = total + count_followers(stream.ids, stream.lengths, self.vocab_size, window) * stream.weight
-            self._followers[window] = total
+                pairs = count_followers(stream.ids, stream.lengths, self.vocab_size, window)
+                weighted = csr_array((pairs.data * stream.weight, pairs.indices, pairs.indptr), shape=shape)
+                total = weighted if total is None else total + weighted
+            self._followers[window] = csr_array(shape, dtype=np.float64) if total is None else total
         return self._followers[window]
 
     def count_before(self, ids_J: NDArray[np.integer]) -> NDArray[np.float64]:

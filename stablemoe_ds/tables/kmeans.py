@@ -6,30 +6,38 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from stablemoe_ds.progress_bar import Advance, unwatched
 from stablemoe_ds.tables.vectors import unit_rows
 
 RESTARTS, ROUNDS = 4, 100
 
 
 def spherical_kmeans(
-    vectors_VD: NDArray[np.float64], weights_V: NDArray[np.float64], clusters: int, seed: int | list[int]
+    vectors_VD: NDArray[np.float64],
+    weights_V: NDArray[np.float64],
+    clusters: int,
+    seed: int | list[int],
+    advance: Advance = unwatched,
 ) -> NDArray[np.float64]:
     """float64 [clusters, D]: unit centroids with the largest sum over vectors of weight * cosine that was found.
 
     vectors_VD: [V, D], of length 1 or 0. weights_V: [V], at least 0. The best of several starts; each ends when no
     vector changes its cluster. A cluster that no vector is nearest to begins again at the vector that is served worst.
+    advance: is told of :data:`RESTARTS` times :data:`ROUNDS` steps.
     """
     random = np.random.default_rng(seed)
     best, most = np.empty((0, 0)), -np.inf
     for _ in range(RESTARTS):
         centroids_ND = _first_centroids(vectors_VD, weights_V, clusters, random)
         nearest_V = np.full(len(vectors_VD), -1)
-        for _ in range(ROUNDS):
+        for round_number in range(ROUNDS):
             before_V, cosine_VN = nearest_V, vectors_VD @ centroids_ND.T
             nearest_V = cosine_VN.argmax(1)
             if np.array_equal(before_V, nearest_V):
+                advance(ROUNDS - round_number)
                 break
             centroids_ND = weighted_centroids(vectors_VD, weights_V, nearest_V, centroids_ND)
+            advance(1)
         kept = float(weights_V @ (vectors_VD @ centroids_ND.T).max(1))
         if kept > most:
             best, most = centroids_ND, kept

@@ -12,6 +12,7 @@ from scipy.sparse import csr_array
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.builders import random_table
 from stablemoe_ds.tables.counted_corpus import Corpus
+from stablemoe_ds.tables.neighbours import pairs_by_row
 from stablemoe_ds.tables.table import RoutingTable, least_load
 
 
@@ -68,20 +69,21 @@ def cohesion(
     member_NV = csr_array((weight, (expert_VK.reshape(-1), np.repeat(np.arange(rows), top_k))), shape=(experts, rows))
     if share is not None:
         member_NV = csr_array(member_NV @ share)
-    kept = whole = 0.0
-    for neighbours_VV in (followers_VV, followers_VV.T.tocsr()):
-        kept += mutual_information(csr_array(member_NV @ neighbours_VV))
-        whole += mutual_information(neighbours_VV)
-    return kept / whole if whole > 0 else 1.0
+    # Which of the two is called the row does not matter, so the large counts need not be transposed.
+    kept = mutual_information(member_NV @ followers_VV) + mutual_information(followers_VV @ member_NV.T)
+    whole = 2 * mutual_information(followers_VV)
+    return float(kept / whole) if whole > 0 else 1.0
 
 
 def mutual_information(counts: csr_array) -> float:
     """Of row and column of a table of counts, in nats; at least 0."""
-    pairs = counts.tocoo()
     rows, columns, total = counts.sum(1), counts.sum(0), counts.sum()
-    share = pairs.data / total if total else pairs.data
-    ratio = pairs.data * (total / rows[pairs.coords[0]]) / columns[pairs.coords[1]]
-    return max(0.0, float(share @ np.log(ratio, where=pairs.data > 0, out=np.zeros_like(share))))
+    found = 0.0
+    for pairs, row in pairs_by_row(counts):
+        seen = counts.data[pairs] > 0
+        count, row, column = counts.data[pairs][seen], row[seen], counts.indices[pairs][seen]
+        found += float(count @ np.log(count * (total / rows[row]) / columns[column]))
+    return max(0.0, found / total) if total else 0.0
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,14 @@ class LayerDifference:
     """One layer of a table against another's, experts renumbered so that most stays.
 
     ids_moved: share of the ids' places with experts that are others. tokens_moved: the same of tokens, where counts are
-    known; experts are renumbered for it so that most tokens stay.
+    known; experts are renumbered for it so that most tokens stay. moved_V: float64 [V], how many of each id's tokens
+    that is, with several experts for an id in parts of tokens.
     """
 
     block: int
     ids_moved: float
-    tokens_moved: float | None
+    tokens_moved: float | None = None
+    moved_V: NDArray[np.float64] | None = None  # noqa: N815
 
 
 def difference(one: RoutingTable, other: RoutingTable, corpus: Corpus | None = None) -> list[LayerDifference]:
@@ -111,14 +115,17 @@ def difference(one: RoutingTable, other: RoutingTable, corpus: Corpus | None = N
             f"the other {len(other.blocks)} and {other.top_k}"
         )
     left, right, ids, tokens = _rows_of_both(one, other, corpus)
-    return [
-        LayerDifference(
-            block,
-            moved(left_VK[left], right_VK[right], ids),
-            None if tokens is None else moved(left_VK[left], right_VK[right], tokens),
-        )
-        for block, left_VK, right_VK in zip(one.blocks, one.expert_LVK, other.expert_LVK, strict=True)
-    ]
+    layers = []
+    for block, left_VK, right_VK in zip(one.blocks, one.expert_LVK, other.expert_LVK, strict=True):
+        before_RK, after_RK = left_VK[left], right_VK[right]
+        ids_moved = moved(before_RK, after_RK, ids)
+        if tokens is None:
+            layers.append(LayerDifference(block, ids_moved))
+            continue
+        moved_V = np.zeros(one.vocab_size)
+        np.add.at(moved_V, one.id_of_row[left], moved_share(before_RK, after_RK, tokens) * tokens)
+        layers.append(LayerDifference(block, ids_moved, float(moved_V.sum() / max(1, tokens.sum())), moved_V))
+    return layers
 
 
 def _rows_of_both(
@@ -147,12 +154,21 @@ def _is_split(table: RoutingTable) -> NDArray[np.bool_]:
 
 
 def moved(one_VK: NDArray[np.int32], other_VK: NDArray[np.int32], weight_V: NDArray[np.float64]) -> float:
-    """Share of the weight, 0 to 1, that is elsewhere after the best matching of experts (Kuhn 1955)."""
-    shape = (int(one_VK.max()) + 1, int(other_VK.max()) + 1)
-    together_NN = np.zeros(shape)
+    """Share of the weight, 0 to 1, that is elsewhere after the best matching of experts."""
+    total = weight_V.sum()
+    return float(moved_share(one_VK, other_VK, weight_V) @ weight_V / total) if total else 0.0
+
+
+def moved_share(
+    one_VK: NDArray[np.int32], other_VK: NDArray[np.int32], weight_V: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """float64 [V]: which part of each row's K experts is another, after the best matching of experts (Kuhn 1955)."""
+    together_NN = np.zeros((int(one_VK.max()) + 1, int(other_VK.max()) + 1))
     for one_V in one_VK.T:
         for other_V in other_VK.T:
             np.add.at(together_NN, (one_V, other_V), weight_V)
-    stays = together_NN[linear_sum_assignment(together_NN, maximize=True)].sum()
-    total = weight_V.sum() * one_VK.shape[1]
-    return float(1 - stays / total) if total else 0.0
+    counterpart_N = np.full(len(together_NN), -1)
+    matched, counterparts = linear_sum_assignment(together_NN, maximize=True)
+    counterpart_N[matched] = counterparts
+    stays_VK = (counterpart_N[one_VK][..., None] == other_VK[:, None]).any(-1)
+    return np.asarray(1 - stays_VK.mean(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from stablemoe_ds.progress_bar import progress_bar
 CHUNK = 1 << 22
 """Tokens that are counted at once; their pairs take 32 MiB."""
 MOST_PAIRS = 1 << 27
-"""Different pairs that are kept, in 12 bytes each."""
+"""Different pairs that are kept, in 12 bytes each. To count and weigh them, and to measure by them, takes up to 32."""
+PAIRS = 1 << 16
+"""Pairs that are computed with at once."""
 
 
 def count_followers(
@@ -46,6 +49,15 @@ def count_followers(
                     total.add(_counted(keys, vocab))
             advance(stop - start)
     return total.matrix(vocab)
+
+
+def pairs_by_row(counts: csr_array) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """The pairs of a sparse matrix, :data:`PAIRS` at a time: where they are in its data, and int64, the row of each."""
+    for start in range(0, counts.nnz, PAIRS):
+        stop = min(start + PAIRS, counts.nnz)
+        first, last = np.searchsorted(counts.indptr, [start, stop - 1], side="right") - 1
+        ends = np.clip(counts.indptr[first : last + 2].astype(np.int64), start, stop)
+        yield slice(start, stop), np.repeat(np.arange(first, last + 1), np.diff(ends))
 
 
 def _documents(ends: NDArray[np.int64], start: int, size: int) -> NDArray[np.int64]:

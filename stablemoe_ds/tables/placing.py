@@ -5,13 +5,20 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from stablemoe_ds.progress_bar import Advance, unwatched
+
 
 def greedy_choices(
-    scores_VN: NDArray[np.float64], counts_V: NDArray[np.int64], max_load: float, top_k: int
+    scores_VN: NDArray[np.float64],
+    counts_V: NDArray[np.int64],
+    max_load: float,
+    top_k: int,
+    advance: Advance = unwatched,
 ) -> NDArray[np.int32]:
     """int32 [V, K]: the commonest ids first, each to its ``top_k`` best experts with room, else to the emptiest.
 
     scores_VN: [V, N]. max_load: as in :func:`balanced_choice`. Rows of ids that do not occur have no meaning.
+    advance: is told of each id that occurs.
     """
     load_N = np.zeros(scores_VN.shape[1])
     room = max_load * top_k * counts_V.sum() / len(load_N)
@@ -21,6 +28,7 @@ def greedy_choices(
         chosen = np.lexsort((-scores_VN[index], np.where(full_N, load_N, 0)))[:top_k]
         choice_VK[index] = chosen
         load_N[chosen] += counts_V[index]
+        advance(1)
     return choice_VK
 
 

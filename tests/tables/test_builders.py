@@ -7,16 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stablemoe_ds.config.table_options import OPTIONS, VectorOptions
+from stablemoe_ds.config.table_options import OPTIONS
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.tables.balanced_choice import balanced_choice
 from stablemoe_ds.tables.builders import build_table
 from stablemoe_ds.tables.counted_corpus import Corpus, IdStream
-from stablemoe_ds.tables.kmeans import spherical_kmeans
 from stablemoe_ds.tables.measures import cohesion, moved
 from stablemoe_ds.tables.table import RoutingTable, least_load
-from tests.tables.test_vectors import dense_vectors
-from tests.tables.texts import KINDS, corpus_of, random_stream, slow_followers, text_of_kinds
+from tests.tables.texts import KINDS, corpus_of, random_stream, text_of_kinds
 
 BUILDERS = list(OPTIONS)
 TEXT = text_of_kinds()
@@ -72,18 +69,6 @@ def test_cooccurrence_finds_the_kinds(choice: str, weighting: str) -> None:
     options = {"choice": choice, "weighting": weighting, "dims": 8}
     assert kinds_together(made("cooccurrence", options=options)) > 0.95
     assert kinds_together(made("random")) < 0.45
-
-
-def test_cooccurrence_is_its_parts_done_slowly() -> None:
-    """Pairs counted one by one, a dense decomposition, the same clusters and choice."""
-    stream = random_stream(5, vocab=60, tokens=8000)
-    corpus, options = corpus_of(stream, 60), VectorOptions(dims=10)
-    vectors = dense_vectors(slow_followers(stream, 60, 1).astype(float), options)
-    centroids = spherical_kmeans(vectors, np.sqrt(corpus.token_counts), 6, [3, 0])
-    wanted = balanced_choice(vectors @ centroids.T, corpus.token_counts, 1.3)
-    found = made("cooccurrence", corpus, experts=6, options={"dims": 10}).expert_LVK[0, :, 0]
-    # Vectors agree but for signs of whole dimensions, which move no cosine; nor do they move clusters.
-    assert moved(found[:, None], wanted[:, None], np.ones(60)) == 0
 
 
 def test_cohesion_orders_the_builders() -> None:
@@ -154,7 +139,9 @@ def test_one_document() -> None:
         ("scattered", {"options": {"max_load": 0.5}}, r"max_load: got 0.5"),
         ("random", {"top_k": 5}, r"top_k is 5, expected 1 to the number of experts, 4"),
         ("random", {"top_k": 0}, r"top_k is 0"),
-        ("random", {"experts": 0}, r"top_k is 1, expected 1 to the number of experts, 0"),
+        ("random", {"experts": 0}, r"table builder random: experts are 0, expected 1 or more"),
+        ("scattered", {"options": {"max_load": "inf"}}, r"max_load: got 'inf': .*finite"),
+        ("cooccurrence", {"options": {"max_load": float("nan")}}, r"max_load: got nan: .*finite"),
         ("random", {"blocks": ()}, r"layers are \[\], expected block numbers"),
         ("random", {"blocks": (3, 2)}, r"layers are \[3, 2\], expected block numbers"),
         ("random", {"seed": -1}, r"seed is -1"),

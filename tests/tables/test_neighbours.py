@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 
+from stablemoe_ds.config.table_options import VectorOptions
+from stablemoe_ds.tables import counted_corpus, neighbours
 from stablemoe_ds.tables.counted_corpus import Corpus, IdStream
-from stablemoe_ds.tables.neighbours import count_followers
-from tests.tables.texts import corpus_of, random_stream, slow_followers
+from stablemoe_ds.tables.measures import cohesion
+from stablemoe_ds.tables.neighbours import count_followers, pairs_by_row
+from stablemoe_ds.tables.vectors import id_vectors
+from tests.tables.texts import corpus_of, random_stream, slow_followers, text_of_kinds
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])
@@ -80,6 +87,36 @@ def test_memory_is_bounded_by_the_pairs_that_are_kept() -> None:
     assert bounded.nnz <= 20_000
     assert bounded[7, 8] == exact[7, 8] == tokens // 4
     assert (bounded.toarray() <= exact.toarray()).all()
+
+
+@pytest.mark.parametrize(("sides", "most"), [("both", 32), ("right", 32), ("left", 32), ("joined", 58)])
+def test_bytes_for_each_pair(sides: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting, weighing and measuring, as docs/method.md says; what does not grow with the pairs is small here."""
+    monkeypatch.setattr(neighbours, "PAIRS", 1 << 12)
+    monkeypatch.setattr(counted_corpus, "count_followers", partial(count_followers, chunk=1 << 13))
+    text, expert_VK = text_of_kinds(vocab=2000, tokens=500_000, absent=0), np.zeros((2000, 1), np.int32)
+    expert_VK[::2] = 1
+    tracemalloc.start()
+    try:
+        pairs = text.followers()
+        id_vectors(pairs, VectorOptions.model_validate({"sides": sides, "dims": 2}), 0)
+        cohesion(expert_VK, 2, pairs)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert pairs.nnz > 150_000
+    assert peak <= most * pairs.nnz
+
+
+def test_pairs_and_their_rows_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = csr_array(np.random.default_rng(0).poisson(0.3, (12, 9)))
+    for size in (1, 2, 7, 1000):
+        monkeypatch.setattr(neighbours, "PAIRS", size)
+        found = [(row, counts.indices[pairs]) for pairs, row in pairs_by_row(counts)]
+        assert all(len(row) <= size for row, _ in found)
+        rows, columns = (np.concatenate(part) for part in zip(*found, strict=True))
+        assert np.array_equal(np.stack([rows, columns]), np.stack(counts.tocoo().coords))
+    assert list(pairs_by_row(csr_array((3, 3)))) == []
 
 
 def test_blended_corpora_count_by_their_weights() -> None:
