@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.files import follow_umask, open_file
+from stablemoe_ds.files import open_file
 from stablemoe_ds.tables.expert_load import relative_load
 from stablemoe_ds.tables.split_ids import SplitIds
+from stablemoe_ds.tables.tensor_file import save_tensors
 
 FORMAT = "stablemoe-routing-table-1"
 SPLIT_FORMAT = "stablemoe-routing-table-2"
@@ -179,9 +180,10 @@ class RoutingTable:
         return relative_load(served_LN)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the tensor ``expert_LVK`` and what splits ids; the rest is in its metadata."""
-        from safetensors.numpy import save_file
+        """Write a safetensors file with the tensor ``expert_LVK`` and what splits ids; the rest is in its metadata.
 
+        Equal tables make equal files. Raises OSError if the file cannot be written.
+        """
         metadata = {
             "format": self._format,
             "experts": str(self.experts),
@@ -191,9 +193,7 @@ class RoutingTable:
             "made": json.dumps(self.made),
         }
         split = {f"split_{name}": array for name, array in self.split_arrays().items()}
-        tensors = {"expert_LVK": self.expert_LVK, **split}
-        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, str(path), metadata)
-        follow_umask(path)
+        save_tensors({"expert_LVK": self.expert_LVK, **split}, path, metadata)
 
     @classmethod
     def read(cls, path: str | Path) -> RoutingTable:

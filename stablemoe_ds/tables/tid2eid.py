@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.files import follow_umask, open_file
+from stablemoe_ds.files import open_file
 from stablemoe_ds.tables.table import RoutingTable
 from stablemoe_ds.tables.table_flaws import flaws, refuse
+from stablemoe_ds.tables.tensor_file import save_tensors
 
 STYLES = {"deepseek-v4": "model.layers.{}.ffn.gate.tid2eid", "megatron": "decoder.layers.{}.mlp.router.tid2eid"}
 """What each program calls the table of a layer. A table whose file does not say how it was made has one as builder."""
@@ -50,8 +51,6 @@ def save_tid2eid(
 
     Raises UserError, one line a layer, if an id has an expert twice or a layer is all zeros, which readers refuse.
     """
-    from safetensors.numpy import save_file
-
     tensors = {
         STYLES[style].format(block - 1): np.ascontiguousarray(expert_VK, dtype=dtype)
         for block, expert_VK in zip(table.blocks, table.expert_LVK, strict=True)
@@ -62,8 +61,7 @@ def save_tid2eid(
         for problem in flaws(expert_VK, table.experts)
     )
     said = {"experts": table.experts, "tokenizer": table.tokenizer, "sha256": table.sha256, "made": dict(table.made)}
-    save_file(tensors, str(path), {"format": "pt", OURS: json.dumps(said)})  # transformers wants a format it knows
-    follow_umask(path)
+    save_tensors(tensors, path, {"format": "pt", OURS: json.dumps(said)})  # transformers wants a format it knows
 
 
 def read_tid2eid(path: str | Path, experts: int | None = None) -> RoutingTable:
