@@ -29,8 +29,8 @@ from stablemoe_ds.run_directory.checkpoint_files import (
     DamagedError,
     check_hashes,
     check_sizes,
+    find_checkpoint,
     read_manifest,
-    saved_checkpoints,
     saved_in,
 )
 from stablemoe_ds.tables.table import RoutingTable
@@ -95,15 +95,7 @@ class Checkpoint:
 
         Raises UserError if there is none, or if it is damaged or of another format; it names the newest sound one.
         """
-        path = Path(path)
-        if not (path / MANIFEST).is_file():
-            saved = saved_checkpoints(path) or saved_in(path)
-            if not saved:
-                raise UserError(
-                    f"no checkpoint at {path}: expected {MANIFEST}, or {CHECKPOINTS}/ as in a run directory, or what "
-                    "is in that folder"
-                )
-            path = saved[0]
+        path = find_checkpoint(path)
         try:
             return cls.at(path)
         except DamagedError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from stablemoe_ds.commands.parsing import Subparsers, add_command, add_group, json_argument, settle_libraries, tell
 
@@ -28,7 +29,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _checkpoint_show(arguments: argparse.Namespace) -> int:
-    settle_libraries()
+    settle_libraries(arguments.checkpoint)
     from stablemoe_ds.checkpoint.summary import show
 
     tell(*show(arguments.checkpoint), arguments.json)
@@ -36,7 +37,7 @@ def _checkpoint_show(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoint_verify(arguments: argparse.Namespace) -> int:
-    settle_libraries()
+    settle_libraries(arguments.checkpoint)
     from stablemoe_ds.checkpoint.summary import verify
 
     tell(*verify(arguments.checkpoint), arguments.json)
@@ -48,7 +49,8 @@ def _checkpoint_convert(arguments: argparse.Namespace) -> int:
 
     file, *overrides = arguments.to
     target = load_run(file, overrides)
-    settle_libraries()
+    is_folder = Path(arguments.checkpoint).is_dir()  # which may be one of transformers
+    settle_libraries(*([] if is_folder else [arguments.checkpoint]))
     from stablemoe_ds.checkpoint.convert.conversion import convert
     from stablemoe_ds.checkpoint.reader import Checkpoint
     from stablemoe_ds.distributed.groups import stop_world

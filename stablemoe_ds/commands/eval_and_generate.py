@@ -47,7 +47,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    settle_libraries()
+    settle_libraries(arguments.checkpoint)
     from stablemoe_ds.evaluation.on_checkpoint import evaluate_checkpoint
 
     facts, text = evaluate_checkpoint(arguments.checkpoint, arguments.data)
@@ -56,7 +56,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    settle_libraries()
+    settle_libraries(arguments.checkpoint)
     from stablemoe_ds.evaluation.on_checkpoint import continue_prompts
 
     texts = continue_prompts(

@@ -24,7 +24,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    settle_libraries()
+    settle_libraries(arguments.checkpoint)
     from stablemoe_ds.export.exported_folder import export
 
     facts, text = export(arguments.checkpoint, arguments.output, arguments.dtype, arguments.tokenizer)

@@ -1,8 +1,9 @@
-"""Tables as the command line names them, and the files that commands write them to."""
+"""Tables and texts as the command line names them, and the files that commands write tables to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +12,27 @@ from stablemoe_ds.errors import UserError
 
 if TYPE_CHECKING:
     from stablemoe_ds.checkpoint.reader import Checkpoint
+    from stablemoe_ds.config.schema import Source
+    from stablemoe_ds.data.tokenizer import Tokenizer
+    from stablemoe_ds.tables.counted_corpus import Corpus
     from stablemoe_ds.tables.table import RoutingTable
 
 
-def open_table(path: str) -> tuple[RoutingTable, Checkpoint | None]:
-    """A table file, or the frozen table of a checkpoint or run directory and that. Raises UserError without one."""
-    from stablemoe_ds.tables.table_file import read_table
+TABLES = "a table file, a checkpoint or a run directory"
+"""What a path to a table may lead to."""
 
+
+def open_table(path: str) -> tuple[RoutingTable, Checkpoint | None]:
+    """A table file, or the frozen table of a checkpoint or run directory and that. Raises UserError without one.
+
+    A path that leads nowhere is refused before torch is loaded, which only checkpoints need.
+    """
+    check_there(path, TABLES)
     if Path(path).is_file():
+        from stablemoe_ds.tables.table_file import read_table
+
         return read_table(path), None
-    settle_libraries()
+    settle_libraries(path)
     from stablemoe_ds.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint.open(path)
@@ -31,6 +43,67 @@ def open_table(path: str) -> tuple[RoutingTable, Checkpoint | None]:
             "'stablemoe table build frozen' or 'observed' makes one"
         )
     return table, checkpoint
+
+
+def check_there(path: str | Path, expected: str) -> None:
+    """Raise UserError if a path leads nowhere; ``expected``: what it should lead to."""
+    if not Path(path).exists():
+        raise UserError(f"nothing at {path}: expected {expected}")
+
+
+def text_of(data: Sequence[str], checkpoint: Checkpoint | None) -> list[Source]:
+    """The named corpora; where none is, the training text of the run that the table is of.
+
+    Raises UserError if that is not found, and for a table file, which has no run.
+    """
+    from stablemoe_ds.config.schema import Source
+
+    if data:
+        return [Source(path=path) for path in data]
+    if checkpoint is None:
+        raise UserError(
+            "--data: got none: expected prepared corpora (paths without extension); a table file names none"
+        )
+    from stablemoe_ds.checkpoint.attached import find_corpora
+
+    return find_corpora(checkpoint, checkpoint.run.data.train)
+
+
+def text_if_found(data: Sequence[str], checkpoint: Checkpoint | None) -> tuple[list[Source], str]:
+    """As :func:`text_of`, to measure by: none and a line that says why, if a run's text is gone, as where a checkpoint
+    was copied to; none and nothing to say for a table file."""
+    if not data and checkpoint is None:
+        return [], ""
+    try:
+        return text_of(data, checkpoint), ""
+    except UserError as error:
+        return [], f"not measured by the run's text: {error}"
+
+
+def corpus_of(sources: Sequence[Source], tokenizer: Tokenizer | None, vocab_size: int | None) -> Corpus:
+    """A text as tables see it. Raises UserError as ``table_corpus`` does."""
+    from stablemoe_ds.data.table_corpus import table_corpus
+
+    return table_corpus(sources, tokenizer, vocab_size)
+
+
+def tokenizer_of(path: str | Path | None, *checkpoints: Checkpoint | None) -> Tokenizer | None:
+    """The named tokenizer, or the first that a checkpoint has or its run names; None if there is none."""
+    from stablemoe_ds.data.tokenizer import Tokenizer
+
+    if path is not None:
+        return Tokenizer(path)
+    for checkpoint in filter(None, checkpoints):
+        from stablemoe_ds.checkpoint.attached import open_tokenizer
+
+        with suppress(UserError):
+            return open_tokenizer(checkpoint)
+    return None
+
+
+def pieces(tokenizer: Tokenizer | None) -> Callable[[int], str]:
+    """Ids in readable form; as numbers without a tokenizer, and where a model has more ids than that."""
+    return lambda index: tokenizer.piece(index) if tokenizer and index < tokenizer.vocab_size else str(index)
 
 
 def check_load(max_load: float | None, option: str = "--max-load") -> None:

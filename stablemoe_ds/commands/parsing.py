@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from stablemoe_ds.answers import answer
@@ -36,6 +37,12 @@ def json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
+def data_argument(parser: argparse.ArgumentParser, required: bool, default: str = "") -> None:
+    """``--data`` for one text of several corpora. default: what is taken where none is named, in words."""
+    text = "prepared corpora (paths without extension), in equal parts" + (f"; default: {default}" if default else "")
+    parser.add_argument("--data", nargs="+", required=required, default=[], metavar="PREFIX", help=text)
+
+
 def tokenizer_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer for a checkpoint that contains none")
 
@@ -49,8 +56,15 @@ def tell(facts: Any, text: str, as_json: bool) -> None:
         answer(json.dumps(facts, indent=1) if as_json else text)
 
 
-def settle_libraries() -> None:
-    """Before the first import of torch: see :mod:`stablemoe_ds.distributed.libraries`."""
-    from stablemoe_ds.distributed import libraries
+def settle_libraries(*checkpoints: str | Path) -> None:
+    """Before the first import of torch: see :mod:`stablemoe_ds.distributed.libraries`.
 
+    checkpoints: what the command is going to open. Raises UserError for one that is not there: loading torch takes
+    seconds, which nobody should wait for the answer that a path is wrong.
+    """
+    from stablemoe_ds.distributed import libraries
+    from stablemoe_ds.run_directory.checkpoint_files import find_checkpoint
+
+    for path in checkpoints:
+        find_checkpoint(path)
     libraries.settle_libraries()

@@ -41,7 +41,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _routing_report(arguments: argparse.Namespace) -> int:
-    settle_libraries()
+    settle_libraries(arguments.checkpoint)
     from stablemoe_ds.checkpoint.reader import Checkpoint
     from stablemoe_ds.evaluation.plots import draw
     from stablemoe_ds.evaluation.report_text import render_text
@@ -55,10 +55,10 @@ def _routing_report(arguments: argparse.Namespace) -> int:
 
 
 def _routing_bands(arguments: argparse.Namespace) -> int:
-    settle_libraries()
+    paths = [path for path in (arguments.checkpoint, arguments.against) if path]
+    settle_libraries(*paths)
     from stablemoe_ds.evaluation.frequency_bands import bands_of_checkpoints
 
-    paths = [path for path in (arguments.checkpoint, arguments.against) if path]
     facts, text = bands_of_checkpoints(paths, arguments.data, arguments.bands)
     tell({"checkpoints": facts}, text, arguments.json)
     return 0

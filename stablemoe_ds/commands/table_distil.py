@@ -26,7 +26,7 @@ def add_to(table: Subparsers) -> None:
 
 def _distil(arguments: argparse.Namespace) -> int:
     check_load(arguments.max_load)
-    settle_libraries()
+    settle_libraries(arguments.checkpoint)
     from stablemoe_ds.evaluation.layer_tables import distil_layers, layers_text
 
     facts, table = distil_layers(arguments.checkpoint, arguments.data, arguments.heldout, arguments.max_load)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from stablemoe_ds.commands.named_tables import check_there
 from stablemoe_ds.commands.parsing import (
     Subparsers,
     add_command,
@@ -53,6 +54,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
     updates = run.schedule.steps + 1 - first if arguments.updates is None else arguments.updates
     _check({"--updates": updates})
     _check_nodes(ranks, arguments.nodes)
+    if arguments.table is not None:
+        check_there(arguments.table, "a table file")
     settle_libraries()
     from stablemoe_ds.config.resolved import resolve
     from stablemoe_ds.data.corpus import token_counts

@@ -195,6 +195,23 @@ def saved_checkpoints(run_dir: str | Path) -> list[Path]:
     return saved_in(Path(run_dir) / CHECKPOINTS)
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The directory of a checkpoint: this one, or the newest of a run directory or of a folder of checkpoints.
+
+    Raises UserError if there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    saved = saved_checkpoints(path) or saved_in(path)
+    if not saved:
+        raise UserError(
+            f"no checkpoint at {path}: expected {MANIFEST}, or {CHECKPOINTS}/ as in a run directory, or what "
+            "is in that folder"
+        )
+    return saved[0]
+
+
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest checkpoint of a run directory, None if it has none."""
     return next(iter(saved_checkpoints(run_dir)), None)
