@@ -26,11 +26,21 @@ def table_corpus(
     if vocab_size is not None and vocab_size < largest:
         raise UserError(f"corpus {infos[0].prefix} was prepared with {largest} ids, the table is to have {vocab_size}")
     tokens, weights = sum(info.tokens for info in infos), sum(source.weight for source in sources)
-    digest, streams = hashlib.sha256(), []
+    streams = []
     for source, info in zip(sources, infos, strict=True):
         info.verify()
-        digest.update(f"{info.sha256} {source.weight / weights}\n".encode())
         weight = source.weight / weights * tokens / info.tokens
         streams.append(IdStream(info.stream(), info.lengths(), weight))
     counts = token_counts(sources, tokenizer, vocab_size or largest)
-    return Corpus(counts, streams, infos[0].tokenizer, digest.hexdigest())
+    return Corpus(counts, streams, infos[0].tokenizer, text_digest(sources, tokenizer))
+
+
+def text_digest(sources: Sequence[Source], tokenizer: Tokenizer | None = None) -> str:
+    """What a table says of the text that it was made from: sha256 of the corpora's own and of their shares.
+
+    Raises UserError for a corpus that is missing or of another tokenizer.
+    """
+    weights, digest = sum(source.weight for source in sources), hashlib.sha256()
+    for source, info in zip(sources, read_sources(sources, tokenizer), strict=True):
+        digest.update(f"{info.sha256} {source.weight / weights}\n".encode())
+    return digest.hexdigest()

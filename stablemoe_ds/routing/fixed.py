@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,12 +73,15 @@ class FrozenRouters:
 
 
 def freeze(
-    routers: Sequence[DistilledRouter], top_k: int, blocks: tuple[int, ...], tokenizer: str = ""
+    routers: Sequence[DistilledRouter], top_k: int, blocks: tuple[int, ...], tokenizer: str = "", **origin: Any
 ) -> TableRouting | FrozenRouters:
-    """What stage 2 follows: a table for word routers, frozen copies for the other kinds."""
+    """What stage 2 follows: a table for word routers, frozen copies for the other kinds.
+
+    origin: what the table is to say of where the routers come from.
+    """
     if not all(router.is_table for router in routers):
         return FrozenRouters(routers, top_k, blocks)
-    table = RoutingTable.from_scores(_scores(routers), top_k, blocks, tokenizer, how_made("frozen"))
+    table = RoutingTable.from_scores(_scores(routers), top_k, blocks, tokenizer, how_made("frozen", **origin))
     return TableRouting(table, routers[0].centroids.device)
 
 
@@ -87,30 +91,33 @@ def freeze_balanced(
     token_counts: NDArray[np.int64],
     max_load: float,
     tokenizer: str = "",
+    **origin: Any,
 ) -> TableRouting:
     """A table of word routers that keeps the most log-likelihood of stage 1's routing under a load limit.
 
     token_counts: int64 [V]. max_load: see :func:`balanced_choice`; where one id alone exceeds it, its share is the
-    limit. One expert a token. Raises ValueError for routers that are no table.
+    limit. One expert a token. origin: see :func:`freeze`. Raises ValueError for routers that are no table.
     """
     scores_LVN = _scores(routers).astype(np.float64)
     likelihood_LVN = scores_LVN - np.logaddexp.reduce(scores_LVN, axis=-1, keepdims=True)
     experts = scores_LVN.shape[-1]
     limit = max(max_load, least_load(token_counts, experts, 1))
     chosen_LV = np.stack([balanced_choice(layer_VN, token_counts, limit) for layer_VN in likelihood_LVN])
-    made = how_made("frozen", options={"max_load": max_load})
+    made = how_made("frozen", options={"max_load": max_load}, **origin)
     table = RoutingTable(np.ascontiguousarray(chosen_LV[..., None]), experts, blocks, tokenizer, made)
     return TableRouting(table, routers[0].centroids.device)
 
 
-def hash_table(moe: MoEConfig, token_counts: NDArray[np.int64], seed: int, tokenizer: str) -> RoutingTable:
-    """The table of router ``hash``, random or even; token_counts: int64 [V]."""
+def hash_table(
+    moe: MoEConfig, token_counts: NDArray[np.int64], seed: int, tokenizer: str, **origin: Any
+) -> RoutingTable:
+    """The table of router ``hash``, random or even; token_counts: int64 [V]. origin: see :func:`freeze`."""
     layers = len(moe.layers)
     if moe.hash_table == "random":
         expert_LVK = random_table(len(token_counts), moe.experts, moe.top_k, layers, seed)
     else:
         expert_LVK = even_table(token_counts, moe.experts, moe.top_k, layers, seed)
-    made = how_made(moe.hash_table, options={}, seed=seed)
+    made = how_made(moe.hash_table, options={}, seed=seed, **origin)
     return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), tokenizer, made)
 
 

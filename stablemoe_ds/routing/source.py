@@ -65,7 +65,7 @@ class RouteMaker:
     routers: the distilled router of each MoE layer that has one. token_counts: gives int64 [V], how often the training
     text has each id; called for tables that depend on it. tokenizer: fingerprint to write into a table. build: makes
     the table that the run names by a builder; collective. whole: in this context the routers' parameters, which ZeRO 3
-    keeps in parts, can be read; collective there.
+    keeps in parts, can be read; collective there. text: digest of the training text, to write into a table.
     """
 
     run: RunConfig
@@ -75,6 +75,7 @@ class RouteMaker:
     device: torch.device | str = "cpu"
     build: Callable[[], RoutingTable] | None = None
     whole: Callable[[], AbstractContextManager[object]] = nullcontext
+    text: str = ""
 
     @property
     def can_freeze(self) -> bool:
@@ -126,10 +127,11 @@ class RouteMaker:
         """Raise UserError for a table in a file that the run cannot follow, before anything is written or trained."""
         _ = self.given
 
-    def frozen(self, followed: RoutingTable | None = None) -> FixedSource:
+    def frozen(self, followed: RoutingTable | None = None, step: int | None = None) -> FixedSource:
         """What the run follows if its routing is fixed now.
 
-        followed: the table of the layers that follow one already, where some do.
+        followed: the table of the layers that follow one already, where some do. step: updates made, to write into the
+        table.
         Raises ValueError if it never is, UserError for a table in a file that does not fit.
         """
         moe, blocks = self.run.moe, tuple(self.run.moe.learned_layers)
@@ -137,11 +139,12 @@ class RouteMaker:
             raise ValueError(f"router {moe.router} of this run is never fixed")
         if moe.facts.fixed:
             return TableRouting(self._from_start(), self.device)
+        origin = self._origin if step is None else {**self._origin, "step": step}
         with self.whole():
             learned: FixedSource = (
-                freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer)
+                freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer, **origin)
                 if moe.facts.needs_counts
-                else freeze(self.routers, moe.top_k, blocks, self.tokenizer)
+                else freeze(self.routers, moe.top_k, blocks, self.tokenizer, **origin)
             )
         if not moe.table_layers:
             return learned
@@ -165,7 +168,15 @@ class RouteMaker:
     def _from_start(self) -> RoutingTable:
         """The table of the layers that follow one from the first update on."""
         moe = self.run.moe
-        return self.named() if moe.needs_table else hash_table(moe, self.token_counts(), self.run.seed, self.tokenizer)
+        if moe.needs_table:
+            return self.named()
+        return hash_table(moe, self.token_counts(), self.run.seed, self.tokenizer, **self._origin)
+
+    @property
+    def _origin(self) -> dict[str, str]:
+        """What a table that the run makes says of it."""
+        facts = {"run": self.run.directory, "router": self.run.moe.router}
+        return {**facts, "corpus": self.text} if self.text else facts
 
     def departures(self, followed: RoutingTable | None) -> list[str]:
         """Warnings for a run that continues along ``followed`` while the file it names holds another table."""

@@ -53,7 +53,7 @@ class StageSwitch(Callback):
         progress = self._state.progress
         if progress.stage == 2 or not self.schedule.due(progress.step, self._probing.history):
             return
-        frozen = self._maker.frozen(self._state.routes.table)
+        frozen = self._maker.frozen(self._state.routes.table, progress.step)
         before = None
         if not self._run.moe.facts.fixed:
             self._validation.before_switch(frozen)

@@ -23,6 +23,7 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.corpus import token_counts
 from stablemoe_ds.data.run_data import RunData
+from stablemoe_ds.data.table_corpus import text_digest
 from stablemoe_ds.data.tokenizer import Tokenizer
 from stablemoe_ds.distributed.faults import Place, naming_faults
 from stablemoe_ds.distributed.groups import Groups, World
@@ -80,7 +81,8 @@ class Trainer:
         self.model = build_model(run, resolved.vocab_size, placement)
         routers = self.model.distilled_routers
         whole = partial(gathered, routers)
-        self.routes = RouteMaker(run, routers, lambda: counts, fingerprint, world.device, build, whole)
+        text = text_digest(run.data.train, self.tokenizer)
+        self.routes = RouteMaker(run, routers, lambda: counts, fingerprint, world.device, build, whole, text)
         if run.moe.start_table is not None and before is None:
             table = self.routes.named()
             start_from_table(self.model, table, counts)
