@@ -11,7 +11,7 @@ from stablemoe_ds.config.schema import Source
 from stablemoe_ds.config.text_table import aligned
 from stablemoe_ds.data.run_data import EvalSet
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.evaluation.observed_routes import served_by_id
+from stablemoe_ds.evaluation.observed_routes import origin_of, served_by_id
 from stablemoe_ds.evaluation.on_checkpoint import eval_text, loaded
 from stablemoe_ds.evaluation.perplexity import Evaluation, evaluate
 from stablemoe_ds.evaluation.trained_model import TrainedModel
@@ -34,7 +34,7 @@ def distil_layers(
     Raises UserError for a model in which no layer learns, and for a corpus that is missing or of another tokenizer.
     """
     checkpoint = Checkpoint.open(path)
-    moe, step = checkpoint.run.moe, checkpoint.progress.step
+    moe = checkpoint.run.moe
     if not moe.facts.routed or not moe.learned_layers or checkpoint.progress.stage == 2:
         raise UserError(
             f"checkpoint {checkpoint.path} (moe.router {moe.router}, stage {checkpoint.progress.stage}) has no MoE "
@@ -44,7 +44,7 @@ def distil_layers(
     with loaded(checkpoint) as trained:
         validation = eval_text(trained, measured)
         served_LVN, held_out_LVN = (served_by_id(trained, text) for text in (eval_text(trained, watched), validation))
-        made = how_made("observed", options={"max_load": max_load}, router=moe.router, step=step)
+        made = how_made("observed", options={"max_load": max_load}, **origin_of(checkpoint, watched))
         expert_LVK = observed_table(served_LVN, moe.top_k, max_load)
         table = RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), checkpoint.tokenizer, made)
         none, *alone, everything = _perplexities(trained, table.only(moe.learned_layers), validation)
@@ -54,7 +54,7 @@ def distil_layers(
     ]
     facts = {
         "checkpoint": str(checkpoint.path),
-        "step": step,
+        "step": checkpoint.progress.step,
         "watched": [source.path for source in watched],
         "held_out": [source.path for source in measured],
         "tokens": none.tokens,

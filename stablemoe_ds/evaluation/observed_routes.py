@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablemoe_ds.checkpoint.attached import check_corpora, find_corpora, token_counts_of
+from stablemoe_ds.checkpoint.attached import check_corpora, token_counts_of
 from stablemoe_ds.checkpoint.reader import Checkpoint
 from stablemoe_ds.config.schema import Source
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.data.loader import EvalLoader
 from stablemoe_ds.data.run_data import EvalSet
+from stablemoe_ds.data.table_corpus import text_digest
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.evaluation.inference import inference
 from stablemoe_ds.evaluation.on_checkpoint import eval_text, loaded
@@ -55,26 +58,34 @@ def count_routes(
     return counted.view(-1, vocab, experts).cpu().numpy()
 
 
-def observe(path: str, corpora: list[str], max_load: float | None) -> tuple[RoutingTable, list[float]]:
+def observe(
+    checkpoint: Checkpoint, sources: Sequence[Source], max_load: float | None, max_tokens: int | None = None
+) -> tuple[RoutingTable, list[float]]:
     """A table of what the model of a checkpoint does with a text, and the share of it that the table reproduces.
 
-    Its own routing: the learned router in stage 1, the frozen one in stage 2. corpora: prepared ones; none: the run's
-    training text. max_load: see :func:`observed_table`.
+    Its own routing: the learned router in stage 1, the frozen one in stage 2. sources: prepared corpora, read whole, or
+    ``max_tokens`` of them from the start. max_load: see :func:`observed_table`.
     Raises UserError for a model without experts and for a corpus that is missing or of another tokenizer.
     """
-    checkpoint = Checkpoint.open(path)
-    moe, progress = checkpoint.run.moe, checkpoint.progress
+    moe = checkpoint.run.moe
     if not moe.facts.routed:
         raise UserError(f"checkpoint {checkpoint.path} has no router (moe.router {moe.router}): nothing to observe")
-    named = [Source(path=corpus) for corpus in corpora]
-    sources = named or find_corpora(checkpoint, checkpoint.run.data.train)
     check_corpora(checkpoint, sources)
     with loaded(checkpoint) as trained:
-        served_LVN = served_by_id(trained, eval_text(trained, sources))
+        text = eval_text(trained, sources, max_tokens)
+        served_LVN = served_by_id(trained, text)
     expert_LVK = observed_table(served_LVN, moe.top_k, max_load)
-    shares = explained(served_LVN, expert_LVK)
-    made = how_made("observed", options={"max_load": max_load}, router=moe.router, step=progress.step, explained=shares)
+    shares, origin = explained(served_LVN, expert_LVK), origin_of(checkpoint, sources)
+    origin |= {"stage": checkpoint.progress.stage, "tokens": text.loader.dataset.tokens, "explained": shares}
+    made = how_made("observed", options={"max_load": max_load}, **origin)
     return RoutingTable(expert_LVK, moe.experts, tuple(moe.layers), checkpoint.tokenizer, made), shares
+
+
+def origin_of(checkpoint: Checkpoint, sources: Sequence[Source] = ()) -> dict[str, Any]:
+    """What a table that is made of a checkpoint says of it, and of the text that was read, if one was."""
+    run, progress = checkpoint.run, checkpoint.progress
+    facts = {"run": run.directory, "router": run.moe.router, "step": progress.step}
+    return {**facts, **({"corpus": text_digest(sources)} if sources else {})}
 
 
 def served_by_id(trained: TrainedModel, text: EvalSet) -> NDArray[np.int64]:
@@ -92,15 +103,18 @@ def _shown(loader: EvalLoader) -> Iterator[Batch]:
             advance(1)
 
 
-def frozen(path: str, max_load: float | None) -> RoutingTable:
+def frozen(checkpoint: Checkpoint, max_load: float | None, trained_on: Sequence[Source] = ()) -> RoutingTable:
     """The table that a checkpoint follows, or that a switch would freeze now; with ``max_load`` under that limit.
 
-    Raises UserError if the router has no table: it is not distilled, or its distilled router sees more than ids.
+    trained_on: the run's training text, where it still is, to be named in the table. A table that was given to the run
+    keeps what it says of itself. Raises UserError if the router has no table: it is not distilled, or its distilled
+    router sees more than ids.
     """
-    checkpoint = Checkpoint.open(path)
-    table, moe = checkpoint.table(), checkpoint.run.moe
+    table, moe, origin = checkpoint.table(), checkpoint.run.moe, origin_of(checkpoint, trained_on)
     if table is not None and max_load is None and checkpoint.progress.stage == 2:
-        return table
+        if table.made.get("builder", "frozen") != "frozen":  # it was given to the run
+            return table
+        return replace(table, made={**table.made, **origin, "step": checkpoint.progress.switched_at, **table.made})
     if moe.top_k > 1 and max_load is not None:
         raise UserError(
             f"--max-load: checkpoint {checkpoint.path} has top_k {moe.top_k}, but the limited choice of a distilled "
@@ -117,9 +131,9 @@ def frozen(path: str, max_load: float | None) -> RoutingTable:
             )
         blocks, tokenizer = tuple(moe.learned_layers), checkpoint.tokenizer
         if max_load is not None:
-            learned = freeze_balanced(routers, blocks, token_counts_of(checkpoint), max_load, tokenizer).table
+            learned = freeze_balanced(routers, blocks, token_counts_of(checkpoint), max_load, tokenizer, **origin).table
         else:
-            routing = freeze(routers, moe.top_k, blocks, tokenizer)
+            routing = freeze(routers, moe.top_k, blocks, tokenizer, **origin)
             assert isinstance(routing, TableRouting)
             learned = routing.table
     return learned if table is None or not moe.table_layers else learned.joined_to(table.only(moe.table_layers))

@@ -31,10 +31,10 @@ def loaded(checkpoint: Checkpoint, resident_experts: float = 1.0) -> Iterator[Tr
         stop_world()
 
 
-def eval_text(trained: TrainedModel, sources: Sequence[Source]) -> EvalSet:
-    """Prepared corpora in batches of this model."""
+def eval_text(trained: TrainedModel, sources: Sequence[Source], max_tokens: int | None = None) -> EvalSet:
+    """Prepared corpora in batches of this model. max_tokens: of them, from the start; None: all."""
     groups, length = trained.groups, trained.run.data.sequence_length
-    return eval_set(sources, length, batch_plan(trained.run, groups.world.size).micro_batch, groups)
+    return eval_set(sources, length, batch_plan(trained.run, groups.world.size).micro_batch, groups, max_tokens)
 
 
 def evaluate_checkpoint(path: str, corpus: str | None) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""What a routing table is, alone and on a text, and how two of them differ: facts, and the same as text."""
+"""What a routing table is, alone and on a text: facts, and the same as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stablemoe_ds.config.text_table import aligned
 from stablemoe_ds.evaluation.report_text import bound_text, expert_lines
 from stablemoe_ds.evaluation.specialisation import Piece, describe_experts, use_of_table
 from stablemoe_ds.tables.counted_corpus import Corpus
-from stablemoe_ds.tables.measures import difference, measure
+from stablemoe_ds.tables.measures import measure
 from stablemoe_ds.tables.split_ids import SplitIds
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -65,28 +65,6 @@ def measured_text(layers: Sequence[Mapping[str, Any]], experts: bool = True) -> 
         ]
         if experts:
             lines += ["", *expert_lines(layer["experts"], layer["max_load"])]
-    return "\n".join(lines)
-
-
-def difference_facts(one: RoutingTable, other: RoutingTable, corpus: Corpus | None) -> list[dict[str, Any]]:
-    """Each layer: what moved after the best matching of experts; with a text, load and cohesion of both as well."""
-    moved = difference(one, other, corpus)
-    layers: list[dict[str, Any]] = [asdict(layer) for layer in moved]
-    if corpus is not None:
-        for layer, left, right in zip(layers, measure(one, corpus), measure(other, corpus), strict=True):
-            layer |= {"load": [left.max_load, right.max_load], "cohesion": [left.cohesion, right.cohesion]}
-    return layers
-
-
-def difference_text(layers: Sequence[Mapping[str, Any]]) -> str:
-    """:func:`difference_facts` as text."""
-    lines = []
-    for layer in layers:
-        tokens = "" if layer["tokens_moved"] is None else f" and {layer['tokens_moved']:.1%} of tokens"
-        lines.append(f"MoE layer at block {layer['block']}: {layer['ids_moved']:.1%} of ids{tokens} at another expert")
-        if "load" in layer:
-            lines.append("  max/mean load  {:.2f} and {:.2f}".format(*layer["load"]))
-            lines.append("  cohesion       {:.3f} and {:.3f}".format(*layer["cohesion"]))
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.builders import how_made
 from stablemoe_ds.tables.counted_corpus import Corpus
-from stablemoe_ds.tables.resize import rebalanced, source_of
+from stablemoe_ds.tables.derived import rebalanced, source_of
 from stablemoe_ds.tables.split_ids import WHOLE, SplitIds
 from stablemoe_ds.tables.table import RoutingTable, least_load
 

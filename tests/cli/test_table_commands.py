@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from stablemoe_ds.cli import main
-from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.schema import RunConfig, Source
+from stablemoe_ds.data.table_corpus import text_digest
 from stablemoe_ds.data.tokenizer import Tokenizer, train_tokenizer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.table import RoutingTable
@@ -21,6 +23,10 @@ def build(how: str, output: Path, *words: str) -> Any:
     """In a process of its own where a model is built: this one may have process groups already."""
     run = command if how in ("frozen", "observed") else command_here
     return run("table", "build", how, *words, "--output", str(output), "--json").json
+
+
+def without_version(table: RoutingTable) -> dict[str, Any]:
+    return {name: value for name, value in table.made.items() if name != "version"}
 
 
 @pytest.fixture
@@ -85,18 +91,59 @@ def test_diff(table: Path, data: TinyData, tmp_path: Path) -> None:
     (layer,) = facts["layers"]
     assert 0 < layer["ids_moved"] < 0.75
     assert 0 < layer["tokens_moved"] < 0.75
+    assert facts["one"] == {
+        "sha256": mine.sha256,
+        "layers": 1,
+        "vocab_size": VOCAB,
+        "top_k": 1,
+        "experts": 4,
+        "builder": "cooccurrence",
+    }
     assert layer["cohesion"][0] > layer["cohesion"][1]
-    said = command_here("table", "diff", str(table), str(other), "--data", data.valid).out
+    said = command_here(
+        "table", "diff", str(table), str(other), "--data", data.valid, "--tokenizer", data.tokenizer, "--top", "2"
+    ).out
+    heaviest = layer["moved"][0]
+    assert [moved["moved"] for moved in layer["moved"]] == sorted((m["moved"] for m in layer["moved"]), reverse=True)
+    assert len(layer["moved"]) == 12
+    assert RoutingTable.read(table).expert_LVK[0, heaviest["id"]].tolist() == heaviest["experts"][0]
+    assert re.search(
+        rf"{re.escape(Tokenizer(data.tokenizer).piece(heaviest['id']))} +{heaviest['count']:,} +100%", said
+    )
+    assert "have a counterpart" not in said
     assert f"{layer['ids_moved']:.1%} of ids and {layer['tokens_moved']:.1%} of tokens at another expert" in said
+
+
+def test_diff_of_other_sizes_and_of_a_run(finished: RunConfig, data: TinyData, table: Path, tmp_path: Path) -> None:
+    """Sizes are named; a run's own text and tokenizer are taken."""
+    large = tmp_path / "large"
+    build("resized", large, str(table), "--data", data.train, "--experts", "6")
+    said = command_here("table", "diff", str(large), str(table)).out
+    assert re.search(r"one +resized +[0-9a-f]{12} +1 +\d+ +1 +6\nother +cooccurrence", said)
+    assert "No more than 4 of the 6 experts have a counterpart: the ids of the others count as moved" in said
+    random = tmp_path / "random"
+    build("random", random, "--data", data.train, "--experts", "4", "--layers", "2")
+    (layer,) = command_here("table", "diff", str(random), finished.directory, "--json").json["layers"]
+    (shown,) = command_here("table", "show", finished.directory, "--json").json["measured"]
+    assert layer["load"][1] == pytest.approx(shown["max_load"])
+    assert not layer["moved"][0]["piece"].isdigit()
 
 
 def test_frozen(finished: RunConfig, tmp_path: Path) -> None:
     """Of stage 2 its table; of stage 1 what a switch would freeze: other vectors, so another table."""
     kept = RoutingTable.read(Path(finished.directory) / "routing_table.safetensors")
-    assert kept.made["builder"] == "frozen"
-    assert build("frozen", tmp_path / "two", finished.directory)["sha256"] == kept.sha256
+    text = text_digest(finished.data.train)
+    origin = {"run": finished.directory, "router": "stablemoe", "corpus": text}
+    assert origin | {"builder": "frozen", "step": 6} == without_version(kept)
+    late = build("frozen", tmp_path / "two", finished.directory)
+    assert late["sha256"] == kept.sha256
+    assert RoutingTable.read(tmp_path / "two").made == kept.made
+    (shown,) = command_here("table", "show", finished.directory, "--json").json["measured"]
+    assert late["measured"][0]["max_load"] == pytest.approx(shown["max_load"])
+    assert late["measured"][0]["cohesion"] == pytest.approx(shown["cohesion"])
     early = build("frozen", tmp_path / "one", str(checkpoint_of(finished, 3)))
     assert early["sha256"] != kept.sha256
+    assert origin | {"builder": "frozen", "step": 3} == without_version(RoutingTable.read(tmp_path / "one"))
     limited = build("frozen", tmp_path / "limited", finished.directory, "--max-load", "1.3")
     (layer,) = command_here(
         "table", "show", str(tmp_path / "limited"), "--data", *(s.path for s in finished.data.train), "--json"
@@ -110,12 +157,21 @@ def test_observed(finished: RunConfig, data: TinyData, tmp_path: Path) -> None:
     words = ("--data", data.train)
     again = build("observed", tmp_path / "two", finished.directory, *words)
     assert again["made"]["explained"] == [1.0]
+    origin = {"run": finished.directory, "router": "stablemoe", "step": 12, "stage": 2}
+    assert origin | {"corpus": text_digest([Source(path=data.train)])} == {
+        name: again["made"][name] for name in (*origin, "corpus")
+    }
+    assert again["measured"][0]["max_load"] > 1
+    assert again["measured"][0]["cohesion"] > 0
+    few = build("observed", tmp_path / "few", finished.directory, *words, "--tokens", "100")
+    assert (few["made"]["tokens"], few["made"]["explained"]) == (100, [1.0])
+    assert again["made"]["tokens"] > 1000
     diff = command_here("table", "diff", str(tmp_path / "two"), finished.directory, *words, "--json").json
     assert diff["layers"][0]["tokens_moved"] < 1e-3, "the last id of a text is followed by nothing, so it is not read"
     early = command("table", "build", "observed", str(checkpoint_of(finished, 3)), "--output", str(tmp_path / "one"))
     (share,) = RoutingTable.read(tmp_path / "one").made["explained"]
     assert 0.25 < share < 1
-    assert f"the table reproduces {share:.1%} of the routing" in early.out
+    assert f"the table reproduces {share:.1%} of the routing of" in early.out
 
 
 @pytest.mark.distributed
@@ -135,7 +191,11 @@ def test_from_another_table(table: Path, data: TinyData, tmp_path: Path) -> None
     (layer,) = facts["measured"]
     assert layer["max_load"] <= max(1.05, layer["least_load"]) + 1e-9
     assert facts["made"]["table"]["sha256"] == RoutingTable.read(table).sha256
-    assert build("resized", tmp_path / "large", str(table), "--experts", "12")["experts"] == 12
+    facts = build("resized", tmp_path / "large", str(table), "--data", data.train, "--experts", "12")
+    (layer,) = facts["measured"]
+    assert facts["experts"] == 12
+    assert layer["max_load"] <= max(1.3, layer["least_load"]) + 1e-9
+    assert layer["cohesion"] > layer["cohesion_random"]
 
 
 CORPUS = ("--experts", "4", "--layers", "1")
@@ -150,11 +210,22 @@ CORPUS = ("--experts", "4", "--layers", "1")
         (("build", "cooccurrence", "dims=x", "--data", "{train}", *CORPUS), r"dims: got 'x'"),
         (("build", "even", "--data", "{train}", *CORPUS, "--tokenizer", "{other}"), r"was made by tokenizer"),
         (("build", "balanced", "{table}", "--data", "{train}", "--max-load", "0.5"), r"--max-load: got 0.5"),
-        (("build", "resized", "{table}", "--experts", "7"), r"--experts: got 7: the table has 4"),
+        (
+            ("build", "resized", "{table}", "--data", "{train}", "--experts", "0"),
+            r"--experts: got 0: expected at least 1",
+        ),
+        (("build", "resized", "{table}", "--experts", "7"), r"--data: got none: expected prepared corpora"),
         (("build", "frozen", "{table}"), r"no checkpoint at"),
         (("show", "{train}.bin"), r"is not a routing table"),
         (("show", "{table}", "--data", "{train}", "--tokenizer", "{other}"), r"was made by tokenizer"),
-        (("diff", "{table}", "/nowhere/table"), r"no checkpoint at /nowhere/table"),
+        (("diff", "{table}", "/nowhere/table"), r"nothing at /nowhere/table: expected a table file, a checkpoint or"),
+        (("show", "{table}", "--top", "-3"), r"--top: got -3: expected at least 0"),
+        (("diff", "{table}", "{table}", "--top", "-1"), r"--top: got -1"),
+        (("build", "observed", "{table}", "--tokens", "0"), r"--tokens: got 0: expected at least 1"),
+        (
+            ("build", "even", "--data", "{train}", "--experts", "0", "--layers", "1"),
+            r"experts are 0, expected 1 or more",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -166,8 +237,8 @@ def test_bad_input(words: tuple[str, ...], expected: str, data: TinyData, table:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_written(table: Path) -> None:
-    words = ("table", "build", "resized", str(table), "--experts", "8", "--output", f"{table}/below")
+def test_an_output_that_cannot_be_written(table: Path, data: TinyData) -> None:
+    words = ("table", "build", "even", "--data", data.train, *CORPUS, "--output", f"{table}/below")
     complaint(command_here(*words), r"cannot write routing table .*below")
 
 

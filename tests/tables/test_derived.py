@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.balanced_choice import balanced_choice, balanced_choices
 from stablemoe_ds.tables.builders import build_table
+from stablemoe_ds.tables.derived import merged_table, rebalanced_table, replicated_table
 from stablemoe_ds.tables.observed import explained, observed_table
-from stablemoe_ds.tables.resize import rebalanced_table, resized_table
 from stablemoe_ds.tables.table import RoutingTable, least_load
 from tests.tables.test_balanced_choice import problem
 from tests.tables.texts import text_of_kinds
@@ -116,17 +116,10 @@ def test_rebalancing_what_is_balanced_moves_nothing() -> None:
         assert np.array_equal(rebalanced_table(even, TEXT, 1.3).expert_LVK, even.expert_LVK)
 
 
-def test_resized_there_and_back() -> None:
-    doubled = resized_table(LOPSIDED, 8)
+def test_replicated_and_merged_by_number() -> None:
+    """As the experts of a model that is converted: each several times in a row, or so many in a row as one."""
+    doubled = replicated_table(LOPSIDED, 2)
     assert (doubled.experts, doubled.blocks, doubled.tokenizer) == (8, (2,), "tokenizer")
     assert np.array_equal(doubled.expert_LVK // 2, LOPSIDED.expert_LVK)
     assert set((doubled.expert_LVK % 2).reshape(-1).tolist()) == {0, 1}
-    assert resized_table(doubled, 4).sha256 == LOPSIDED.sha256
-    assert resized_table(LOPSIDED, 4).sha256 == LOPSIDED.sha256
-    assert doubled.made["builder"] == "resized"
-
-
-@pytest.mark.parametrize("experts", [-1, 0, 3, 6])
-def test_sizes_that_do_not_divide_are_refused(experts: int) -> None:
-    with pytest.raises(UserError, match=rf"--experts: got {experts}: the table has 4 experts, .* e.g. 8"):
-        resized_table(LOPSIDED, experts)
+    assert merged_table(doubled, 2).sha256 == LOPSIDED.sha256

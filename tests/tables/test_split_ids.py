@@ -13,8 +13,9 @@ from stablemoe_ds.api.plain_layer import MoELayer
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables import split_ids
 from stablemoe_ds.tables.builders import random_table
+from stablemoe_ds.tables.derived import rebalanced_table
 from stablemoe_ds.tables.measures import difference, measure
-from stablemoe_ds.tables.resize import rebalanced_table, resized_table
+from stablemoe_ds.tables.resize import resized_table
 from stablemoe_ds.tables.split_ids import SplitIds
 from stablemoe_ds.tables.table import FORMAT, RoutingTable
 from stablemoe_ds.tables.table_file import writer
@@ -93,9 +94,11 @@ def test_layers_of_a_split_table_and_of_a_plain_one_in_one_table() -> None:
 
 
 def test_a_table_with_its_rows_resized_and_balanced() -> None:
-    doubled = resized_table(SPLIT, 2 * EXPERTS)
-    assert np.array_equal(doubled.expert_LVK // 2, SPLIT.expert_LVK)
-    assert resized_table(doubled, EXPERTS).sha256 == SPLIT.sha256
+    for experts in (4, 10):
+        resized = resized_table(SPLIT, TEXT, experts, max_load=1.2)
+        assert resized.split is SPLIT.split
+        assert (np.diff(np.sort(resized.expert_LVK, axis=-1), axis=-1) > 0).all()
+        assert max(layer.max_load for layer in measure(resized, TEXT)) < 1.21
     balanced = rebalanced_table(SPLIT, TEXT, 1.05)
     assert max(layer.max_load for layer in measure(balanced, TEXT)) < 1.06
     assert max(layer.max_load for layer in measure(SPLIT, TEXT)) > 1.06

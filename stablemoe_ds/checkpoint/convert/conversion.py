@@ -28,7 +28,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.model.layout import moe_layer_name
 from stablemoe_ds.run_directory.checkpoint_files import FORMAT, part_of, publish, saved_checkpoints, write_manifest
 from stablemoe_ds.run_directory.lock import only_writer
-from stablemoe_ds.tables.resize import merged_table, replicated_table
+from stablemoe_ds.tables.derived import merged_table, replicated_table
 from stablemoe_ds.tables.table import RoutingTable
 
 
