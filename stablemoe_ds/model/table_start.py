@@ -37,11 +37,11 @@ def start_from_table(model: StableMoEGPT, table: RoutingTable, token_counts: NDA
     run, routers = model.run_config, {id(p) for layer in model.moe_layers for p in layer.router.parameters()}
     initialize_pieces((one for one in pieces(model, 1) if one.parameter.is_meta and id(one.parameter) in routers), run)
     word_VD = start_value(WORDS, (table.vocab_size, run.model.hidden_size), run).double()
-    count_V = torch.from_numpy(token_counts).double()
+    count_V = torch.tensor(token_counts, dtype=torch.float64)
     for layer in model.moe_layers:
         router = layer.router
         assert isinstance(router, CentroidRouter)
-        expert_VK = torch.from_numpy(table.expert_LVK[layer.index]).long()
+        expert_VK = torch.tensor(table.expert_LVK[layer.index], dtype=torch.long)
         router.centroids.copy_(centroids_of_table(expert_VK, count_V, word_VD, router.centroids.double()))
         if router.distilled is not None:
             features, centroids = router.distilled.features, router.distilled.centroids
