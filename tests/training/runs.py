@@ -44,7 +44,7 @@ def tiny_data(folder: Path, vocab_size: int = VOCAB) -> TinyData:
 
     library = Path(sysconfig.get_paths()["stdlib"])
     tokenizer = train_tokenizer([library / "textwrap.py", library / "shlex.py"], folder / "tokenizer.model", vocab_size)
-    for name, module in (("train", "textwrap.py"), ("valid", "keyword.py")):
+    for name, module in (("train", "textwrap.py"), ("valid", "bisect.py")):
         prepare([library / module], tokenizer, folder / name, documents="file")
     return TinyData(library / "textwrap.py", str(tokenizer.path), str(folder / "train"), str(folder / "valid"))
 
