@@ -202,7 +202,8 @@ def test_what_it_says(data: TinyData, tmp_path: Path) -> None:
 def test_what_cannot_be_simulated_is_refused_in_one_line(data: TinyData, tmp_path: Path) -> None:
     path = run_file(small_run(data, tmp_path / "run"), tmp_path / "run.yaml")
     complaint(command_here("table", "simulate", path), "moe.router: got stablemoe, which learns .* --table")
-    complaint(command_here("table", "simulate", path, "--table", str(tmp_path / "none")), "moe.table: .*none")
+    none = str(tmp_path / "none")
+    complaint(command_here("table", "simulate", path, "--table", none), "nothing at .*none: expected a table file")
     complaint(command_here("table", "simulate", path, "--updates", "0"), "--updates: got 0: expected at least 1")
     complaint(command_here("table", "simulate", path, "--first", "0"), "--first: got 0: expected at least 1")
     complaint(command_here("table", "simulate", path, "--first", "99"), f"--first: got 99: the run has {STEPS} updates")
