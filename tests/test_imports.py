@@ -154,6 +154,13 @@ def test_answers_without_torch(module: str) -> None:
     assert set(loaded) & {"torch", "deepspeed", "megatron", "mpi4py", "matplotlib"} == set()
 
 
+def test_a_model_is_built_without_the_compiler() -> None:
+    """torch.compile takes as long to load as the libraries that a model needs."""
+    loaded = loaded_by("stablemoe_ds.training.trainer")
+    assert "megatron.core.models.gpt" in loaded
+    assert set(loaded) & {"torch._dynamo", "torch._inductor.compile_fx"} == set()
+
+
 def test_command_line_imports_next_to_nothing() -> None:
     """``--help`` answers at once because every command imports what it needs when it is called."""
     ours = [name for name in loaded_by("stablemoe_ds.cli") if name.startswith("stablemoe_ds")]

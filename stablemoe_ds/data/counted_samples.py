@@ -13,6 +13,7 @@ from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.data.blend import content, shares
 from stablemoe_ds.data.corpus import PreparedInfo
 from stablemoe_ds.data.position import Position, SourcePosition
+from stablemoe_ds.distributed.libraries import import_megatron
 
 
 def position_of_samples(samples: int, run: RunConfig, infos: Sequence[PreparedInfo]) -> tuple[Position, list[str]]:
@@ -49,6 +50,7 @@ def position_of_samples(samples: int, run: RunConfig, infos: Sequence[PreparedIn
 
 def _given(weights: Sequence[float], samples: int) -> list[int]:
     """How many of the first ``samples`` sequences of megatron-core's blend each corpus gave."""
+    import_megatron()
     from megatron.core.datasets import helpers
     from megatron.core.datasets.utils import normalize
 

@@ -21,6 +21,7 @@ from stablemoe_ds.data.corpus import read_sources
 from stablemoe_ds.data.epoch_order import Documents, EpochOrder
 from stablemoe_ds.data.position import Order, Window
 from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.distributed.libraries import import_megatron
 from stablemoe_ds.errors import UserError
 
 Item = dict[str, Tensor]
@@ -48,6 +49,7 @@ class TrainDataset(Dataset[Item]):
 
 
 def _documents(prefix: str) -> Documents:
+    import_megatron()
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     documents: Documents = IndexedDataset(prefix)

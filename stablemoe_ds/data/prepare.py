@@ -23,6 +23,7 @@ from stablemoe_ds.data.flaws import Flaws, Judge
 from stablemoe_ds.data.text import Documents, Span, plan_spans, read_documents
 from stablemoe_ds.data.text_files import AS_FOUND, Reading, TextFile, recognise
 from stablemoe_ds.data.tokenizer import Tokenizer
+from stablemoe_ds.distributed.libraries import import_megatron
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.progress_bar import progress_bar
 
@@ -87,6 +88,7 @@ def prepare(
     Raises UserError for unreadable files, files that are not text or have more flaws than text may have, text without
     a word, and an output that cannot be written.
     """
+    import_megatron()
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     prefix = Path(output_prefix)

@@ -1,11 +1,15 @@
-"""What has to be settled before DeepSpeed and megatron-core are imported."""
+"""What has to be settled before DeepSpeed and megatron-core are imported, and how the latter is imported quickly."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import os
 import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's ``mallopt``."""
@@ -48,3 +52,36 @@ def settle_libraries() -> None:
         warnings.filterwarnings("ignore", module=module)
     for name in ("DeepSpeed", "megatron", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def import_megatron() -> None:
+    """Import megatron-core without loading ``torch.compile``, which takes as long again.
+
+    megatron-core compiles its small functions where it defines them, and imports most of itself at once; this package
+    calls none of them. They are compiled when somebody does.
+    """
+    import torch
+
+    at_once = torch.compile
+    torch.compile = compiled_when_called  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        torch.compile = at_once
+
+
+def compiled_when_called(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """As ``torch.compile``, but for when."""
+    import torch
+
+    @cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function, **options)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the code that calls it, with which it is compiled
+            return function(*args, **kwargs)
+        return compiled()(*args, **kwargs)
+
+    return call

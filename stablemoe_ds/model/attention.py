@@ -16,11 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from stablemoe_ds.model.document_mask import Documents
+from stablemoe_ds.ops.compiler import compile_once
 
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-_compiled_flex = torch.compile(flex_attention)
-"""As it is written, flex_attention computes every score; compiled, it is one kernel that leaves out what is masked."""
 
 
 class SdpaAttention(nn.Module):
@@ -47,7 +45,8 @@ class SdpaAttention(nn.Module):
             raise TypeError(f"expected Documents for a mask, got {type(attention_mask).__name__}")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is not None and attention_mask.blocks is not None:
-            flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex
+            # As it is written it computes every score; compiled, it is one kernel that leaves out what is masked.
+            flex = flex_attention if torch.compiler.is_compiling() else compile_once(flex_attention)
             out = flex(q, k, v, block_mask=attention_mask.blocks, scale=self.scale, enable_gqa=_grouped(q, k))
         else:
             out = self._sdpa(q, k, v, None if attention_mask is None else attention_mask.mask_BSS)
@@ -85,10 +84,9 @@ class UlyssesAttention(SdpaAttention):
         """``group``: the ranks that share sequences, in the order of their parts."""
         super().__init__(config, layer_number, **options)
         self.ranks = dist.get_world_size(group)
-        self.trade = DistributedAttention(self.attend, group)
+        # Traced into a compiled graph, DeepSpeed's all-to-all would lose its gradient.
+        self.trade = torch.compiler.disable(DistributedAttention(self.attend, group))
 
-    # Traced into a compiled graph, DeepSpeed's all-to-all would lose its gradient.
-    @torch.compiler.disable
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents | None, **_: Any) -> Tensor:
         """[S, B, heads, d], [S, B, groups, d] twice -> [S, B, heads * d]. Collective.
 

@@ -7,7 +7,6 @@ MoE layers read routes from it and append their reports to it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stablemoe_ds.errors import UserError
 from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.experts import Experts, ExpertShape
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.routing_pass import RoutingPass
+from stablemoe_ds.ops.compiler import compile_once
 
 
 def _call(recompute: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -29,25 +28,6 @@ def _call(recompute: bool, function: Callable[..., Any], *args: Any, **kwargs: A
     if recompute and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
     return function(*args, **kwargs)
-
-
-_compiled_layer = torch.compile(TransformerLayer.forward)
-"""One function for all blocks: parameters are its arguments, so blocks of one shape share what was compiled."""
-
-
-@cache
-def require_compiler() -> None:
-    """Raise UserError, now and not in the first update, if ``torch.compile`` does not work on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except Exception as error:  # of the compiler, of Triton, or of torch: what it is does not matter
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"parallel.compile: torch.compile does not work on this machine ({reason}). It needs a C++ compiler "
-            "(g++, or the one that CXX names), on a GPU Triton and Python's header files too; "
-            "nearest that works: parallel.compile false"
-        ) from error
 
 
 class DenseBlock(TransformerLayer):
@@ -60,9 +40,10 @@ class DenseBlock(TransformerLayer):
     def forward(self, hidden_states: Tensor, *, routing: RoutingPass, **kwargs: Any) -> Tensor:
         if routing.ended:
             return hidden_states
+        # Parameters are arguments, so blocks of one shape share what was compiled.
         # Not with a key-value cache: it grows with every call, and each length would be compiled again.
         compiled = self.compiled and kwargs.get("inference_context") is None
-        layer = _compiled_layer if compiled else TransformerLayer.forward
+        layer = compile_once(TransformerLayer.forward) if compiled else TransformerLayer.forward
         output: Tensor
         output, _ = _call(self.recompute and self.training, layer, self, hidden_states, **kwargs)
         return output

@@ -25,7 +25,7 @@ from stablemoe_ds.config.schema import DataConfig, ModelConfig, RunConfig
 from stablemoe_ds.data.batch import Batch
 from stablemoe_ds.distributed.placement import LayerPlacement
 from stablemoe_ds.model.attention import CachedSelfAttention, SdpaAttention, UlyssesAttention
-from stablemoe_ds.model.blocks import DenseBlock, DenseStack, MoEBlock, require_compiler
+from stablemoe_ds.model.blocks import DenseBlock, DenseStack, MoEBlock
 from stablemoe_ds.model.cross_entropy import cross_entropy
 from stablemoe_ds.model.document_mask import Documents, can_be_fast
 from stablemoe_ds.model.initialize import initialize_parameters
@@ -35,6 +35,7 @@ from stablemoe_ds.moe.experts import Experts, ExpertShape, MakeExperts
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import LayerPlan
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass, view_of
+from stablemoe_ds.ops.compiler import require_compiler
 from stablemoe_ds.ops.documents import document_starts
 from stablemoe_ds.routing.build import make_router
 from stablemoe_ds.routing.distilled import DistilledRouter

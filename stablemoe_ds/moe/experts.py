@@ -13,6 +13,7 @@ from stablemoe_ds.moe.expert_offsets import ExpertOffsets
 from stablemoe_ds.moe.grouped import can_group, serve_grouped
 from stablemoe_ds.moe.loop import serve_in_a_loop
 from stablemoe_ds.moe.sublayer import SublayerWeights
+from stablemoe_ds.ops.compiler import compile_once
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class ExpertSublayer(nn.Module):
         super().__init__()
         d, f = shape.hidden_size, shape.ffn_hidden_size
         f_in = 2 * f if shape.activation == "swiglu" else f
-        self.shape, self.compiled = shape, compiled
+        self.shape = shape
+        self.serve_in_training = compile_once(_served_at_once) if compiled else _served_at_once
         self.norm_weight = nn.Parameter(torch.ones(experts, d))
         self.norm_bias = nn.Parameter(torch.zeros(experts, d)) if shape.norm == "layernorm" else None
         self.w1 = nn.Parameter(torch.zeros(experts, f_in, d))
@@ -52,7 +54,7 @@ class ExpertSublayer(nn.Module):
         if not can_group(x_RD, self.w1):
             return serve_in_a_loop(_normed(x_RD, self.shape), weights, self.shape.activation, offsets)
         # In training alone: generation has other numbers of rows in every call, each to be compiled again.
-        serve = _compiled_at_once if self.compiled and self.training else _served_at_once
+        serve = self.serve_in_training if self.training else _served_at_once
         return serve(x_RD, weights, self.shape, offsets.ends_E)
 
 
@@ -64,10 +66,6 @@ def _normed(x_RD: Tensor, shape: ExpertShape) -> Tensor:
 
 def _served_at_once(x_RD: Tensor, weights: SublayerWeights, shape: ExpertShape, ends_E: Tensor) -> Tensor:
     return serve_grouped(_normed(x_RD, shape), weights, shape.activation, ends_E)
-
-
-_compiled_at_once = torch.compile(_served_at_once)
-"""One function for all sublayers: those of one shape share what was compiled."""
 
 
 class Experts(nn.Module):

@@ -18,6 +18,7 @@ from stablemoe_ds.moe.experts import Experts, ExpertShape, MakeExperts
 from stablemoe_ds.moe.plan import DispatchPlan, LayerPlan, at_places, cut, plan_dispatch
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
 from stablemoe_ds.moe.tensor_split import join_tokens, split_tokens
+from stablemoe_ds.ops.compiler import compile_once
 from stablemoe_ds.routing.router import Router
 from stablemoe_ds.routing.routes import Routes, SumOverRanks, TokenView
 
@@ -121,7 +122,8 @@ class MoELayer(AutoEPMoELayer):
             routes = self.router(hidden_TD, tokens, fixed_TK, counted)
             stream_TD, dropped = hidden_TD, torch.zeros_like(routes.counts_N[0])
         else:
-            serve = _serve_in_one_graph if self._fits_one_graph(hidden_TD, plan) else MoELayer._route_and_serve
+            one_graph = self._fits_one_graph(hidden_TD, plan)  # of all layers of this shape, whatever their routes are
+            serve = compile_once(MoELayer._route_and_serve) if one_graph else MoELayer._route_and_serve
             stream_TD, routes, dropped = serve(self, hidden_TD, tokens, fixed_TK, plan, counted, routing.seed)
         report = LayerReport(
             self.block,
@@ -209,7 +211,3 @@ class MoELayer(AutoEPMoELayer):
             return self.experts(rows_RD, offsets)
         rows, own, copied = offsets.divided(self.spread)
         return torch.cat([self.experts(rows_RD[:rows], own), self.replicated(rows_RD[rows:], copied)])
-
-
-_serve_in_one_graph = torch.compile(MoELayer._route_and_serve)
-"""One function for all layers: those of one shape share what was compiled, whatever their routes are."""

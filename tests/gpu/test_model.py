@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from stablemoe_ds.distributed.groups import Groups
 from stablemoe_ds.evaluation.generate import generate
-from stablemoe_ds.model.blocks import require_compiler
+from stablemoe_ds.ops.compiler import require_compiler
 from stablemoe_ds.training.routed_batch import RoutedBatch
 from tests.gpu.cases import (
     CLOSE,

@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stablemoe_ds.distributed.placement import ALONE
 from stablemoe_ds.model.gpt import build_moe_layer
-from stablemoe_ds.moe.experts import _served_at_once
 from stablemoe_ds.moe.layer import MoELayer
 from stablemoe_ds.moe.plan import plan_dispatch
 from stablemoe_ds.moe.routing_pass import LayerReport, RoutingPass
@@ -34,8 +33,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacken
     torch._dynamo.reset()
     monkeypatch.setattr("stablemoe_ds.moe.experts.can_group", lambda *_: True)  # as on a GPU that has the kernel
     whole = torch.compile(MoELayer._route_and_serve, backend=counter, fullgraph=True)
-    monkeypatch.setattr("stablemoe_ds.moe.layer._serve_in_one_graph", whole)
-    monkeypatch.setattr("stablemoe_ds.moe.experts._compiled_at_once", _served_at_once)  # not compiled by themselves
+    monkeypatch.setattr("stablemoe_ds.moe.layer.compile_once", lambda _: whole)
+    monkeypatch.setattr("stablemoe_ds.moe.experts.compile_once", lambda function: function)  # not by themselves
     yield counter
     torch._dynamo.reset()
 
