@@ -20,6 +20,8 @@ def on_every_rank(ranks: int, function: Callable[..., Any], *arguments: Any) -> 
 
     Returns what each rank returns. Raises torch's ChildFailedError if one fails.
     """
+    # Without a GPU, which a process cannot inherit, ranks are forked from one that has imported the libraries.
+    multiprocessing.set_forkserver_preload(["benchmarks.common", "stablemoe_ds.training.engine"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -28,7 +30,7 @@ def on_every_rank(ranks: int, function: Callable[..., Any], *arguments: Any) -> 
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        start_method="spawn",
+        start_method="spawn" if torch.cuda.is_available() else "forkserver",
     )
     returned = elastic_launch(config, _with_one_thread)(function, arguments)
     return [returned[rank] for rank in range(ranks)]

@@ -22,7 +22,7 @@ from tests.training.ranks import started
 from tests.training.runs import TinyData, command, run_file, small_run
 from tests.waiting import PATIENCE
 
-TRIES = 200
+TRIES = 60
 
 
 def kill_savers(folder: Path, tries: int, seed: int = 0) -> Kills:
