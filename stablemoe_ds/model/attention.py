@@ -85,7 +85,7 @@ class UlyssesAttention(SdpaAttention):
         super().__init__(config, layer_number, **options)
         self.ranks = dist.get_world_size(group)
         # Traced into a compiled graph, DeepSpeed's all-to-all would lose its gradient.
-        self.trade = torch.compiler.disable(DistributedAttention(self.attend, group))
+        self.trade = torch.compiler.disable(DistributedAttention(self.attend, group).forward)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents | None, **_: Any) -> Tensor:
         """[S, B, heads, d], [S, B, groups, d] twice -> [S, B, heads * d]. Collective.
