@@ -109,8 +109,8 @@ class MoEConfig(Section):
         None,
         description="table of router table and of table_layers: a file from 'stablemoe table build', or "
         "routing_table.safetensors of a run; it must match the run's tokenizer, the model's experts and top_k, and the "
-        "number of layers that follow it. Or random, even, scattered or cooccurrence, to build one from the training "
-        "text when the run begins. A run that continues follows the table in its checkpoint",
+        f"number of layers that follow it. Or the builder of one ({', '.join(OPTIONS)}), which makes it from the "
+        "training text when the run begins. A run that continues follows the table in its checkpoint",
     )
     start_table: TableText | None = Field(
         None,
@@ -233,7 +233,7 @@ class MoEConfig(Section):
             )
         if self.table_builder is not None:
             try:
-                read_options(self.table_builder, self.table_options)
+                read_options(self.table_builder, self.table_options, self.top_k)
             except UserError as error:
                 raise ValueError(str(error)) from error
         elif self.table_options:

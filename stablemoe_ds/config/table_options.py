@@ -6,7 +6,7 @@ import difflib
 import os
 import textwrap
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,9 +15,10 @@ from stablemoe_ds.errors import UserError
 
 
 class NoOptions(BaseModel):
-    """Options of a builder that has none."""
+    """Options of a builder that has none. least_top_k: how many experts an id has to have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    least_top_k: ClassVar[int] = 1
 
 
 class VectorOptions(NoOptions):
@@ -58,11 +59,18 @@ class CooccurrenceOptions(ScatteredOptions):
     )
 
 
+class CrossedOptions(CooccurrenceOptions):
+    """Options of ``crossed``: those of its first choice."""
+
+    least_top_k: ClassVar[int] = 2
+
+
 OPTIONS: dict[str, type[NoOptions]] = {
     "random": NoOptions,
     "even": NoOptions,
     "scattered": ScatteredOptions,
     "cooccurrence": CooccurrenceOptions,
+    "crossed": CrossedOptions,
 }
 """The builders that need nothing but a corpus, and their options."""
 
@@ -88,14 +96,20 @@ TableText = Annotated[str, if_written(builder_or_file)]
 """A builder or a path in a section of a YAML file."""
 
 
-def read_options(builder: str, options: Mapping[str, Any]) -> NoOptions:
-    """The options of a builder, checked, defaults filled in. Raises UserError, one line a problem."""
+def read_options(builder: str, options: Mapping[str, Any], top_k: int | None = None) -> NoOptions:
+    """The options of a builder, checked, defaults filled in; top_k: experts of an id, where that is known.
+
+    Raises UserError, one line a problem.
+    """
     if builder not in OPTIONS:
         raise UserError(f"no table builder {builder!r}: expected one of {', '.join(OPTIONS)}")
     try:
-        return OPTIONS[builder].model_validate(dict(options))
+        read = OPTIONS[builder].model_validate(dict(options))
     except ValidationError as error:
         raise UserError("\n".join(_line(builder, found) for found in error.errors(include_url=False))) from error
+    if top_k is not None and top_k < read.least_top_k:
+        raise UserError(f"table builder {builder}: top_k is {top_k}, expected {read.least_top_k} or more")
+    return read
 
 
 def named_with_options(builder: str, options: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from stablemoe_ds.progress_bar import progress_bar
 from stablemoe_ds.routing.fixed import TableRouting, freeze, freeze_balanced
 from stablemoe_ds.routing.routes import SumOverRanks
 from stablemoe_ds.routing.source import RouteSource, routes_of
-from stablemoe_ds.tables.builders import how_made
+from stablemoe_ds.tables.builders import how_made, of_run
 from stablemoe_ds.tables.observed import explained, observed_table
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -83,9 +83,8 @@ def observe(
 
 def origin_of(checkpoint: Checkpoint, sources: Sequence[Source] = ()) -> dict[str, Any]:
     """What a table that is made of a checkpoint says of it, and of the text that was read, if one was."""
-    run, progress = checkpoint.run, checkpoint.progress
-    facts = {"run": run.directory, "router": run.moe.router, "step": progress.step}
-    return {**facts, **({"corpus": text_digest(sources)} if sources else {})}
+    read = text_digest(sources) if sources else ""
+    return {**of_run(checkpoint.run, read), "step": checkpoint.progress.step}
 
 
 def served_by_id(trained: TrainedModel, text: EvalSet) -> NDArray[np.int64]:

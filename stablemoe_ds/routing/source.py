@@ -18,6 +18,7 @@ from stablemoe_ds.errors import UserError
 from stablemoe_ds.routing.distilled import DistilledRouter
 from stablemoe_ds.routing.fixed import FrozenRouters, TableRouting, freeze, freeze_balanced, hash_table
 from stablemoe_ds.routing.routes import NOTHING_KNOWN, KnownRoutes, TokenView
+from stablemoe_ds.tables.builders import of_run
 from stablemoe_ds.tables.given import given_table
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -139,7 +140,7 @@ class RouteMaker:
             raise ValueError(f"router {moe.router} of this run is never fixed")
         if moe.facts.fixed:
             return TableRouting(self._from_start(), self.device)
-        origin = self._origin if step is None else {**self._origin, "step": step}
+        origin = of_run(self.run, self.text) | ({} if step is None else {"step": step})
         with self.whole():
             learned: FixedSource = (
                 freeze_balanced(self.routers, blocks, self.token_counts(), moe.table_load, self.tokenizer, **origin)
@@ -170,13 +171,7 @@ class RouteMaker:
         moe = self.run.moe
         if moe.needs_table:
             return self.named()
-        return hash_table(moe, self.token_counts(), self.run.seed, self.tokenizer, **self._origin)
-
-    @property
-    def _origin(self) -> dict[str, str]:
-        """What a table that the run makes says of it."""
-        facts = {"run": self.run.directory, "router": self.run.moe.router}
-        return {**facts, "corpus": self.text} if self.text else facts
+        return hash_table(moe, self.token_counts(), self.run.seed, self.tokenizer, **of_run(self.run, self.text))
 
     def departures(self, followed: RoutingTable | None) -> list[str]:
         """Warnings for a run that continues along ``followed`` while the file it names holds another table."""

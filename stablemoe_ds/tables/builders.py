@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stablemoe_ds.config.table_options import CooccurrenceOptions, ScatteredOptions, read_options
+from stablemoe_ds.config.schema import RunConfig
+from stablemoe_ds.config.table_options import CooccurrenceOptions, CrossedOptions, ScatteredOptions, read_options
 from stablemoe_ds.errors import UserError
-from stablemoe_ds.tables.cooccurrence import cooccurrence_table, scattered_table
+from stablemoe_ds.tables.cooccurrence import cooccurrence_table, crossed_table, scattered_table
 from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.table import RoutingTable
 
@@ -28,16 +29,16 @@ def build_table(
 ) -> RoutingTable:
     """The table that a builder makes of a corpus, with a layer for each of ``blocks``.
 
-    builder: ``random``, ``even``, ``scattered`` or ``cooccurrence``. options: the builder's
-    (``config.table_options``); what is not given has its default. The same arguments give the same table.
+    builder: one of ``config.table_options.OPTIONS``. options: the builder's; what is not given has its default. The
+    same arguments give the same table.
     Raises UserError for a builder or option that does not exist, a value that is out of range, or a corpus of counts
     alone where neighbours are needed.
     """
-    checked = read_options(builder, options)
     if experts < 1:
         raise UserError(f"table builder {builder}: experts are {experts}, expected 1 or more")
     if not 1 <= top_k <= experts:
         raise UserError(f"table builder {builder}: top_k is {top_k}, expected 1 to the number of experts, {experts}")
+    checked = read_options(builder, options, top_k)
     if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 1:
         raise UserError(
             f"table builder {builder}: layers are {list(blocks)}, expected block numbers from 1 on, ascending, e.g. [2]"
@@ -48,6 +49,8 @@ def build_table(
     if isinstance(checked, ScatteredOptions) and not corpus.streams:
         raise UserError(f"table builder {builder} counts neighbours: it needs a prepared corpus, not counts alone")
     match checked:
+        case CrossedOptions():
+            expert_LVK = crossed_table(corpus, checked, *shape)
         case CooccurrenceOptions():
             expert_LVK = cooccurrence_table(corpus, checked, *shape)
         case ScatteredOptions():
@@ -67,6 +70,12 @@ def how_made(builder: str, **facts: Any) -> dict[str, Any]:
     except metadata.PackageNotFoundError:  # imported from a folder, not installed
         version = "unknown"
     return {"builder": builder, **facts, "version": version}
+
+
+def of_run(run: RunConfig, text: str = "") -> dict[str, Any]:
+    """What a table that comes from a run says of it, for :func:`how_made`. text: digest of what was read, if any."""
+    facts = {"run": run.directory, "router": run.moe.router}
+    return {**facts, "corpus": text} if text else facts
 
 
 def random_table(vocab: int, experts: int, top_k: int, layers: int, seed: int) -> NDArray[np.int32]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from stablemoe_ds.config.table_options import CooccurrenceOptions, ScatteredOptions
+from stablemoe_ds.config.table_options import CooccurrenceOptions, CrossedOptions, ScatteredOptions
 from stablemoe_ds.progress_bar import progress_bar
 from stablemoe_ds.tables.balanced_choice import balanced_choices, steps_of_choice
 from stablemoe_ds.tables.counted_corpus import Corpus
@@ -33,6 +33,32 @@ def cooccurrence_table(
         seen_VD = unit_rows(vectors_VD[:, own::layers]) if options.layers == "slices" else vectors_VD
         table_LVK[layer] = _clustered(seen_VD, corpus.token_counts, options, experts, top_k, [seed, own])
         deal_absent(table_LVK[layer], corpus.token_counts, experts, [seed, own])
+    return table_LVK
+
+
+def crossed_table(
+    corpus: Corpus, options: CrossedOptions, experts: int, top_k: int, layers: int, seed: int
+) -> NDArray[np.int32]:
+    """int32 [L, V, K]: each choice has experts of its own, so that few ids have all of theirs in common.
+
+    The first choice is that of :func:`cooccurrence_table`. The others are drawn, the commonest ids first, among experts
+    with room. Of the experts, each choice has as many as the others, or one more.
+    """
+    counts_V = corpus.token_counts
+    table_LVK = np.empty((layers, corpus.vocab_size, top_k), dtype=np.int32)
+    for choice, share in enumerate(np.array_split(np.arange(experts), top_k)):
+        # A load limit is a multiple of the mean of all experts, and shares need not be equal.
+        of_share = options.model_copy(update={"max_load": options.max_load * len(share) * top_k / experts})
+        if choice == 0:
+            table_LVK[..., :1] = cooccurrence_table(corpus, of_share, len(share), 1, layers, seed)
+            continue
+        limit = _limit(of_share, counts_V, len(share), 1)
+        for layer in range(layers):
+            drawn = [seed, layer, choice]
+            scores_VN = np.random.default_rng(drawn).random((len(counts_V), len(share)))
+            drawn_V1 = greedy_choices(scores_VN, counts_V, limit, 1)
+            deal_absent(drawn_V1, counts_V, len(share), drawn)
+            table_LVK[layer, :, choice] = share[0] + drawn_V1[:, 0]
     return table_LVK
 
 

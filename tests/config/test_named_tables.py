@@ -45,7 +45,7 @@ def test_a_bare_name_that_is_neither_builder_nor_file(make: Make, setting: str, 
 
 @pytest.mark.parametrize("name", [*OPTIONS, "tables/mytable", "./cooccurence", "cooccurence.safetensors", "~/tables"])
 def test_builders_and_paths_of_files_that_may_be_elsewhere(make: Make, name: str) -> None:
-    moe = make(f"moe.start_table={name}").moe
+    moe = make(f"moe.start_table={name}", "moe.top_k=2").moe
     assert (moe.table_builder is not None) is (name in OPTIONS)
 
 

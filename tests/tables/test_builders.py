@@ -20,7 +20,8 @@ TEXT = text_of_kinds()
 
 
 def made(builder: str, corpus: Corpus = TEXT, /, **changed: Any) -> RoutingTable:
-    arguments: dict[str, Any] = {"experts": KINDS, "top_k": 1, "blocks": (2,), "seed": 3, "options": {}} | changed
+    arguments: dict[str, Any] = {"experts": KINDS, "blocks": (2,), "seed": 3, "options": {}} | changed
+    arguments.setdefault("top_k", OPTIONS[builder].least_top_k if builder in OPTIONS else 1)
     return build_table(builder, arguments.pop("options"), corpus, **arguments)
 
 
@@ -32,9 +33,11 @@ def kinds_together(table: RoutingTable, layer: int = 0) -> float:
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 2), (3, 3), (16, 5), (300, 1)])
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 2), (3, 3), (16, 5), (300, 1), (300, 2)])
 def test_every_table_is_whole(builder: str, experts: int, top_k: int) -> None:
     """One expert, all experts, more experts than ids; different experts for an id; ids that do not occur, too."""
+    if top_k < OPTIONS[builder].least_top_k:
+        pytest.skip("an id has too few experts for this builder")
     table = made(builder, experts=experts, top_k=top_k, blocks=(2, 5))
     assert table.expert_LVK.shape == (2, TEXT.vocab_size, top_k)
     assert (np.diff(np.sort(table.expert_LVK, axis=-1), axis=-1) > 0).all()
@@ -69,6 +72,19 @@ def test_cooccurrence_finds_the_kinds(choice: str, weighting: str) -> None:
     options = {"choice": choice, "weighting": weighting, "dims": 8}
     assert kinds_together(made("cooccurrence", options=options)) > 0.95
     assert kinds_together(made("random")) < 0.45
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_crossed_keeps_like_ids_together_in_one_choice_and_parts_them_in_the_others(top_k: int) -> None:
+    experts, seen = KINDS * top_k, TEXT.token_counts > 0
+    crossed = made("crossed", options={"dims": 8}, experts=experts, top_k=top_k, blocks=(2, 5))
+    assert (crossed.expert_LVK // KINDS == np.arange(top_k)).all(), "each choice has experts of its own"
+    alike = made("cooccurrence", options={"dims": 8}, blocks=(2, 5))
+    assert (crossed.expert_LVK[..., :1] == alike.expert_LVK).all()
+    apart = [*crossed.expert_LVK[0].T, *crossed.expert_LVK[1, :, 1:].T]
+    for number, one in enumerate(apart):
+        for other in apart[number + 1 :]:
+            assert moved(one[:, None] % KINDS, other[:, None] % KINDS, seen) > 0.4, "each is drawn by itself"
 
 
 def test_cohesion_orders_the_builders() -> None:
@@ -130,7 +146,7 @@ def test_one_document() -> None:
 @pytest.mark.parametrize(
     ("builder", "changed", "message"),
     [
-        ("none", {}, r"no table builder 'none': expected one of random, even, scattered, cooccurrence"),
+        ("none", {}, r"no table builder 'none': expected one of random, even, scattered, cooccurrence, crossed"),
         ("even", {"options": {"dims": 3}}, r"even: unknown option dims; it has none at all"),
         ("cooccurrence", {"options": {"dim": 3}}, r"unknown option dim; it has window, sides, .*dims"),
         ("cooccurrence", {"options": {"dims": 0}}, r"cooccurrence: dims: got 0: .*greater than or equal to 1"),
@@ -139,6 +155,7 @@ def test_one_document() -> None:
         ("scattered", {"options": {"max_load": 0.5}}, r"max_load: got 0.5"),
         ("random", {"top_k": 5}, r"top_k is 5, expected 1 to the number of experts, 4"),
         ("random", {"top_k": 0}, r"top_k is 0"),
+        ("crossed", {"top_k": 1}, r"table builder crossed: top_k is 1, expected 2 or more"),
         ("random", {"experts": 0}, r"table builder random: experts are 0, expected 1 or more"),
         ("scattered", {"options": {"max_load": "inf"}}, r"max_load: got 'inf': .*finite"),
         ("cooccurrence", {"options": {"max_load": float("nan")}}, r"max_load: got nan: .*finite"),
