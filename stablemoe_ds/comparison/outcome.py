@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +77,7 @@ def outcome_of(finished: SuiteRun) -> Outcome:
         "drop_rate": _by_tokens(_series(lines, "train", "drop_rate"), tokens),
         "agreement": _by_tokens(_series(lines, "train", "agreement"), tokens),
     }
-    of_routing, more_curves, expert_bits = _routing(finished, run)
+    of_routing, more_curves, expert_bits = _routing(finished, run, lines)
     moe = run.moe
     return Outcome(
         finished.label,
@@ -116,7 +117,7 @@ def _named_table(moe: MoEConfig) -> str:
 
 
 def _routing(
-    finished: SuiteRun, run: RunConfig
+    finished: SuiteRun, run: RunConfig, lines: Sequence[Line]
 ) -> tuple[dict[str, float | None], dict[str, Curve], NDArray[np.float64]]:
     """Figures of the last record, curves over all of them, bits of each expert; nothing without records."""
     records = RecordFolder(finished.folder / "probe").load_all()
@@ -129,12 +130,12 @@ def _routing(
         raise UserError(f"cannot read the ids of the probe {ids_path}: {error}; train the run again") from error
     measured = routing_series(records, ids, run.moe.experts)
     names = ("load", "load_cv", "unserved", "nmi", "nmi_chance", "cohesion")
-    series_H = {name: getattr(measured, name).mean(1) for name in names}
-    figures: dict[str, float | None] = {name: float(series[-1]) for name, series in series_H.items()}
-    curves = {
-        name: _by_tokens(zip(records.steps, series, strict=True), run.schedule.tokens_per_step)
-        for name, series in series_H.items()
-    }
+    series = {name: list(zip(records.steps, getattr(measured, name).mean(1), strict=True)) for name in names}
+    if run.moe.top_k > 1:  # records have first experts alone
+        for name in ("load", "load_cv"):
+            series[name] = [(step, statistics.fmean(of_layer)) for step, of_layer in _series(lines, "probe", name)]
+    figures: dict[str, float | None] = {name: float(of[-1][1]) if of else None for name, of in series.items()}
+    curves = {name: _by_tokens(of, run.schedule.tokens_per_step) for name, of in series.items()}
     records = records.of_layers(run.moe.restless_rows)
     moved = churn(records)
     curves["churn"] = _by_tokens(zip(records.steps[1:], moved, strict=True), run.schedule.tokens_per_step)
@@ -147,7 +148,7 @@ def _routing(
     return figures, curves, measured.expert_bits[-1].reshape(-1)
 
 
-def _series(lines: Sequence[Line], kind: str, key: str) -> list[tuple[int, float]]:
+def _series(lines: Sequence[Line], kind: str, key: str) -> list[tuple[int, Any]]:
     return [(line["step"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]
 
 

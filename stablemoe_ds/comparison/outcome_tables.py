@@ -35,11 +35,12 @@ PERPLEXITY_NOTE = (
     "interval of Student's t. Seconds are spent in updates: validation and probes are not in them."
 )
 ROUTING_NOTE = (
-    "Table: what fixes the routes. Gate: `moe.gate`, or the router's own. "
-    "Means over seeds, on the probe tokens at the last record; of several MoE layers the mean. Moves after 20 %: "
-    "tokens whose last change of expert comes later in the run. NMI: mutual information of token id and expert over "
-    "the entropy of the expert; by chance: with the experts shuffled over the tokens. Cohesion: entropy of the ids an "
-    "expert sees. Dropped: by capacity, in training. Agreement of the two routers: last of stage 1."
+    "Table: what fixes the routes. Gate: `moe.gate`, or the router's own. Means over seeds, on the probe tokens at the "
+    "last record; of several MoE layers the mean; of several experts of a token all count as load, the first alone "
+    "elsewhere. Moves after 20 %: tokens whose last change of expert comes later in the run. NMI: mutual information "
+    "of token id and expert over the entropy of the expert; by chance: with the experts shuffled over the tokens. "
+    "Cohesion: entropy of the ids an expert sees. Dropped: by capacity, in training. Agreement of the two routers: "
+    "last of stage 1."
 )
 
 
@@ -80,10 +81,13 @@ def _perplexities(by_label: dict[str, list[Outcome]], reference: str) -> list[st
 
 def _routing(by_label: dict[str, list[Outcome]]) -> list[str]:
     """Variants without a routing are left out, and columns that no run has a number for; nothing is left: nothing."""
-    routed = {label: ours for label, ours in by_label.items() if ours[0].figures.get("load") is not None}
+    known = {
+        label: {key for key in ROUTING if ours[0].figures.get(key) is not None} for label, ours in by_label.items()
+    }
+    routed = {label: ours for label, ours in by_label.items() if known[label]}
     if not routed:
         return []
-    measured = {key for ours in routed.values() for key, value in ours[0].figures.items() if value is not None}
+    measured = set.union(*known.values())
     columns = [key for key in ROUTING if key in measured]
     rows = [("", "table", "gate", *(ROUTING[key][0] for key in columns))]
     for label, ours in routed.items():

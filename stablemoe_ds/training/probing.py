@@ -23,7 +23,7 @@ from stablemoe_ds.model.gpt import StableMoEGPT
 from stablemoe_ds.routing.source import RouteSource
 from stablemoe_ds.run_directory.probe_records import PROBE_IDS, RecordFolder
 from stablemoe_ds.run_directory.rewind import PROBE
-from stablemoe_ds.tables.expert_load import max_loads
+from stablemoe_ds.tables.expert_load import relative_load
 from stablemoe_ds.training.callback import Callback, RunState, Update
 from stablemoe_ds.training.reporter import Reporter
 from stablemoe_ds.training.stages import RoutingState
@@ -83,7 +83,7 @@ class Probing(Callback):
         measured = self._measure(routes)
         if measured is None:
             return None
-        state, self._last_LP = measured
+        state, self._last_LP, load_LN = measured
         learned = self._state.progress.stage == 1 and before_LP is not None
         if learned:
             self.history.append(state)
@@ -91,6 +91,8 @@ class Probing(Callback):
             self._records.append(state.step, self._last_LP)
         line = {
             "churn": None if before_LP is None else state.churn,
+            "load": load_LN.max(1).tolist(),
+            "load_cv": load_LN.std(1).tolist(),
             "settled": asdict(state) if learned else None,
             "seconds": time.perf_counter() - began,
         }
@@ -102,8 +104,8 @@ class Probing(Callback):
         measured = self._measure(routes)
         return None if measured is None else measured[0]
 
-    def _measure(self, routes: RouteSource) -> tuple[RoutingState, NDArray[np.int16]] | None:
-        """The state, and int16 [L, P], the experts of all ranks' tokens."""
+    def _measure(self, routes: RouteSource) -> tuple[RoutingState, NDArray[np.int16], NDArray[np.float64]] | None:
+        """The state, and of all ranks' tokens int16 [L, P], their first experts, and float64 [L, N], the load."""
         if not self._batches:
             return None
         device = self._groups.world.device
@@ -114,13 +116,14 @@ class Probing(Callback):
         figures.add(served_LN=torch.from_numpy(local.served_LN))
         totals = figures.totals(lambda packed: self._groups.sum_over_data_ranks(packed.to(device)))
         agreed, compared = totals.count("agreed"), totals.count("compared")
+        load_LN = relative_load(totals.rows("served_LN"))
         state = RoutingState(
             step=self._state.progress.step,
             agreement=agreed / compared if compared else 1.0,
             churn=float((expert_LP != self._last_LP)[self._restless].mean()) if self._last_LP is not None else 1.0,
-            load=max(max_loads(totals.rows("served_LN"))),
+            load=float(load_LN.max()),
         )
-        return state, expert_LP
+        return state, expert_LP, load_LN
 
     def _joined(self, local: NDArray[Any]) -> NDArray[Any]:
         """What all data ranks have of the probe, [..., P], in the order of its windows, whichever ranks had them."""
