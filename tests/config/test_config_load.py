@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stablemoe_ds.config.costs import flops_per_token
 from stablemoe_ds.config.difference import differences
 from stablemoe_ds.config.load import dump_run, load_run
 from stablemoe_ds.config.schema import RunConfig
@@ -217,10 +218,14 @@ def test_configuration_needs_no_torch() -> None:
 )
 def test_a_recipe_with_a_table_is_its_base_in_all_else(recipe: str, base: str) -> None:
     folder = SHIPPED[0].parent
-    ours, theirs = (load_run(folder / f"{name}.yaml") for name in (recipe, base))
+    ours, theirs = (load_run(folder / f"{name}.yaml", ["model.vocab_size=4096"]) for name in (recipe, base))
     changed = {key for key, _, _ in differences(ours, theirs)}
-    stage_1 = {"moe.balance_weight", "moe.distilled.lr_scale", "moe.router_input"}
+    recipes, table = {"moe.router", "moe.table", "moe.gate"}, "cooccurrence"
+    free = {"moe.balance_weight", "moe.distilled.lr_scale", "moe.router_input"}  # what stage 1 alone needs
     if recipe == "demo-table":  # no router needs a scaled embedding there
-        stage_1 |= {"model.embedding"}
-    assert {"moe.router", "moe.table", "moe.gate"} <= changed <= {"moe.router", "moe.table", "moe.gate"} | stage_1
-    assert (ours.moe.router, ours.moe.table, ours.moe.gate_name) == ("table", "cooccurrence", "one")
+        free |= {"model.embedding"}
+    if recipe == "enwiki-small-table":  # two experts of half the width
+        recipes, table = recipes | {"moe.experts", "moe.top_k", "moe.ffn_hidden_size"}, "crossed"
+    assert recipes <= changed <= recipes | free
+    assert flops_per_token(ours) == flops_per_token(theirs)
+    assert (ours.moe.router, ours.moe.table, ours.moe.gate_name) == ("table", table, "one")
