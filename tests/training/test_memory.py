@@ -81,10 +81,10 @@ def bytes_at_the_start(run: RunConfig) -> tuple[int, int, int]:
 
 @pytest.mark.distributed
 def test_no_rank_ever_holds_all_weights_of_zero_3() -> None:
-    """Its half of them in bf16, and the largest weight in fp32 and in bf16."""
-    for most, whole, largest in run_distributed(2, bytes_at_the_start, run_of("bf16", 3, sublayers=5)):
-        assert whole > 4 * largest
-        assert most < 1.1 * (whole / 4 + 1.5 * largest)
+    """In bf16, its half of them, and a few on their way to it: gloo's threads let go of those when they get to it."""
+    for most, whole, largest in run_distributed(2, bytes_at_the_start, run_of("bf16", 3, sublayers=40)):
+        assert whole > 100 * largest
+        assert most < 0.8 * whole / 2
 
 
 @pytest.mark.parametrize(
