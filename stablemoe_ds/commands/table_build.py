@@ -36,7 +36,7 @@ FROM_CORPUS = {
     "even": "the most frequent ids first, each to the expert with the fewest tokens",
     "scattered": "ids with similar neighbours on different experts",
     "cooccurrence": "ids with similar neighbours together, under a load limit",
-    "crossed": "one expert of each id as in cooccurrence, the others drawn evenly",
+    "crossed": "one expert of each id as in cooccurrence, the others at random",
 }
 RUNS_TEXT = "the run's training text"
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stablemoe_ds.config.schema import RunConfig
 from stablemoe_ds.config.table_options import CooccurrenceOptions, CrossedOptions, ScatteredOptions, read_options
 from stablemoe_ds.errors import UserError
 from stablemoe_ds.tables.cooccurrence import cooccurrence_table, crossed_table, scattered_table
 from stablemoe_ds.tables.counted_corpus import Corpus
 from stablemoe_ds.tables.table import RoutingTable
+
+if TYPE_CHECKING:
+    from stablemoe_ds.config.schema import RunConfig
 
 
 def build_table(
